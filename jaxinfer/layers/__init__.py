@@ -1,0 +1,1 @@
+"""Building blocks that model families share. Each parameter carries the logical names of its axes."""

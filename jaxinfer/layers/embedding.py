@@ -1,0 +1,24 @@
+"""Token embedding, which may also serve as the output head."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfer.layers.linear import contract
+from jaxinfer.layers.param import param
+from sharding_rules import axes as ax
+
+
+class Embedding(nnx.Module):
+    """A table [vocab, embed]: rows in at the bottom, dot products out at the top."""
+
+    def __init__(self, vocab_size: int, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.table = param(((ax.VOCAB, vocab_size), (ax.EMBED, embed_dim)), dtype, rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int32 [...] -> [..., D]. The host has checked the ids: JAX reads the last row for one beyond the end."""
+        return self.table[...][tokens]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., V]."""
+        return contract(hidden, self.table[...], jnp.float32)

@@ -1,0 +1,42 @@
+"""Rotary position embedding, in the half-split layout of Hugging Face checkpoints."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.config import RopeConfig
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Radians per token of each of the head_dim / 2 rotating pairs, float32."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    freqs = np.float32(1.0) / np.power(np.float32(rope.theta), exponents, dtype=np.float32)
+    if rope.scaling == "default":
+        return freqs
+    if rope.scaling == "linear":
+        return freqs / np.float32(rope.factor)
+    if rope.scaling == "llama3":
+        return _llama3(rope, freqs)
+    raise ValueError(f"rope scaling {rope.scaling!r} is not implemented; known: default, linear, llama3")
+
+
+def _llama3(rope: RopeConfig, freqs: np.ndarray) -> np.ndarray:
+    """Keeps pairs that turn often within the original length, slows the rest by `factor`, blends between."""
+    rotations = rope.original_max_position * freqs / (2 * math.pi)
+    blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)  # 0: slowed by factor, 1: kept
+    return ((1 - blend) * freqs / rope.factor + blend * freqs).astype(np.float32)
+
+
+def rotation(positions: jax.Array, freqs: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), each float32 [..., 1, H/2], of the angle of each pair at `positions` int32 [...]."""
+    angles = positions[..., None, None].astype(jnp.float32) * freqs
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the pairs (x[i], x[i + H/2]) of x [..., heads, H]; computed in float32, returned in x's dtype."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

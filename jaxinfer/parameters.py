@@ -1,0 +1,94 @@
+"""A model as a function of a flat tuple of arrays.
+
+Flax NNX defines models: names, axes, initialisation. The hot path is plain `jax.jit` over one flat tuple,
+because traversing the module costs a hundred times more host time per step.
+"""
+
+import dataclasses
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from jaxinfer import models
+from jaxinfer.config import ModelConfig
+from jaxinfer.partitioning import Partitioner
+from sharding_rules import axes as ax
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter before it has memory.
+
+    Attributes:
+      path: its place in the module tree, as "layers/0/mlp/up/weight".
+      shape, dtype: of the whole array.
+      axes: the logical name of each dimension.
+      sharding: over the mesh; divisibility is checked.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: ax.LogicalAxes
+    sharding: NamedSharding
+
+    @property
+    def num_bytes(self) -> int:
+        return jax.ShapeDtypeStruct(self.shape, self.dtype).size * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDefinition:
+    """The model's structure, without its arrays.
+
+    Attributes:
+      config: the model's numbers.
+      family: the module under `jaxinfer/models/`.
+      partitioner: mesh and rules.
+      params: one spec per parameter, in the order of the flat tuple.
+    """
+
+    config: ModelConfig
+    family: ModuleType
+    partitioner: Partitioner
+    params: tuple[ParamSpec, ...]
+    _graph: nnx.GraphDef
+    _treedef: jax.tree_util.PyTreeDef
+
+    @classmethod
+    def create(cls, config: ModelConfig, partitioner: Partitioner, dtype: jnp.dtype) -> "ModelDefinition":
+        """Allocates nothing. Raises ValueError for a parameter that the mesh cannot split."""
+        family = models.get(config.family)
+        dtype = jnp.dtype(dtype)
+        abstract = nnx.eval_shape(lambda: family.Model(config, partitioner, dtype=dtype, rngs=nnx.Rngs(0)))
+        graph, state = nnx.split(abstract, nnx.Param)
+        params = []
+        for keys, variable in nnx.to_flat_state(state):
+            path = "/".join(map(str, keys))
+            axes = variable.get_metadata("logical_axes")
+            shape = tuple(variable.shape)
+            params.append(ParamSpec(path, shape, variable.dtype, axes, partitioner.sharding(axes, shape, path)))
+        return cls(config, family, partitioner, tuple(params), graph, jax.tree.structure(state))
+
+    def bind(self, arrays: tuple[jax.Array, ...]) -> nnx.Module:
+        """The module over `arrays`, which are in the order of `params`. For use inside jit."""
+        return nnx.merge(self._graph, jax.tree.unflatten(self._treedef, arrays))
+
+    def init(self, seed: int = 0) -> tuple[jax.Array, ...]:
+        """Random weights, created already sharded."""
+
+        def make() -> tuple[jax.Array, ...]:
+            model = self.family.Model(
+                self.config, self.partitioner, dtype=self.params[0].dtype, rngs=nnx.Rngs(seed)
+            )
+            return tuple(jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+        return jax.jit(make, out_shardings=tuple(spec.sharding for spec in self.params))()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters, counted once whatever the mesh."""
+        return sum(spec.num_bytes for spec in self.params)

@@ -1,0 +1,183 @@
+"""Turns logical axis names into shardings on a device mesh. The only place that does.
+
+A model says what an axis *is* (`heads`), a strategy in `sharding_rules/` says which mesh axis splits
+it (`tensor`), and this module makes the `NamedSharding`, or refuses in words: Flax passes an unknown
+name through or replicates silently, and XLA's own message for a dimension that does not divide names
+neither the tensor nor the way out.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import sharding_rules
+from sharding_rules import axes as ax
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Sizes by mesh axis from `"data:2,tensor:4"`; "" means one device.
+
+    >>> parse_mesh("data:2,tensor:4")
+    {'data': 2, 'tensor': 4}
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        match = re.fullmatch(r"([a-z_]+):(\d+)", part)
+        if match is None:
+            raise ValueError(f"--mesh={text}: {part!r} is not axis:size, as in --mesh=data:2,tensor:4")
+        axis, size = match[1], int(match[2])
+        if axis not in ax.MESH_AXES:
+            raise ValueError(f"--mesh={text}: unknown mesh axis {axis!r}; known: {', '.join(ax.MESH_AXES)}")
+        if axis in sizes:
+            raise ValueError(f"--mesh={text}: mesh axis {axis!r} is given twice")
+        if size < 1:
+            raise ValueError(f"--mesh={text}: axis {axis!r} has size {size}; sizes start at 1")
+        sizes[axis] = size
+    return sizes
+
+
+def make_mesh(text: str, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh that `text` describes, over the first devices that it needs.
+
+    Axes are laid out in the order of `axes.MESH_AXES` whatever the order in `text`, so that `tensor`
+    always joins neighbouring devices. Axis types are Auto: XLA places the collectives.
+    """
+    sizes = parse_mesh(text)
+    devices = jax.devices() if devices is None else devices
+    needed = math.prod(sizes.values())
+    if needed > len(devices):
+        platform = devices[0].platform
+        hint = f" or --num_cpu_devices={needed}" if platform == "cpu" else ""
+        raise ValueError(
+            f"--mesh={text} needs {needed} devices, but there are {len(devices)} ({platform}); use a smaller mesh{hint}"
+        )
+    names = tuple(axis for axis in ax.MESH_AXES if axis in sizes) or (ax.DATA,)
+    shape = tuple(sizes.get(axis, 1) for axis in names)
+    grid = np.array(devices[:needed]).reshape(shape)
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitioner:
+    """A mesh and the rules that map logical axes onto it.
+
+    Attributes:
+      mesh: the device mesh.
+      rules: the sharding strategy.
+    """
+
+    mesh: Mesh
+    rules: sharding_rules.RuleSet
+
+    @classmethod
+    def create(cls, mesh: str = "", sharding: str = "auto", devices: list[jax.Device] | None = None) -> "Partitioner":
+        """From the spelling of `--mesh` and `--sharding`; "auto" picks the strategy that fits the mesh's axes.
+
+        Raises ValueError where the mesh has an axis that the strategy leaves idle.
+        """
+        device_mesh = make_mesh(mesh, devices)
+        used = tuple(axis for axis, size in device_mesh.shape.items() if size > 1)
+        if sharding == "auto":
+            return cls(device_mesh, sharding_rules.strategy_for(used))
+        rules = sharding_rules.get(sharding)
+        if idle := [axis for axis in used if axis not in rules.mesh_axes]:
+            raise ValueError(
+                f"--sharding={sharding} leaves the mesh axes {idle} of --mesh={mesh} idle; "
+                f"it splits over {list(rules.mesh_axes) or 'nothing'}, or use --sharding=auto"
+            )
+        return cls(device_mesh, rules)
+
+    def axis_size(self, mesh_axis: str) -> int:
+        """Devices along `mesh_axis`; 1 if the mesh lacks it."""
+        return self.mesh.shape.get(mesh_axis, 1)
+
+    def num_shards(self, logical_axis: str) -> int:
+        """Into how many pieces `logical_axis` is cut."""
+        return math.prod(self.axis_size(mesh_axis) for mesh_axis in self._mesh_axes((logical_axis,))[0])
+
+    def spec(self, axes: ax.LogicalAxes) -> PartitionSpec:
+        """`PartitionSpec` for an array whose axes are named `axes`, without trailing Nones dropped.
+
+        Raises ValueError for a name with no rule and for a mesh axis that would be used twice.
+        """
+        split = self._mesh_axes(axes)
+        used = [mesh_axis for mesh_axes in split for mesh_axis in mesh_axes]
+        if len(used) != len(set(used)):
+            twice = sorted({axis for axis in used if used.count(axis) > 1})
+            raise ValueError(
+                f"array axes {axes}: strategy {self.rules.name!r} splits two of them over mesh axis {twice}; "
+                f"an array can use each mesh axis once"
+            )
+        return PartitionSpec(*(_spec_entry(mesh_axes) for mesh_axes in split))
+
+    def sharding(self, axes: ax.LogicalAxes, shape: tuple[int, ...] | None = None, name: str = "array") -> NamedSharding:
+        """`NamedSharding` for `axes`; with `shape`, also checks that every split dimension divides."""
+        spec = self.spec(axes)
+        if shape is not None:
+            self._check_divisible(axes, shape, name)
+        return NamedSharding(self.mesh, spec)
+
+    @functools.cached_property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def constrain(self, x: jax.Array, axes: ax.LogicalAxes) -> jax.Array:
+        """Tells XLA how `x` is laid out. For use inside jit; a no-op on one device."""
+        if self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes))
+
+    def _mesh_axes(self, axes: ax.LogicalAxes) -> tuple[tuple[str, ...], ...]:
+        rules = self.rules.rules
+        if unknown := [axis for axis in axes if axis is not None and axis not in rules]:
+            raise ValueError(f"no sharding rule for logical axis {unknown}; known: {sorted(rules)}")
+        return tuple(
+            tuple(m for m in rules[axis] if m in self.mesh.shape) if axis is not None else () for axis in axes
+        )
+
+    def _check_divisible(self, axes: ax.LogicalAxes, shape: tuple[int, ...], name: str) -> None:
+        if len(axes) != len(shape):
+            raise ValueError(f"{name}: {len(shape)} dimensions {shape} but {len(axes)} axis names {axes}")
+        for axis, size, mesh_axes in zip(axes, shape, self._mesh_axes(axes), strict=True):
+            shards = math.prod(self.axis_size(mesh_axis) for mesh_axis in mesh_axes)
+            if size % shards:
+                legal = [n for n in range(1, shards) if size % n == 0]
+                raise ValueError(
+                    f"{name}: {axis} {size} does not divide over --mesh {_mesh_text(mesh_axes, self)} "
+                    f"({shards} devices); sizes that would do: {', '.join(map(str, legal))}"
+                )
+
+
+def _spec_entry(mesh_axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    if not mesh_axes:
+        return None
+    return mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes
+
+
+def _mesh_text(mesh_axes: tuple[str, ...], partitioner: Partitioner) -> str:
+    return ",".join(f"{axis}:{partitioner.axis_size(axis)}" for axis in mesh_axes)
+
+
+def num_sharded_kv_heads(num_kv_heads: int, partitioner: Partitioner) -> int:
+    """KV heads that weights and cache hold: each is repeated when there are fewer of them than shards.
+
+    With 2 KV heads over tensor:8 every head is held by a group of four neighbouring devices, so the
+    arrays have 8. Query head n then reads head n // (num_q_heads / 8), a copy of the same head as before.
+
+    Raises ValueError when neither number divides the other.
+    """
+    shards = partitioner.num_shards(ax.KV_HEADS)
+    if num_kv_heads % shards == 0:
+        return num_kv_heads
+    if shards % num_kv_heads == 0:
+        return shards
+    legal = [n for n in range(1, shards + 1) if num_kv_heads % n == 0 or n % num_kv_heads == 0]
+    raise ValueError(
+        f"kv_heads {num_kv_heads} neither divides nor is divided by the {shards} devices of mesh axis "
+        f"{'+'.join(partitioner.rules.rules[ax.KV_HEADS])}; sizes that would do: {', '.join(map(str, legal))}"
+    )

@@ -1,0 +1,31 @@
+"""The vocabulary of axis names.
+
+Every axis of every weight, activation and cache array carries one of the logical names below (or
+None for an axis that is never split). A sharding strategy maps logical names to mesh axes. They are
+constants so that a typo is an AttributeError instead of a silently replicated weight.
+"""
+
+# Logical axes.
+LAYERS = "layers"
+EMBED = "embed"
+HEADS = "heads"
+KV_HEADS = "kv_heads"
+HEAD_DIM = "head_dim"
+MLP = "mlp"
+VOCAB = "vocab"
+EXPERTS = "experts"
+BATCH = "batch"
+PAGES = "pages"
+
+LOGICAL_AXES = (LAYERS, EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB, EXPERTS, BATCH, PAGES)
+
+# Mesh axes, slowest link first: replicas and stages may cross nodes, tensor stays inside one.
+DATA = "data"
+STAGE = "stage"
+EXPERT = "expert"
+CONTEXT = "context"
+TENSOR = "tensor"
+
+MESH_AXES = (DATA, STAGE, EXPERT, CONTEXT, TENSOR)
+
+LogicalAxes = tuple[str | None, ...]
