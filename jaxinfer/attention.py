@@ -1,9 +1,17 @@
 """What a model attends to: nothing but its own tokens (training), or a paged cache (inference)."""
 
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from jaxinfer import kv_cache
+from jaxinfer.kv_cache import Cache
 from jaxinfer.layers.linear import matmul_precision
+from jaxinfer.partitioning import Partitioner
+from pallas_kernels.paged_attention import AttentionSpec
+from sharding_rules import axes as ax
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
@@ -14,9 +22,65 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> 
     """
     b, t, n, h = q.shape
     num_kv_heads = k.shape[2]
-    q = q.reshape(b, t, num_kv_heads, n // num_kv_heads, h)
+    q = (q * jnp.asarray(scale, q.dtype)).reshape(b, t, num_kv_heads, n // num_kv_heads, h)
     precision = matmul_precision(q.dtype)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q * scale, k, precision=precision, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32)
     scores = jnp.where(jnp.tril(jnp.ones((t, t), bool)), scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision).reshape(b, t, n, h)
+
+
+class PagedAttention:
+    """The `attend` of one step: writes the new tokens into the cache, then attends over their pages.
+
+    An object of the trace: each layer's call replaces that layer's arrays in `cache`, which the step returns.
+    All work happens on the local shard (`shard_map`): left to itself XLA would gather every page to every
+    device, because it cannot know that block tables only name pages of their own shard.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        block_tables: jax.Array,  # int32 [B, M]; page ids local to the row's data shard
+        positions: jax.Array,  # int32 [B, T] of the new tokens
+        valid: jax.Array,  # bool [B, T]; false for padding
+        *,
+        spec: AttentionSpec,  # heads of one shard
+        backend: ModuleType,
+        partitioner: Partitioner,
+    ):
+        self._cache = list(cache)
+        self._block_tables, self._positions, self._valid = block_tables, positions, valid
+        self._spec, self._backend, self._partitioner = spec, backend, partitioner
+
+    @property
+    def cache(self) -> Cache:
+        return tuple(self._cache)
+
+    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        attend = self._attend_local
+        if self._partitioner.mesh.size > 1:
+            pages = self._partitioner.spec(kv_cache.CACHE_AXES)
+            heads = self._spec_of(ax.BATCH, None, ax.HEADS, ax.HEAD_DIM)
+            kv_heads = self._spec_of(ax.BATCH, None, ax.KV_HEADS, ax.HEAD_DIM)
+            rows = self._spec_of(ax.BATCH, None)
+            attend = jax.shard_map(
+                attend,
+                mesh=self._partitioner.mesh,
+                in_specs=(heads, kv_heads, kv_heads, pages, pages, rows, rows, rows),
+                out_specs=(heads, pages, pages),
+                check_vma=False,
+            )
+        out, *layer_cache = attend(q, k, v, *self._cache[layer], self._block_tables, self._positions, self._valid)
+        self._cache[layer] = tuple(layer_cache)
+        return out
+
+    def _spec_of(self, *axes: str | None) -> PartitionSpec:
+        return self._partitioner.spec(axes)
+
+    def _attend_local(self, q, k, v, k_pages, v_pages, block_tables, positions, valid):
+        with jax.named_scope("cache_write"):
+            k_pages = kv_cache.write(k_pages, k, block_tables, positions, valid)
+            v_pages = kv_cache.write(v_pages, v, block_tables, positions, valid)
+        out = self._backend.paged_attention(q, k_pages, v_pages, block_tables, positions, spec=self._spec)
+        return out, k_pages, v_pages

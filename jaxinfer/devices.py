@@ -1,0 +1,52 @@
+"""Which devices there are. Functions that say so must run before jax is imported."""
+
+import os
+import pathlib
+import sys
+
+
+def set_num_cpu_devices(count: int) -> None:
+    """Gives the CPU platform `count` virtual devices. Call before jax is imported.
+
+    Raises RuntimeError afterwards, when the setting would be ignored.
+    """
+    if "jax" in sys.modules:
+        raise RuntimeError("set_num_cpu_devices must be called before jax is imported")
+    flag = f"--xla_force_host_platform_device_count={count}"
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), flag)))
+    # XLA's CPU client sizes its thread pool by this. With fewer threads than devices a collective waits for ever
+    # for participants that have no thread to run on.
+    os.environ.setdefault("PJRT_NPROC", str(max(32, 4 * count)))
+
+
+def check_accelerator(allow_cpu: bool) -> None:
+    """Raises RuntimeError when an NVIDIA GPU is here but JAX would run on the CPU, unless `allow_cpu`."""
+    import jax
+
+    if allow_cpu or jax.default_backend() != "cpu" or not has_nvidia_gpu():
+        return
+    raise RuntimeError(
+        "an NVIDIA GPU is present but JAX runs on the CPU: install its plugin with "
+        'pip install "jaxinfer[cuda12]" (or [cuda13]), unset JAX_PLATFORMS, or run on the CPU with --allow_cpu'
+    )
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the NVIDIA driver shows a GPU to this process."""
+    gpus = pathlib.Path("/proc/driver/nvidia/gpus")
+    return pathlib.Path("/dev/nvidia0").exists() or (gpus.is_dir() and any(gpus.iterdir()))
+
+
+def free_bytes(device) -> int | None:
+    """Memory that the jax device can still allocate; None if it does not say.
+
+    CPU devices share the host's memory, so each gets an equal part of what is available.
+    """
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    meminfo = pathlib.Path("/proc/meminfo")
+    if device.platform != "cpu" or not meminfo.exists():
+        return None
+    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024 // device.client.device_count()

@@ -1,0 +1,59 @@
+"""What a user may choose about an engine. Names follow vLLM's where the meaning is the same."""
+
+import dataclasses
+
+from jaxinfer.unknown_names import StrictFields
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig(StrictFields):
+    """Each field is a keyword of `Engine` and, with the same name, a flag of `run_inference`.
+
+    Attributes:
+      model: model directory; None for the demonstration model.
+      mesh: device mesh as "data:2,tensor:4"; "" for one device.
+      sharding: a strategy in `sharding_rules/`, or "auto" for the one that fits the mesh.
+      dtype: of weights and cache; "auto" is bfloat16 on GPU and float32 on CPU.
+      max_model_len: longest prompt plus output in tokens; None for what the model was trained for, at most 4096.
+      max_num_seqs: sequences that decode together, over the whole mesh.
+      max_num_batched_tokens: longest piece of a prompt that is prefilled at once.
+      page_size: tokens per cache page; None for 64 on GPU and 16 on CPU.
+      kv_cache_bytes: size of the cache per device; None for what the sequences can use, within memory_fraction.
+      memory_fraction: share of a device's free memory that weights and cache may take.
+      decode_steps: tokens per sequence and dispatch.
+      seed: base of the seeds of requests that name none.
+      attention_backend: a backend in `pallas_kernels/paged_attention/`, or "auto".
+      generation_config: "auto" applies the model's generation_config.json, "none" does not.
+      show_progress: progress lines for loading and compiling, on stderr.
+    """
+
+    model: str | None = None
+    mesh: str = ""
+    sharding: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 512
+    page_size: int | None = None
+    kv_cache_bytes: int | None = None
+    memory_fraction: float = 0.9
+    decode_steps: int = 8
+    seed: int = 0
+    attention_backend: str = "auto"
+    generation_config: str = "auto"
+    show_progress: bool = False
+
+    def __post_init__(self):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "decode_steps", "max_model_len", "page_size", "kv_cache_bytes"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"--{name}={value}: must be an integer of at least 1")
+        if not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"--memory_fraction={self.memory_fraction}: must be above 0 and at most 1")
+        for name, legal in (("dtype", DTYPES), ("generation_config", ("auto", "none"))):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"--{name}={getattr(self, name)}: unknown; known: {', '.join(legal)}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed={self.seed}: must be an integer in [0, 2**32)")

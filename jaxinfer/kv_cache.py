@@ -1,0 +1,85 @@
+"""The paged cache of keys and values: allocated once, donated to every step, written in place.
+
+Per layer two arrays [num_pages, num_kv_heads, page_size, head_dim], so that one (page, head) tile is
+contiguous. Page 0 is the scratch page: padding writes there and nobody reads it, hence no page id is ever
+negative or out of range (JAX would scatter at -1 into the last page). With `data` in the mesh the pages are
+divided among its shards; page ids in block tables are local to a shard, and each has a scratch page.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jaxinfer.config import ModelConfig
+from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
+from sharding_rules import axes as ax
+
+CACHE_AXES: ax.LogicalAxes = (ax.PAGES, ax.KV_HEADS, None, ax.HEAD_DIM)
+
+Cache = tuple[tuple[jax.Array, jax.Array], ...]  # (k_pages, v_pages) of each layer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """Shape of the cache over the whole mesh.
+
+    Attributes:
+      num_layers: how many pairs of arrays.
+      num_pages: of all data shards together, scratch pages included.
+      num_kv_heads: repetitions over the mesh included.
+      page_size: tokens per page.
+      head_dim: of keys and values.
+      dtype: of keys and values.
+    """
+
+    num_layers: int
+    num_pages: int
+    num_kv_heads: int
+    page_size: int
+    head_dim: int
+    dtype: jnp.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (self.num_pages, self.num_kv_heads, self.page_size, self.head_dim)
+
+
+def cache_spec(
+    config: ModelConfig, partitioner: Partitioner, *, pages_per_shard: int, page_size: int, dtype: jnp.dtype
+) -> CacheSpec:
+    """The cache for a model on a mesh, `pages_per_shard` including the scratch page."""
+    return CacheSpec(
+        num_layers=config.num_layers,
+        num_pages=pages_per_shard * partitioner.num_shards(ax.PAGES),
+        num_kv_heads=num_sharded_kv_heads(config.num_kv_heads, partitioner),
+        page_size=page_size,
+        head_dim=config.head_dim,
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def cache_sharding(spec: CacheSpec, partitioner: Partitioner) -> NamedSharding:
+    return partitioner.sharding(CACHE_AXES, spec.shape, "cache")
+
+
+def allocate(spec: CacheSpec, partitioner: Partitioner) -> Cache:
+    """Zeros, created on their devices. Zeros and not empty: jax >= 0.11 really leaves empty uninitialised."""
+    sharding = cache_sharding(spec, partitioner)
+    make = jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=sharding)
+    return tuple((make(), make()) for _ in range(spec.num_layers))
+
+
+def write(
+    pages: jax.Array, new: jax.Array, block_tables: jax.Array, positions: jax.Array, valid: jax.Array
+) -> jax.Array:
+    """Puts one token's keys or values at each position; what is not valid goes to the scratch page.
+
+    pages [P, K, page_size, H], new [B, T, K, H], block_tables int32 [B, M], positions int32 and valid bool [B, T].
+    For one data shard. page_size 4, block_tables [[7, 2]], positions [[3, 4]] -> pages 7 and 2, rows 3 and 0.
+    """
+    page_size = pages.shape[2]
+    page_ids = jnp.take_along_axis(block_tables, positions // page_size, axis=1, mode="clip")
+    page_ids = jnp.where(valid, page_ids, 0)
+    return pages.at[page_ids, :, positions % page_size].set(new.astype(pages.dtype), mode="promise_in_bounds")

@@ -1,0 +1,52 @@
+"""Turns generated tokens into text that never has to be taken back. Host only."""
+
+from collections.abc import Sequence
+
+from jaxinfer.tokenizer import TextStream
+
+
+class OutputText:
+    """The text of one output, growing.
+
+    Held back until they are decided: bytes of an unfinished character, and an ending that could become a stop
+    string. `text` holds only what stays.
+    """
+
+    def __init__(self, stream: TextStream | None, stop: Sequence[str]):
+        self._stream = stream
+        self._stop = stop
+        self._held = ""
+        self.text = ""
+
+    def add(self, token_ids: list[int]) -> bool:
+        """Appends tokens; True once a stop string was reached, which `text` then ends before."""
+        if self._stream is None:
+            return False
+        return self._append(self._stream.add(token_ids))
+
+    def finish(self) -> None:
+        """Releases what was held back: no more tokens will come."""
+        if self._stream is not None and not self._append(self._stream.finish()):
+            self.text += self._held
+        self._held = ""
+
+    def _append(self, new: str) -> bool:
+        pending = self._held + new
+        found = [at for at in (pending.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.text += pending[: min(found)]
+            self._held = ""
+            self._stream = None
+            return True
+        keep = max((_overlap(pending, stop) for stop in self._stop), default=0)
+        self.text += pending[: len(pending) - keep]
+        self._held = pending[len(pending) - keep :]
+        return False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0

@@ -1,0 +1,165 @@
+"""What goes into the engine and what comes out. Host only."""
+
+import dataclasses
+import enum
+import math
+import time
+
+from jaxinfer.unknown_names import StrictFields
+
+MAX_STOP_TOKEN_IDS = 16  # per request, the model's end tokens included: the width of the device's stop table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams(StrictFields):
+    """How to choose tokens, and when to stop. Names and defaults are vLLM's.
+
+    Attributes:
+      temperature: divides the logits; 0 is greedy.
+      top_k: draw among the k likeliest tokens; 0 or -1 for all.
+      top_p: draw among the likeliest tokens whose probabilities reach top_p; 1 for all.
+      seed: of this request's draws, in [0, 2**32); None for one derived from the engine's seed.
+      max_tokens: most tokens to generate.
+      stop: strings that end the output; they are not part of it.
+      stop_token_ids: token ids that end the output besides the model's own end tokens.
+      ignore_eos: go on past the model's end tokens.
+      skip_special_tokens: leave special tokens out of the text.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    max_tokens: int = 16
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self):
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check_number("temperature", 0, 1e4)
+        self._check_number("top_p", 0, 1)
+        if self.top_p == 0:
+            raise ValueError("top_p=0: must be above 0 (temperature=0 is greedy)")
+        self._check_integer("top_k", -1, 2**31 - 1)
+        self._check_integer("max_tokens", 1, 2**31 - 1)
+        if self.seed is not None:
+            self._check_integer("seed", 0, 2**32 - 1)
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise ValueError(f"stop={self.stop!r}: expected non-empty strings")
+
+    def _check_number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+            raise ValueError(f"{name}={value!r}: must be a number in [{low}, {high:g}]")
+
+    def _check_integer(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"{name}={value!r}: must be an integer in [{low}, {high}]")
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # an end token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens or max_model_len
+    ABORT = "abort"
+    ERROR = "error"  # the model produced a value that is not finite
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One sequence on its way: waiting -> prefilling -> decoding -> finished.
+
+    Attributes:
+      request_id: unique in the engine.
+      prompt_token_ids: never empty.
+      params: as given.
+      stop_token_ids: the model's end tokens and the request's own.
+      max_tokens: `params.max_tokens`, cut to what max_model_len leaves.
+      seed: of its draws.
+      output_token_ids: grows as tokens arrive; the end token, if there was one, is the last.
+      num_cached: tokens whose keys and values are in the cache.
+      page_ids: its pages, in order of position; local to `shard`.
+      shard: the data shard that holds it.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    stop_token_ids: tuple[int, ...]
+    max_tokens: int
+    seed: int
+    output_token_ids: list[int] = dataclasses.field(default_factory=list)
+    num_cached: int = 0
+    page_ids: list[int] = dataclasses.field(default_factory=list)
+    shard: int = 0
+    finish_reason: FinishReason | None = None
+    arrival_time: float = dataclasses.field(default_factory=time.perf_counter)
+    first_token_time: float | None = None
+    finish_time: float | None = None
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.num_cached >= len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output so far."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Prompt and output at most."""
+        return len(self.prompt_token_ids) + self.max_tokens
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that may still be generated."""
+        return self.max_tokens - len(self.output_token_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestMetrics:
+    """Times in seconds, from the request's arrival."""
+
+    ttft_s: float | None
+    e2e_s: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionOutput:
+    """One generated text. `finish_reason` is None while it is still growing."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    logprobs: None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What `Engine.stream` yields: text and tokens since the last one. The last has the finish reason."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """A request's prompt and what came of it."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    metrics: RequestMetrics
+
+    @property
+    def finished(self) -> bool:
+        return all(output.finish_reason is not None for output in self.outputs)

@@ -1,0 +1,80 @@
+"""Choosing the next token, on the device, without sorting the vocabulary.
+
+A row's draw depends on its logits, its seed and the position of the token, and on nothing else: not on the
+batch, its shape, or how many steps a dispatch runs.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class SamplingArrays(NamedTuple):
+    """Sampling parameters of each row."""
+
+    temperature: jax.Array  # float32 [B]; 0 is greedy
+    top_k: jax.Array  # int32 [B]; 0 keeps all
+    top_p: jax.Array  # float32 [B] in (0, 1]; 1 keeps all
+    seed: jax.Array  # uint32 [B]
+
+
+def sample(logits: jax.Array, params: SamplingArrays, positions: jax.Array) -> jax.Array:
+    """Token ids int32 [B] from float32 logits [B, V] for the tokens at `positions` int32 [B].
+
+    A batch of greedy rows pays for an argmax only, and one without top-k and top-p for no threshold search.
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        scaled = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
+        truncates = jnp.any((params.top_k > 0) | (params.top_p < 1))
+        scaled = lax.cond(truncates, lambda: truncate(scaled, params.top_k, params.top_p), lambda: scaled)
+        noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(params.seed, positions, logits.shape[-1])
+        drawn = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)  # Gumbel-max: an exact draw from softmax(scaled)
+        return jnp.where(params.temperature > 0, drawn, greedy)
+
+    return lax.cond(jnp.any(params.temperature > 0), draw, lambda: greedy)
+
+
+def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Keeps the top_k likeliest tokens of each row, then the likeliest of those until top_p is reached.
+
+    Everything else becomes -inf; tokens that tie with the last one kept are kept. float32 [B, V] -> same.
+    """
+    vocab_size = logits.shape[-1]
+    order = _ordered_bits(logits)
+    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab_size), vocab_size).astype(jnp.float32)
+    threshold = _largest_threshold(order, jnp.ones_like(logits), k)
+    logits = jnp.where(order >= threshold[:, None], logits, -jnp.inf)
+    probs = jax.nn.softmax(logits, axis=-1)
+    threshold = _largest_threshold(order, probs, top_p)
+    keep = (order >= threshold[:, None]) | (top_p >= 1)[:, None]
+    return jnp.where(keep, logits, -jnp.inf)
+
+
+def _largest_threshold(order: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """Per row the largest t with sum(weights[order >= t]) >= target: uint32 [B].
+
+    Found bit by bit from the top, 32 passes over the row: exact, and far cheaper than a sort in XLA.
+    """
+
+    def try_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        candidate = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        mass = jnp.sum(jnp.where(order >= candidate[:, None], weights, 0.0), axis=-1)
+        return jnp.where(mass >= target, candidate, threshold)
+
+    return lax.fori_loop(0, 32, try_bit, jnp.zeros(order.shape[:1], jnp.uint32))
+
+
+def _ordered_bits(x: jax.Array) -> jax.Array:
+    """uint32 that compare as the float32 do."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    negative = bits >> 31 == 1
+    return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _gumbel(seed: jax.Array, position: jax.Array, vocab_size: int) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed), position)
+    return jax.random.gumbel(key, (vocab_size,), jnp.float32)

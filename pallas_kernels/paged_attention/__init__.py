@@ -1,0 +1,28 @@
+"""Attention over a paged cache. A backend is a module in this folder with
+
+- `unsupported(spec: AttentionSpec) -> str | None`: why it cannot run `spec`, or None if it can;
+- `paged_attention(q, k_pages, v_pages, block_tables, positions, *, spec) -> out`, as `xla.py` documents it.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from pallas_kernels.paged_attention.spec import AttentionSpec
+
+__all__ = ["AttentionSpec", "backend", "backends"]
+
+
+def backends() -> list[str]:
+    """Names of all backends, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "spec")
+
+
+def backend(name: str, spec: AttentionSpec) -> ModuleType:
+    """The backend called `name`; ValueError if there is none, or if it cannot run `spec`, saying why."""
+    if name not in backends():
+        raise ValueError(f"--attention_backend={name}: no such backend; known: {', '.join(backends())}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    if reason := module.unsupported(spec):
+        raise ValueError(f"--attention_backend={name}: {reason}")
+    return module
