@@ -42,7 +42,9 @@ class HFConfig:
         try:
             return cls(json.loads(path.read_text()), str(path))
         except FileNotFoundError:
-            raise ValueError(f"{model_dir}: no config.json there; --model takes a Hugging Face model directory") from None
+            raise ValueError(
+                f"{model_dir}: no config.json there; --model takes a Hugging Face model directory"
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not valid JSON: {error}") from None
 
@@ -94,7 +96,9 @@ class HFConfig:
         if new is None:
             values = dict(self._mapping("rope_scaling", old_scaling))
             if old_theta is None:
-                raise ValueError(f"{self.source}: neither rope_theta nor rope_parameters is given; there is no safe default")
+                raise ValueError(
+                    f"{self.source}: neither rope_theta nor rope_parameters is given; there is no safe default"
+                )
             values["rope_theta"] = old_theta
         else:
             values = dict(self._mapping("rope_parameters", new))

@@ -6,6 +6,7 @@ because traversing the module costs a hundred times more host time per step.
 
 import dataclasses
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ class ModelDefinition:
             params.append(ParamSpec(path, shape, variable.dtype, axes, partitioner.sharding(axes, shape, path)))
         return cls(config, family, partitioner, tuple(params), graph, jax.tree.structure(state))
 
-    def bind(self, arrays: tuple[jax.Array, ...]) -> nnx.Module:
+    def bind(self, arrays: tuple[jax.Array, ...]) -> Any:  # the family's Model
         """The module over `arrays`, which are in the order of `params`. For use inside jit."""
         return nnx.merge(self._graph, jax.tree.unflatten(self._treedef, arrays))
 
@@ -81,9 +82,7 @@ class ModelDefinition:
         """Random weights, created already sharded."""
 
         def make() -> tuple[jax.Array, ...]:
-            model = self.family.Model(
-                self.config, self.partitioner, dtype=self.params[0].dtype, rngs=nnx.Rngs(seed)
-            )
+            model = self.family.Model(self.config, self.partitioner, dtype=self.params[0].dtype, rngs=nnx.Rngs(seed))
             return tuple(jax.tree.leaves(nnx.state(model, nnx.Param)))
 
         return jax.jit(make, out_shardings=tuple(spec.sharding for spec in self.params))()

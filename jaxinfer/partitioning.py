@@ -115,7 +115,9 @@ class Partitioner:
             )
         return PartitionSpec(*(_spec_entry(mesh_axes) for mesh_axes in split))
 
-    def sharding(self, axes: ax.LogicalAxes, shape: tuple[int, ...] | None = None, name: str = "array") -> NamedSharding:
+    def sharding(
+        self, axes: ax.LogicalAxes, shape: tuple[int, ...] | None = None, name: str = "array"
+    ) -> NamedSharding:
         """`NamedSharding` for `axes`; with `shape`, also checks that every split dimension divides."""
         spec = self.spec(axes)
         if shape is not None:
@@ -136,9 +138,7 @@ class Partitioner:
         rules = self.rules.rules
         if unknown := [axis for axis in axes if axis is not None and axis not in rules]:
             raise ValueError(f"no sharding rule for logical axis {unknown}; known: {sorted(rules)}")
-        return tuple(
-            tuple(m for m in rules[axis] if m in self.mesh.shape) if axis is not None else () for axis in axes
-        )
+        return tuple(tuple(m for m in rules[axis] if m in self.mesh.shape) if axis is not None else () for axis in axes)
 
     def _check_divisible(self, axes: ax.LogicalAxes, shape: tuple[int, ...], name: str) -> None:
         if len(axes) != len(shape):

@@ -29,7 +29,9 @@ class RuleSet:
                 f"sharding strategy {self.name!r} names unknown logical axes {unknown}; known: {ax.LOGICAL_AXES}"
             )
         if unknown := sorted({m for ms in rules.values() for m in ms} - set(ax.MESH_AXES)):
-            raise ValueError(f"sharding strategy {self.name!r} names unknown mesh axes {unknown}; known: {ax.MESH_AXES}")
+            raise ValueError(
+                f"sharding strategy {self.name!r} names unknown mesh axes {unknown}; known: {ax.MESH_AXES}"
+            )
         object.__setattr__(self, "rules", MappingProxyType(rules))
 
     def __hash__(self):
@@ -47,7 +49,7 @@ def rule_set(name: str, **splits: str | tuple[str, ...]) -> RuleSet:
 
     `rule_set("tensor_parallel", heads="tensor")` splits heads over tensor and nothing else.
     """
-    rules: dict[str, tuple[str, ...]] = {axis: () for axis in ax.LOGICAL_AXES}
+    rules: dict[str, tuple[str, ...]] = dict.fromkeys(ax.LOGICAL_AXES, ())
     for axis, mesh_axes in splits.items():
         rules[axis] = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
     return RuleSet(name, rules)

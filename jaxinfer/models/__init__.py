@@ -6,7 +6,8 @@ A family module has
 - `parse_config(hf: HFConfig) -> ModelConfig`;
 - `Model`: the `nnx.Module`, built as `Model(config, partitioner, dtype=, rngs=)`;
 - `weight_names(config)`: the checkpoint tensor of each parameter;
-- `TINY_CONFIGS`: config.json dictionaries of a few small models for the generic tests.
+- `TINY_CONFIGS`: config.json dictionaries of a few small models, by name, for the generic tests. The one called
+  "gqa" divides over eight devices.
 """
 
 import importlib
@@ -28,5 +29,7 @@ def for_architecture(architecture: str) -> ModuleType:
     """The family that runs config.json's `architecture`; ValueError listing the known ones if none does."""
     known = {name: family for family in families() for name in get(family).ARCHITECTURES}
     if architecture not in known:
-        raise ValueError(f"config.json: architecture {architecture!r} is not supported; known: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"config.json: architecture {architecture!r} is not supported; known: {', '.join(sorted(known))}"
+        )
     return get(known[architecture])

@@ -16,6 +16,52 @@ from sharding_rules import axes as ax
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 
+# Few KV heads, a head_dim that is not hidden / heads, and sizes that divide over eight devices.
+_TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+_LLAMA3 = {  # an original length within the tests' contexts, so that the scaling acts
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def _without(*keys: str) -> dict[str, object]:
+    return {key: value for key, value in _TINY.items() if key not in keys}
+
+
+TINY_CONFIGS = {
+    "gqa": _TINY,
+    "mqa": _TINY | {"num_key_value_heads": 1},
+    "mha": _TINY | {"num_key_value_heads": 8},
+    "head_dim_80": _TINY | {"num_attention_heads": 4, "head_dim": 80},
+    "odd_vocab": _TINY | {"vocab_size": 131},
+    "tied": _TINY | {"tie_word_embeddings": True},
+    "biases": _TINY | {"attention_bias": True, "mlp_bias": True},
+    "llama2": _without("num_key_value_heads", "head_dim", "tie_word_embeddings"),
+    "linear_rope": _TINY | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama3_rope": _TINY | {"rope_scaling": _LLAMA3},
+    "new_config_shape": _without("rope_theta") | {"rope_parameters": {"rope_theta": 500000.0, **_LLAMA3}},
+    "new_config_default_rope": _without("rope_theta")
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+}
+
 
 def parse_config(hf: HFConfig) -> ModelConfig:
     """The model that config.json describes; ValueError where it asks for something we do not compute."""
@@ -64,9 +110,7 @@ class Model(nnx.Module):
         self.config = config
         self.partitioner = partitioner
         self.embedding = Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List(
-            [Block(config, partitioner, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
-        )
+        self.layers = nnx.List([Block(config, partitioner, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps, dtype=dtype, rngs=rngs)
         tied = config.tie_embeddings
         self.head = None if tied else Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)

@@ -1,0 +1,1 @@
+"""Settings for `run_inference --config`, as TOML."""

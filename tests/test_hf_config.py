@@ -1,0 +1,122 @@
+"""config.json is read by an allow-list: each refusal names the file, the key and the values that would do."""
+
+import pathlib
+import re
+from typing import Any
+
+import pytest
+
+from jaxinfer import models
+from jaxinfer.config import ModelConfig, RopeConfig
+from jaxinfer.hf_config import HFConfig
+from jaxinfer.models import llama
+
+BASE: dict[str, Any] = dict(llama.TINY_CONFIGS["gqa"])
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+NO_THETA = {"rope_theta": None}
+
+
+def parse(**changes: Any) -> ModelConfig:
+    return llama.parse_config(HFConfig(BASE | changes, "m/config.json"))
+
+
+@pytest.mark.parametrize("family", models.families())
+def test_tiny_configs_are_of_their_family(family: str):
+    module = models.get(family)
+    assert len(module.TINY_CONFIGS) >= 1
+    for values in module.TINY_CONFIGS.values():
+        assert module.parse_config(HFConfig(values)).family == family
+        assert models.for_architecture(HFConfig(values).architecture) is module
+
+
+def test_defaults_of_absent_keys():
+    config = llama.parse_config(HFConfig(llama.TINY_CONFIGS["llama2"]))
+    assert (config.num_kv_heads, config.head_dim, config.tie_embeddings) == (8, 8, False)
+
+
+def test_null_counts_as_absent():
+    assert parse(head_dim=None, num_key_value_heads=None, some_future_key=None).head_dim == 8
+
+
+def test_keys_without_influence_are_accepted():
+    assert parse(torch_dtype="bfloat16", bos_token_id=1, use_cache=True, pretraining_tp=1) == parse()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sliding_window": 64}, "m/config.json: unknown keys ['sliding_window'] may change the mathematics"),
+        ({"hidden_size": "64"}, "m/config.json: hidden_size is '64'; expected int"),
+        ({"hidden_size": 64.0}, "hidden_size is 64.0; expected int"),
+        ({"vocab_size": True}, "vocab_size is True; expected int"),
+        ({"vocab_size": None}, "m/config.json: vocab_size is missing"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; expected bool"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented; implemented: 'silu'"),
+        ({"num_hidden_layers": 0}, "num_layers is 0; it must be at least 1"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 8 is not a multiple of num_key_value_heads 3"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0; expected a positive number"),
+        (NO_THETA, "m/config.json: neither rope_theta nor rope_parameters is given; there is no safe default"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected an object"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_type 'yarn' is not implemented; implemented: default, linear, llama3",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs ['factor']"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "rope_type 'linear' does not know ['beta']"),
+        ({"rope_scaling": {"type": "linear", "factor": True}}, "factor is True; expected a positive number"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "'llama3' needs ['low_freq_factor', 'high_freq_factor', 'orig",
+        ),
+        (NO_THETA | {"rope_parameters": {"rope_type": "default"}}, "rope_type 'default' needs ['rope_theta']"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_theta is 10000.0 here and 500000.0 in rope_parameters",
+        ),
+        (
+            {"rope_scaling": {"factor": 2.0}, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+            "factor is 2.0 here and 4.0 in rope_parameters",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_refuses(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(**changes)
+
+
+def test_both_shapes_of_rope_agree():
+    old = parse(rope_scaling=LLAMA3)
+    assert old == parse(**NO_THETA, rope_parameters=LLAMA3 | {"rope_theta": 10000.0})
+    assert old == parse(rope_parameters=LLAMA3)  # some writers leave rope_theta outside
+    assert old == parse(rope_scaling=LLAMA3, rope_parameters=LLAMA3)
+    assert old.rope == RopeConfig(10000.0, "llama3", 8.0, 1.0, 4.0, 64)
+
+
+def test_unknown_architecture_lists_the_known():
+    with pytest.raises(
+        ValueError, match=r"architecture 'MambaForCausalLM' is not supported; known: .*LlamaForCausalLM"
+    ):
+        models.for_architecture(HFConfig(BASE | {"architectures": ["MambaForCausalLM"]}).architecture)
+
+
+@pytest.mark.parametrize("architectures", [None, [], "LlamaForCausalLM", ["A", "B"], [1]])
+def test_architectures_must_be_one_name(architectures: Any):
+    with pytest.raises(ValueError, match=r"architectures must be a list of one name, found"):
+        _ = HFConfig(BASE | {"architectures": architectures}).architecture
+
+
+def test_unreadable_files(tmp_path: pathlib.Path):
+    with pytest.raises(ValueError, match=r"no config.json there; --model takes a Hugging Face model directory"):
+        HFConfig.read(tmp_path)
+    for text, message in (("{", "not valid JSON"), ("[]", "expected a JSON object, found list")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            HFConfig.read(tmp_path)

@@ -1,0 +1,123 @@
+"""Every family under every sharding strategy, as text that is reviewed in the diff.
+
+After a change of rules or axes: `pytest tests/test_sharding_rules.py --update-golden`, then read the diff.
+"""
+
+import pathlib
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import sharding_rules
+from jaxinfer import kv_cache, models
+from jaxinfer.hf_config import HFConfig
+from jaxinfer.parameters import ModelDefinition
+from jaxinfer.partitioning import Partitioner
+from sharding_rules import RuleSet, rule_set
+from sharding_rules import axes as ax
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "sharding"
+AXIS_SIZES = {ax.DATA: 2, ax.STAGE: 2, ax.EXPERT: 2, ax.CONTEXT: 2, ax.TENSOR: 4}
+GOLDEN_CONFIGS = ("gqa", "biases")  # of a family's TINY_CONFIGS; "gqa" is the one that divides over every mesh
+
+CROSSED = [(family, strategy) for family in models.families() for strategy in sharding_rules.strategies()]
+
+
+def mesh_of(rules: RuleSet) -> str:
+    return ",".join(f"{axis}:{AXIS_SIZES[axis]}" for axis in rules.mesh_axes)
+
+
+def describe(name: str, dtype: jnp.dtype, shape: tuple[int, ...], axes: ax.LogicalAxes, sharding) -> str:
+    sizes, shard = (",".join(map(str, dims)) for dims in (shape, sharding.shard_shape(shape)))
+    names, split = (", ".join(map(str, entries)) for entries in (axes, sharding.spec))
+    return f"{name}  {dtype}[{sizes}]  ({names})  ({split})  shard [{shard}]"
+
+
+def describe_model(family: str, strategy: str) -> str:
+    """One line per parameter and cache array: shape, logical axes, mesh axes, shape on one device."""
+    partitioner = Partitioner.create(mesh_of(sharding_rules.get(strategy)), strategy)
+    tiny_configs = models.get(family).TINY_CONFIGS
+    lines = [f"mesh {dict(partitioner.mesh.shape)}"]
+    for config_name in (name for name in GOLDEN_CONFIGS if name in tiny_configs):
+        config = models.get(family).parse_config(HFConfig(tiny_configs[config_name]))
+        lines += ["", f"== {config_name}"]
+        for spec in ModelDefinition.create(config, partitioner, jnp.dtype("float32")).params:
+            lines.append(describe(spec.path, spec.dtype, spec.shape, spec.axes, spec.sharding))
+        cache = kv_cache.cache_spec(config, partitioner, pages_per_shard=8, page_size=16, dtype=jnp.dtype("float32"))
+        for layer in range(cache.num_layers):
+            for array in ("k", "v"):
+                sharding = kv_cache.cache_sharding(cache, partitioner)
+                lines.append(
+                    describe(f"cache/{layer}/{array}", cache.dtype, cache.shape, kv_cache.CACHE_AXES, sharding)
+                )
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(("family", "strategy"), CROSSED)
+def test_matches_golden_text(family: str, strategy: str, update_golden: bool):
+    text, golden = describe_model(family, strategy), GOLDEN / f"{family}__{strategy}.txt"
+    if update_golden:
+        golden.parent.mkdir(parents=True, exist_ok=True)
+        golden.write_text(text)
+    assert golden.exists(), f"{golden}: missing; make it with --update-golden"
+    assert text == golden.read_text()
+
+
+def test_golden_has_no_leftovers():
+    expected = {f"{family}__{strategy}.txt" for family, strategy in CROSSED}
+    assert {file.name for file in GOLDEN.iterdir()} == expected
+
+
+@pytest.mark.parametrize("strategy", sharding_rules.strategies())
+def test_strategy_is_found_by_its_mesh_axes(strategy: str):
+    rules = sharding_rules.get(strategy)
+    assert rules.name == strategy
+    assert sharding_rules.strategy_for(rules.mesh_axes) is rules
+
+
+def test_arrays_are_created_as_the_text_says():
+    """The text is derived from shardings; this looks at real arrays once."""
+    config = models.get("llama").parse_config(HFConfig(models.get("llama").TINY_CONFIGS["gqa"]))
+    partitioner = Partitioner.create("data:2,tensor:4")
+    definition = ModelDefinition.create(config, partitioner, jnp.dtype("float32"))
+    shards = {
+        spec.path: array.addressable_shards[0].data.shape
+        for spec, array in zip(definition.params, definition.init(), strict=True)
+    }
+    assert shards["layers/0/attention/q/weight"] == (2, 16, 64)
+    assert shards["layers/0/attention/k/weight"] == (1, 16, 64)
+    assert shards["layers/1/mlp/down/weight"] == (64, 24)
+    assert shards["embedding/table"] == (32, 64)
+    assert shards["norm/scale"] == (64,)
+
+
+def test_unknown_strategy_lists_the_known():
+    with pytest.raises(ValueError, match=r"--sharding=tensr: unknown .* data_parallel, replicated, tensor_parallel"):
+        sharding_rules.get("tensr")
+
+
+def test_no_strategy_for_the_mesh_lists_the_legal():
+    with pytest.raises(ValueError, match=r"no sharding strategy splits over data and context .*data and tensor"):
+        sharding_rules.strategy_for((ax.CONTEXT, ax.DATA))
+
+
+def test_rule_set_refuses_omission():
+    with pytest.raises(ValueError, match=r"'partial' has no rule for \['layers', 'embed', .*'pages'\]"):
+        RuleSet("partial", {ax.HEADS: (ax.TENSOR,)})
+
+
+def test_rule_set_refuses_unknown_names():
+    with pytest.raises(ValueError, match=r"'typo' names unknown logical axes \['head'\]; known: .*'heads'"):
+        rule_set("typo", head="tensor")
+    with pytest.raises(ValueError, match=r"'typo' names unknown mesh axes \['tensr'\]; known: .*'tensor'"):
+        rule_set("typo", heads="tensr")
+
+
+def test_rule_sets_cannot_change_and_can_be_hashed():
+    rules = sharding_rules.get("tensor_parallel")
+    with pytest.raises(TypeError):
+        cast(dict, rules.rules)[ax.HEADS] = ()
+    assert len({rules, sharding_rules.get("tensor_parallel"), sharding_rules.get("replicated")}) == 2
+    assert jax.jit(lambda x, rules: x, static_argnums=1)(1, rules) == 1

@@ -1,0 +1,1 @@
+"""Programs around the engine: benchmarks, and the demonstration model's trainer."""
