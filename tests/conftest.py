@@ -4,6 +4,7 @@ Everything here is read when jax is imported, so it is set before any test modul
 JAXINFER_TEST_PLATFORM=cuda runs on GPUs instead, for the tests marked `gpu`.
 """
 
+import importlib.util
 import os
 import pathlib
 import sys
@@ -52,3 +53,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def update_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-golden"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips `parity` tests without PyTorch; where it must be there, its absence is a failure and not a skip."""
+    if item.get_closest_marker("parity") and importlib.util.find_spec("torch") is None:
+        if os.environ.get("JAXINFER_REQUIRE_PARITY") == "1":
+            pytest.fail("JAXINFER_REQUIRE_PARITY=1, but torch is not installed")
+        pytest.skip('needs PyTorch: pip install -e ".[parity]"')
