@@ -71,8 +71,9 @@ class PagedAttention:
                 out_specs=(heads, pages, pages),
                 check_vma=False,
             )
-        out, *layer_cache = attend(q, k, v, *self._cache[layer], self._block_tables, self._positions, self._valid)
-        self._cache[layer] = tuple(layer_cache)
+        k_pages, v_pages = self._cache[layer]
+        out, k_pages, v_pages = attend(q, k, v, k_pages, v_pages, self._block_tables, self._positions, self._valid)
+        self._cache[layer] = (k_pages, v_pages)
         return out
 
     def _spec_of(self, *axes: str | None) -> PartitionSpec:

@@ -7,7 +7,7 @@ block tables point at page 0, the scratch page.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,25 +15,27 @@ from jaxinfer.request import MAX_STOP_TOKEN_IDS, Request
 from jaxinfer.sampling import SamplingArrays
 from jaxinfer.scheduler import DecodePlan, PrefillPlan
 
+Array = Any  # NumPy as built here, traced inside a program, abstract while it is compiled
+
 
 class PrefillBatch(NamedTuple):
     """One chunk of a prompt per data shard: B rows, T tokens, M pages."""
 
-    tokens: np.ndarray  # int32 [B, T]
-    start: np.ndarray  # int32 [B]; position of the first token
-    length: np.ndarray  # int32 [B]; tokens that count; 0 for a padding row
-    block_tables: np.ndarray  # int32 [B, M]
+    tokens: Array  # int32 [B, T]
+    start: Array  # int32 [B]; position of the first token
+    length: Array  # int32 [B]; tokens that count; 0 for a padding row
+    block_tables: Array  # int32 [B, M]
     sampling: SamplingArrays
 
 
 class DecodeBatch(NamedTuple):
     """The last token of each running sequence: B rows, M pages."""
 
-    tokens: np.ndarray  # int32 [B]; not yet in the cache
-    positions: np.ndarray  # int32 [B]; where they go
-    num_remaining: np.ndarray  # int32 [B]; tokens that the row may still generate; 0 for a padding row
-    stop_token_ids: np.ndarray  # int32 [B, MAX_STOP_TOKEN_IDS]; -1 where unused, which no token is
-    block_tables: np.ndarray  # int32 [B, M]
+    tokens: Array  # int32 [B]; not yet in the cache
+    positions: Array  # int32 [B]; where they go
+    num_remaining: Array  # int32 [B]; tokens that the row may still generate; 0 for a padding row
+    stop_token_ids: Array  # int32 [B, MAX_STOP_TOKEN_IDS]; -1 where unused, which no token is
+    block_tables: Array  # int32 [B, M]
     sampling: SamplingArrays
 
 

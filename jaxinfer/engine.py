@@ -9,32 +9,19 @@ belongs to one thread.
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-import numpy as np
+from typing import Any, cast
 
 from jaxinfer import batch as batches
 from jaxinfer.checkpoint.hf_reader import load_weights
 from jaxinfer.engine_config import EngineConfig
-from jaxinfer.output_text import OutputText
+from jaxinfer.intake import Intake, Prompt
 from jaxinfer.progress import Progress
-from jaxinfer.request import (
-    MAX_STOP_TOKEN_IDS,
-    CompletionOutput,
-    Delta,
-    FinishReason,
-    Request,
-    RequestMetrics,
-    RequestOutput,
-    SamplingParams,
-)
+from jaxinfer.request import Delta, FinishReason, Request, RequestOutput, SamplingParams
 from jaxinfer.resolve import ResolvedEngine, resolve
 from jaxinfer.runner import Runner
 from jaxinfer.scheduler import DecodePlan, PrefillPlan, Scheduler
 from jaxinfer.stats import EngineStats
 from sharding_rules import axes as ax
-
-Prompt = str | Sequence[int]
 
 
 class Engine:
@@ -72,9 +59,13 @@ class Engine:
             slots_per_shard=self.resolved.slots_per_shard,
             chunk_tokens=self.resolved.buckets.prefill_tokens[-1],
         )
-        self._request_ids = itertools.count()
-        self._texts: dict[str, OutputText] = {}
-        self._prompts: dict[str, str | None] = {}
+        self._intake = Intake(
+            tokenizer=self.resolved.tokenizer,
+            generation=self.resolved.generation,
+            vocab_size=definition.config.vocab_size,
+            max_model_len=self.resolved.max_model_len,
+            seed=config.seed,
+        )
         self._undelivered: list[RequestOutput] = []
 
     def __enter__(self) -> "Engine":
@@ -111,11 +102,12 @@ class Engine:
         requests = []
         for i, (prompt, prompt_params) in enumerate(zip(prompts, each, strict=True)):
             try:
-                requests.append(self._make_request(prompt, prompt_params))
+                requests.append(self._intake.make_request(prompt, prompt_params))
+                self._scheduler.check_fits(requests[-1])
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from None
-        for request, prompt in zip(requests, prompts, strict=True):
-            self._enqueue(request, prompt)
+        for request in requests:
+            self._scheduler.add(request)
         outputs: dict[str, RequestOutput] = {}
         ours = {request.request_id for request in requests}
         while len(outputs) < len(ours):
@@ -153,16 +145,16 @@ class Engine:
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
         """Queues a prompt and returns the request's id. Raises ValueError for one that cannot run."""
-        request = self._make_request(prompt, params or self.default_sampling_params)
-        self._enqueue(request, prompt)
+        request = self._intake.make_request(prompt, params or self.default_sampling_params)
+        self._scheduler.add(request)
         return request.request_id
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees what it holds. Does nothing if it is unknown or finished."""
         rows = itertools.chain(self._scheduler.waiting, *self._scheduler.running)
         for request in [r for r in rows if r.request_id == request_id]:
-            self._finish(request, FinishReason.ABORT)
-            self._forget(request)
+            request.finish(FinishReason.ABORT)
+            self._scheduler.release(request)
 
     def step(self) -> list[RequestOutput]:
         """Runs one prefill or one dispatch of decode steps; the outputs of the requests that got on."""
@@ -173,16 +165,27 @@ class Engine:
     def has_unfinished_requests(self) -> bool:
         return self._scheduler.has_work
 
+    @property
+    def decode_bytes_per_device(self) -> int:
+        """Bytes that the decode steps so far had to read on one device: weights once a step, and the cache in use."""
+        memory = self.resolved.memory
+        embedding_bytes = 0  # an embedding that is not also the head is read a row at a time
+        if not self.resolved.definition.config.tie_embeddings:
+            embedding = next(p for p in self.resolved.definition.params if p.path == "embedding/table")
+            embedding_bytes = embedding.num_bytes // self.resolved.definition.partitioner.num_shards(ax.VOCAB)
+        token_bytes = memory.page_bytes // memory.page_size
+        cache_bytes = self.stats.decode_context_tokens * token_bytes // memory.num_shards
+        return self.stats.decode_steps * (memory.weights_bytes - embedding_bytes) + cache_bytes
+
     def _step(self) -> list[RequestOutput]:
         plan = self._scheduler.schedule()
         if plan is None:
             return []
         touched = self._prefill(plan) if isinstance(plan, PrefillPlan) else self._decode(plan)
-        outputs = [self._output(request) for request in touched]
         for request in touched:
             if request.finish_reason is not None:
-                self._forget(request)
-        return outputs
+                self._scheduler.release(request)
+        return [request.output() for request in touched]
 
     def _prefill(self, plan: PrefillPlan) -> list[Request]:
         start = time.perf_counter()
@@ -193,9 +196,9 @@ class Engine:
                 continue
             chunk.request.num_cached = chunk.stop
             if not result.finite[row]:
-                self._finish(chunk.request, FinishReason.ERROR)
+                chunk.request.finish(FinishReason.ERROR)
             elif chunk.is_last:
-                self._commit(chunk.request, [int(result.tokens[row])])
+                chunk.request.append([int(result.tokens[row])])
             else:
                 continue
             touched.append(chunk.request)
@@ -211,116 +214,19 @@ class Engine:
         touched, num_tokens = [], 0
         for shard, requests in enumerate(plan.rows):
             for row, request in enumerate(requests, start=shard * rows_per_shard):
-                tokens: np.ndarray = result.tokens[row, : result.counts[row]]
+                tokens: list[int] = result.tokens[row, : result.counts[row]].tolist()
                 num_tokens += len(tokens)
                 request.num_cached += len(tokens)
-                self._commit(request, tokens.tolist())
+                request.append(tokens)
                 if not result.finite[row]:
-                    self._finish(request, FinishReason.ERROR)
+                    request.finish(FinishReason.ERROR)
                 touched.append(request)
         self.stats.add_decode(num_tokens, self._runner.num_steps, batch.positions, time.perf_counter() - start)
         return touched
 
-    def _commit(self, request: Request, tokens: list[int]) -> None:
-        """Appends generated tokens and ends the request where they say so."""
-        if not tokens:
-            return
-        now = time.perf_counter()
-        request.first_token_time = request.first_token_time or now
-        request.output_token_ids += tokens
-        ended = tokens[-1] in request.stop_token_ids
-        # A stop token ends the text before itself; any other token belongs to it.
-        if self._texts[request.request_id].add(tokens[:-1] if ended else tokens) or ended:
-            self._finish(request, FinishReason.STOP)
-        elif request.num_remaining == 0:
-            self._finish(request, FinishReason.LENGTH)
-
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        if request.finish_reason is None:
-            request.finish_time = time.perf_counter()
-            self._texts[request.request_id].finish()
-            self._scheduler.finish(request, reason)
-
-    def _forget(self, request: Request) -> None:
-        self._texts.pop(request.request_id, None)
-        self._prompts.pop(request.request_id, None)
-
-    def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        token_ids = self._encode(prompt)
-        limit = self.resolved.max_model_len
-        if len(token_ids) >= limit:
-            raise ValueError(
-                f"prompt of {len(token_ids)} tokens leaves no room to generate within --max_model_len={limit}; "
-                f"shorten it to {limit - 1} tokens or raise --max_model_len"
-            )
-        end = () if params.ignore_eos else self.resolved.generation.eos_token_ids
-        stop_token_ids = tuple(dict.fromkeys((*end, *params.stop_token_ids)))
-        self._check_token_ids("stop_token_ids", stop_token_ids)
-        if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise ValueError(f"{len(stop_token_ids)} stop token ids, the model's included; at most {MAX_STOP_TOKEN_IDS}")
-        if params.stop and self.resolved.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer and the model has none; use stop_token_ids")
-        number = next(self._request_ids)
-        seed = params.seed if params.seed is not None else (self.resolved.config.seed * 1_000_003 + number) % 2**32
-        request = Request(
-            request_id=str(number),
-            prompt_token_ids=token_ids,
-            params=params,
-            stop_token_ids=stop_token_ids,
-            max_tokens=min(params.max_tokens, limit - len(token_ids)),
-            seed=seed,
-        )
-        return request
-
-    def _enqueue(self, request: Request, prompt: Prompt) -> None:
-        self._scheduler.add(request)
-        tokenizer = self.resolved.tokenizer
-        stream = tokenizer and tokenizer.stream(request.params.skip_special_tokens)
-        self._texts[request.request_id] = OutputText(stream, request.params.stop)
-        self._prompts[request.request_id] = prompt if isinstance(prompt, str) else None
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.resolved.tokenizer is None:
-                raise ValueError(f"{self.resolved.model_dir}: no tokenizer there, so prompts must be token ids")
-            token_ids = self.resolved.tokenizer.encode(prompt) if prompt else []
-        else:
-            token_ids = list(prompt)
-            self._check_token_ids("prompt token ids", token_ids)
-        if not token_ids:
-            raise ValueError("the prompt is empty; give at least one character or token id")
-        return token_ids
-
-    def _check_token_ids(self, what: str, token_ids: Sequence[int]) -> None:
-        """JAX would silently read another token's row, so the host checks every id."""
-        vocab_size = self.resolved.definition.config.vocab_size
-        for token_id in token_ids:
-            if type(token_id) is not int or not 0 <= token_id < vocab_size:
-                raise ValueError(f"{what}: {token_id!r} is not a token of the model; ids are integers in [0, {vocab_size})")
-
-    def _output(self, request: Request) -> RequestOutput:
-        reason = request.finish_reason
-        completion = CompletionOutput(
-            index=0,
-            text=self._texts[request.request_id].text,
-            token_ids=list(request.output_token_ids),
-            finish_reason=None if reason is None else reason.value,
-        )
-        first, end = request.first_token_time, request.finish_time
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=self._prompts[request.request_id],
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[completion],
-            metrics=RequestMetrics(
-                ttft_s=None if first is None else first - request.arrival_time,
-                e2e_s=None if end is None else end - request.arrival_time,
-            ),
-        )
-
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several: a text and a list of ints are one."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts)):
-        return [prompts]  # pyright: ignore[reportReturnType]
-    return list(prompts)  # pyright: ignore[reportArgumentType]
+    """One prompt or several: a text, or a sequence of numbers, is one."""
+    if isinstance(prompts, str) or (prompts and not any(isinstance(p, str | Sequence) for p in prompts)):
+        return [cast(Prompt, prompts)]
+    return [*cast(Sequence[Prompt], prompts)]

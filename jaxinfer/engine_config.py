@@ -46,7 +46,14 @@ class EngineConfig(StrictFields):
     show_progress: bool = False
 
     def __post_init__(self):
-        for name in ("max_num_seqs", "max_num_batched_tokens", "decode_steps", "max_model_len", "page_size", "kv_cache_bytes"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "decode_steps",
+            "max_model_len",
+            "page_size",
+            "kv_cache_bytes",
+        ):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"--{name}={value}: must be an integer of at least 1")

@@ -4,11 +4,14 @@ import dataclasses
 
 GIB = 2**30
 MIB = 2**20
+KIB = 2**10
 
 
 def format_bytes(num_bytes: float) -> str:
-    """ "1.50 GiB" or "3.2 MiB"."""
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"
+    """As "1.50 GiB", "3.2 MiB" or "12.0 KiB"."""
+    if num_bytes >= GIB:
+        return f"{num_bytes / GIB:.2f} GiB"
+    return f"{num_bytes / MIB:.1f} MiB" if num_bytes >= MIB else f"{num_bytes / KIB:.1f} KiB"
 
 
 def page_bytes(*, num_layers: int, num_kv_heads: int, page_size: int, head_dim: int, itemsize: int) -> int:
@@ -57,8 +60,8 @@ class MemoryPlan:
         return (
             f"memory per device: {format_bytes(self.weights_bytes)} weights + {format_bytes(self.cache_bytes)} cache "
             f"of {free} free\n"
-            f"cache: {self.num_cache_tokens} tokens in {self.num_shards * (self.num_pages - 1)} pages of {self.page_size}, "
-            f"{format_bytes(self.page_bytes / self.page_size)} per token; "
+            f"cache: {self.num_cache_tokens} tokens in {self.num_shards * (self.num_pages - 1)} pages of "
+            f"{self.page_size}, {format_bytes(self.page_bytes / self.page_size)} per token; "
             f"{self.max_concurrency} sequences of {self.max_model_len} tokens at once"
         )
 
@@ -86,8 +89,8 @@ def plan_memory(
     budget = None if free_bytes is None else int(free_bytes * memory_fraction)
     if budget is not None and weights_bytes > budget:
         raise ValueError(
-            f"weights of {format_bytes(weights_bytes)} per device do not fit: {format_bytes(free_bytes or 0)} are free and "
-            f"--memory_fraction={memory_fraction} allows {format_bytes(budget)}; split them with --mesh=tensor:N"
+            f"weights of {format_bytes(weights_bytes)} per device do not fit: {format_bytes(free_bytes or 0)} are free "
+            f"and --memory_fraction={memory_fraction} allows {format_bytes(budget)}; split them with --mesh=tensor:N"
         )
     per_sequence = pages_per_sequence(max_model_len, page_size)
     num_pages = 1 + sequences_per_shard * per_sequence  # 1: the scratch page

@@ -30,7 +30,12 @@ class Progress:
             nonlocal last
             last = (done, total)
             if self._enabled and sys.stderr.isatty():
-                print(f"\r{title}: {_amount(done, unit)} of {_amount(total, unit)}\033[K", end="", file=sys.stderr, flush=True)
+                print(
+                    f"\r{title}: {_amount(done, unit)} of {_amount(total, unit)}\033[K",
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
         yield advance
         seconds = time.perf_counter() - start

@@ -4,7 +4,9 @@ import dataclasses
 import enum
 import math
 import time
+from collections.abc import Sequence
 
+from jaxinfer.output_text import OutputText
 from jaxinfer.unknown_names import StrictFields
 
 MAX_STOP_TOKEN_IDS = 16  # per request, the model's end tokens included: the width of the device's stop table
@@ -31,15 +33,13 @@ class SamplingParams(StrictFields):
     top_p: float = 1.0
     seed: int | None = None
     max_tokens: int = 16
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
 
     def __post_init__(self):
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         self._check_number("temperature", 0, 1e4)
         self._check_number("top_p", 0, 1)
@@ -76,11 +76,13 @@ class Request:
 
     Attributes:
       request_id: unique in the engine.
+      prompt: as given, if it was text.
       prompt_token_ids: never empty.
       params: as given.
       stop_token_ids: the model's end tokens and the request's own.
       max_tokens: `params.max_tokens`, cut to what max_model_len leaves.
       seed: of its draws.
+      text: of the output so far.
       output_token_ids: grows as tokens arrive; the end token, if there was one, is the last.
       num_cached: tokens whose keys and values are in the cache.
       page_ids: its pages, in order of position; local to `shard`.
@@ -88,11 +90,13 @@ class Request:
     """
 
     request_id: str
+    prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
     stop_token_ids: tuple[int, ...]
     max_tokens: int
     seed: int
+    text: OutputText
     output_token_ids: list[int] = dataclasses.field(default_factory=list)
     num_cached: int = 0
     page_ids: list[int] = dataclasses.field(default_factory=list)
@@ -120,6 +124,46 @@ class Request:
     def num_remaining(self) -> int:
         """Tokens that may still be generated."""
         return self.max_tokens - len(self.output_token_ids)
+
+    def append(self, token_ids: list[int]) -> None:
+        """Takes generated tokens in; sets the finish reason where they end the request."""
+        if not token_ids:
+            return
+        self.first_token_time = self.first_token_time or time.perf_counter()
+        self.output_token_ids += token_ids
+        ended = token_ids[-1] in self.stop_token_ids
+        # A stop token ends the text before itself; any other token belongs to it.
+        if self.text.add(token_ids[:-1] if ended else token_ids) or ended:
+            self.finish(FinishReason.STOP)
+        elif self.num_remaining == 0:
+            self.finish(FinishReason.LENGTH)
+
+    def finish(self, reason: FinishReason) -> None:
+        """Ends the request; the first reason stays."""
+        if self.finish_reason is None:
+            self.finish_reason = reason
+            self.finish_time = time.perf_counter()
+            self.text.finish()
+
+    def output(self) -> "RequestOutput":
+        """What there is so far."""
+        completion = CompletionOutput(
+            index=0,
+            text=self.text.text,
+            token_ids=list(self.output_token_ids),
+            finish_reason=None if self.finish_reason is None else self.finish_reason.value,
+        )
+        first, end = self.first_token_time, self.finish_time
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[completion],
+            metrics=RequestMetrics(
+                ttft_s=None if first is None else first - self.arrival_time,
+                e2e_s=None if end is None else end - self.arrival_time,
+            ),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

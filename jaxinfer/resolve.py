@@ -76,9 +76,7 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
         generation=read_generation_config(model_dir),
         max_model_len=max_model_len,
         slots_per_shard=slots_per_shard,
-        cache_spec=cache_spec(
-            model, partitioner, pages_per_shard=memory.num_pages, page_size=page_size, dtype=dtype
-        ),
+        cache_spec=cache_spec(model, partitioner, pages_per_shard=memory.num_pages, page_size=page_size, dtype=dtype),
         memory=memory,
         buckets=Buckets.create(
             max_rows=slots_per_shard,

@@ -123,7 +123,14 @@ class Runner:
     """Runs prefill and decode steps over weights and cache that it holds."""
 
     def __init__(
-        self, definition: ModelDefinition, weights: Arrays, spec: CacheSpec, buckets: Buckets, *, num_steps: int, backend: str
+        self,
+        definition: ModelDefinition,
+        weights: Arrays,
+        spec: CacheSpec,
+        buckets: Buckets,
+        *,
+        num_steps: int,
+        backend: str,
     ):
         self.definition = definition
         self.buckets = buckets
@@ -172,9 +179,14 @@ class Runner:
         cache = jax.ShapeDtypeStruct(self._spec.shape, self._spec.dtype, sharding=cache_sharding)
         weights = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for p in self.definition.params)
         replicated = self._partitioner.replicated  # so that every host can read the output
-        shardings = (((cache_sharding,) * 2,) * self._spec.num_layers, output_type(*([replicated] * len(output_type._fields))))
+        shardings = (
+            ((cache_sharding,) * 2,) * self._spec.num_layers,
+            output_type(*([replicated] * len(output_type._fields))),
+        )
         jitted = jax.jit(function, donate_argnums=1, out_shardings=shardings)
-        return jitted.lower(weights, ((cache, cache),) * self._spec.num_layers, self._abstract_batch(kind, size, num_pages))
+        return jitted.lower(
+            weights, ((cache, cache),) * self._spec.num_layers, self._abstract_batch(kind, size, num_pages)
+        )
 
     def _run(self, key: tuple[str, int, int], batch: PrefillBatch | DecodeBatch) -> list[np.ndarray]:
         if key not in self._programs:

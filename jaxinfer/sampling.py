@@ -4,7 +4,7 @@ A row's draw depends on its logits, its seed and the position of the token, and 
 batch, its shape, or how many steps a dispatch runs.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ from jax import lax
 
 
 class SamplingArrays(NamedTuple):
-    """Sampling parameters of each row."""
+    """Sampling parameters of each row: NumPy on the host, traced inside a program."""
 
-    temperature: jax.Array  # float32 [B]; 0 is greedy
-    top_k: jax.Array  # int32 [B]; 0 keeps all
-    top_p: jax.Array  # float32 [B] in (0, 1]; 1 keeps all
-    seed: jax.Array  # uint32 [B]
+    temperature: Any  # float32 [B]; 0 is greedy
+    top_k: Any  # int32 [B]; 0 keeps all
+    top_p: Any  # float32 [B] in (0, 1]; 1 keeps all
+    seed: Any  # uint32 [B]
 
 
 def sample(logits: jax.Array, params: SamplingArrays, positions: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import dataclasses
 from collections import deque
 
 from jaxinfer.page_allocator import PageAllocator
-from jaxinfer.request import FinishReason, Request
+from jaxinfer.request import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,9 @@ def cdiv(a: int, b: int) -> int:
 class Scheduler:
     """Waiting and running requests, and who holds which pages."""
 
-    def __init__(self, *, num_shards: int, pages_per_shard: int, page_size: int, slots_per_shard: int, chunk_tokens: int):
+    def __init__(
+        self, *, num_shards: int, pages_per_shard: int, page_size: int, slots_per_shard: int, chunk_tokens: int
+    ):
         self.page_size = page_size
         self.slots_per_shard = slots_per_shard
         self.chunk_tokens = chunk_tokens
@@ -70,14 +72,18 @@ class Scheduler:
     def num_pages_for(self, request: Request) -> int:
         return cdiv(request.max_num_tokens, self.page_size)
 
-    def add(self, request: Request) -> None:
-        """Queues a request. Raises ValueError for one that no empty shard could hold."""
+    def check_fits(self, request: Request) -> None:
+        """Raises ValueError for a request that not even an empty shard could hold."""
         needed, usable = self.num_pages_for(request), self.allocators[0].num_usable_pages
         if needed > usable:
             raise ValueError(
                 f"prompt of {len(request.prompt_token_ids)} tokens plus max_tokens {request.max_tokens} needs {needed} "
                 f"cache pages and the pool has {usable}; raise --kv_cache_bytes or lower max_tokens"
             )
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises ValueError for one that can never fit."""
+        self.check_fits(request)
         self.waiting.append(request)
 
     def schedule(self) -> StepPlan | None:
@@ -88,11 +94,8 @@ class Scheduler:
             return PrefillPlan(chunks)
         return DecodePlan([list(rows) for rows in self.running]) if self.num_running else None
 
-    def finish(self, request: Request, reason: FinishReason) -> None:
-        """Ends a request wherever it is, once, and frees its slot and pages."""
-        if request.finish_reason is not None:
-            return
-        request.finish_reason = reason
+    def release(self, request: Request) -> None:
+        """Frees the slot and pages of a finished request, or takes it out of the queue. Once per request."""
         if request in self.waiting:
             self.waiting.remove(request)
             return

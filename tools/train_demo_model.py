@@ -24,7 +24,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tokenizers
-from absl import app, flags, logging
+from absl import app, flags
+from optax.contrib import MuonDimensionNumbers, muon
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxinfer.attention import causal_attention
@@ -34,12 +35,13 @@ from jaxinfer.models import llama
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from sharding_rules import axes as ax
+from tools import demo_model_card
 
 _TEXT = flags.DEFINE_string("text", None, "Training text: a paragraph per line, titles in capitals.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write.", required=True)
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Where training state is kept.", required=True)
 _STEPS = flags.DEFINE_integer("steps", 2000, "Optimizer steps in all.", lower_bound=1)
-_LONG_STEPS = flags.DEFINE_integer("long_steps", 500, "How many of the last steps see whole contexts and a falling rate.")
+_LONG_STEPS = flags.DEFINE_integer("long_steps", 500, "Last steps: whole contexts, falling rate.")
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "Tokens per step.", lower_bound=512)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate.")
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 100, "Steps between saves of the training state.")
@@ -132,22 +134,22 @@ def make_optimizer(definition: ModelDefinition) -> optax.GradientTransformation:
         [warmup, total - long],
     )
 
-    def matrix_axes(axes: ax.LogicalAxes) -> optax.contrib.MuonDimensionNumbers | None:
+    def matrix_axes(axes: ax.LogicalAxes) -> MuonDimensionNumbers | None:
         if len(axes) < 2 or ax.VOCAB in axes:
             return None
         embed, others = axes.index(ax.EMBED), tuple(i for i, axis in enumerate(axes) if axis != ax.EMBED)
         reduction, output = (others, embed) if embed == 0 else (embed, others)
-        return optax.contrib.MuonDimensionNumbers(reduction, output)
+        return MuonDimensionNumbers(reduction, output)
 
-    muon = optax.contrib.muon(
+    optimizer = muon(
         schedule,
         weight_decay=WEIGHT_DECAY,
         adam_b2=0.98,
         adam_weight_decay=0.01,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=tuple(matrix_axes(spec.axes) for spec in definition.params),
+        muon_weight_dimension_numbers=tuple(matrix_axes(spec.axes) for spec in definition.params),  # pyright: ignore
     )
-    return optax.chain(optax.clip_by_global_norm(1.0), muon)
+    return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
 
 
 @dataclasses.dataclass
@@ -211,6 +213,16 @@ class Trainer:
         self.params, self.opt_state, self.step = state["params"], state["opt_state"], max(steps)
 
 
+def export(trainer: Trainer, tokenizer: tokenizers.Tokenizer, output: pathlib.Path) -> None:
+    """The model as a Hugging Face directory, weights in bfloat16."""
+    arrays = tuple(array.astype(jnp.bfloat16) for array in trainer.params)
+    write_model(output, HF_CONFIG, trainer.definition, arrays)
+    tokenizer.save(str(output / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END}
+    for name, values in (("tokenizer_config.json", settings), ("generation_config.json", GENERATION_CONFIG)):
+        (output / name).write_text(json.dumps(values, indent=2) + "\n")
+
+
 def train_to_end(trainer: Trainer, work_dir: pathlib.Path) -> None:
     """Trains up to `--steps`, printing the loss and saving the state on the way."""
     start, start_step = time.perf_counter(), trainer.step
@@ -237,8 +249,21 @@ def main(argv: list[str]) -> None:
     trainer = Trainer(ModelDefinition.create(config, Partitioner.create(), jnp.float32), train_ids, held_out_ids)
     trainer.restore(work_dir)
     num_params = sum(math.prod(spec.shape) for spec in trainer.definition.params)
-    print(f"{num_params} parameters; {len(train_ids)} training tokens, {len(held_out_ids)} held out; step {trainer.step}")
+    print(
+        f"{num_params} parameters; {len(train_ids)} training tokens, {len(held_out_ids)} held out; step {trainer.step}"
+    )
     train_to_end(trainer, work_dir)
+    export(trainer, tokenizer, output)
+    facts = {
+        "num_params": num_params,
+        "steps": trainer.step,
+        "epochs": trainer.step * _BATCH_TOKENS.value / len(train_ids),
+        "train_tokens": len(train_ids),
+        "held_out_tokens": len(held_out_ids),
+        "perplexity": math.exp(trainer.held_out_loss()),
+    }
+    (output / "README.md").write_text(demo_model_card.render(facts, demo_model_card.samples(output)))
+    print(json.dumps(facts))
 
 
 if __name__ == "__main__":

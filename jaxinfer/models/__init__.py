@@ -13,6 +13,23 @@ A family module has
 import importlib
 import pkgutil
 from types import ModuleType
+from typing import Protocol
+
+import jax
+
+from jaxinfer.layers.attention_block import Attend
+
+
+class Decoder(Protocol):
+    """What the engine asks of a family's `Model`."""
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
+        """tokens, positions int32 [B, T] -> normalised activations [B, T, D]."""
+        ...
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., V]."""
+        ...
 
 
 def families() -> list[str]:

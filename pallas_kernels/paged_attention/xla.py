@@ -42,14 +42,14 @@ def paged_attention(
     keys, values = (_gather(pages, block_tables) for pages in (k_pages, v_pages))
     cached = jnp.arange(keys.shape[2], dtype=jnp.int32)
     visible = cached <= positions[..., None]  # [B, T, S]
-    readable = cached <= jnp.max(positions, axis=1)[:, None]  # [B, S]; the rest may be stale, so 0 * NaN must not happen
+    readable = (
+        cached <= jnp.max(positions, axis=1)[:, None]
+    )  # [B, S]; the rest may be stale, so 0 * NaN must not happen
     values = jnp.where(readable[:, None, :, None], values, jnp.zeros((), values.dtype))
 
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     grouped = (q * jnp.asarray(spec.scale, q.dtype)).reshape(b, t, num_kv_heads, group, head_dim)
-    scores = jnp.einsum(
-        "btkgh,bksh->bkgts", grouped, keys, precision=precision, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, precision=precision, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None, None], scores, jnp.float32(-jnp.inf))
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     out = jnp.einsum("bkgts,bksh->btkgh", weights, values, precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,167 @@
+"""Finds the tensors of a Hugging Face model directory: safetensors only, headers first, data slice by slice.
+
+A model directory is something downloaded, so the names in its index are not believed: each must be a plain
+file name, and a link must not lead out of the directory.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from jaxinfer.checkpoint.layout import Slices
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth")
+
+ReadSlices = Callable[[Slices], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, as the file's header describes it.
+
+    Attributes:
+      shape: as stored.
+      dtype: in safetensors' spelling, such as "BF16".
+      path: the file that holds it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    path: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorIndex:
+    """Every tensor of a model directory, by name. Holds no file open."""
+
+    model_dir: pathlib.Path
+    tensors: Mapping[str, StoredTensor]
+
+    @classmethod
+    def open(cls, model_dir: pathlib.Path) -> "TensorIndex":
+        """Reads headers only. Raises ValueError for a directory that is not whole or not to be trusted.
+
+        model.safetensors comes before the index, as in transformers.
+        """
+        single, index = model_dir / SINGLE_FILE, model_dir / INDEX_FILE
+        if single.is_symlink() or single.exists():
+            return cls(model_dir, _read_header(_resolve(model_dir, SINGLE_FILE, str(model_dir))))
+        if not index.exists():
+            raise ValueError(_nothing_to_read(model_dir))
+        weight_map = _read_weight_map(index)
+        tensors: dict[str, StoredTensor] = {}
+        for file_name in dict.fromkeys(weight_map.values()):
+            found = _read_header(_resolve(model_dir, file_name, str(index)))
+            if twice := found.keys() & tensors.keys():
+                other = tensors[min(twice)].path.name
+                raise ValueError(f"{model_dir}: {listed(twice)} are in both {other} and {file_name}")
+            tensors |= found
+        _check_weight_map(index, weight_map, tensors)
+        return cls(model_dir, tensors)
+
+    @contextlib.contextmanager
+    def reader(self, name: str) -> Iterator[ReadSlices]:
+        """A function that reads slices of the tensor `name`, in the stored dtype.
+
+        The file is mapped into memory, and pages that were touched count as resident until it is unmapped. So it
+        is mapped anew for each tensor, which costs a parse of the header and bounds those pages to one tensor.
+        """
+        with _opened(self.tensors[name].path) as file:
+            tensor = file.get_slice(name)
+            yield lambda slices: tensor[slices]
+            del tensor  # it keeps the file mapped
+
+
+def listed(names: Iterable[str]) -> str:
+    """The number of names and the first five: "7 (a, b, c, d, e, ...)"."""
+    names = sorted(names)
+    return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
+    """safetensors' file handle; its errors, and the system's, become ValueErrors that name the file."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: corrupt, truncated or unreadable: {error}") from None
+
+
+def _read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
+    tensors = {}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            tensor = file.get_slice(name)
+            tensors[name] = StoredTensor(tuple(tensor.get_shape()), tensor.get_dtype(), path)
+    return tensors
+
+
+def _resolve(model_dir: pathlib.Path, file_name: str, source: str) -> pathlib.Path:
+    """Where the weights file really is. Raises ValueError unless it is a regular file that belongs to the directory.
+
+    The one place outside that counts as inside is the store that Hugging Face's download cache links to:
+    models--org--name/snapshots/<commit>/model.safetensors -> models--org--name/blobs/<sha256>.
+    """
+    root = model_dir.resolve()
+    path = root / file_name
+    target = path.resolve()
+    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(target.is_relative_to(home) for home in homes):
+        raise ValueError(f"{path} is a link that leads out of the directory, to {target}; put the file itself there")
+    if not target.exists():
+        raise ValueError(f"{source}: {file_name} is missing from {model_dir}; is the download complete?")
+    if not target.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    return path
+
+
+def _read_weight_map(index: pathlib.Path) -> dict[str, str]:
+    """File by tensor name, each checked to be the plain name of a safetensors file."""
+    try:
+        values = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{index}: not a readable JSON index: {error}") from None
+    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map is {weight_map!r}; expected an object of file names by tensor name")
+    for name, file_name in weight_map.items():
+        plain = isinstance(file_name, str) and not set(file_name) & set("/\\\0") and file_name.endswith(".safetensors")
+        if not plain:
+            raise ValueError(f"{index}: {name} is in {file_name!r}; expected the plain name of a .safetensors file")
+    return weight_map
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"given twice: {listed({key for key in keys if keys.count(key) > 1})}")
+    return values
+
+
+def _check_weight_map(index: pathlib.Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
+    if absent := weight_map.keys() - tensors.keys():
+        raise ValueError(f"{index}: listed there but in no file: {listed(absent)}")
+    if unlisted := tensors.keys() - weight_map.keys():
+        raise ValueError(f"{index}: in the files but not listed there: {listed(unlisted)}")
+    if moved := [name for name, file_name in weight_map.items() if tensors[name].path.name != file_name]:
+        raise ValueError(f"{index}: in another file than the one listed: {listed(moved)}")
+
+
+def _nothing_to_read(model_dir: pathlib.Path) -> str:
+    names = sorted(path.name for path in model_dir.iterdir()) if model_dir.is_dir() else []
+    message = f"{model_dir}: neither {SINGLE_FILE} nor {INDEX_FILE} is there"
+    if others := [name for name in names if name.endswith(_OTHER_FORMATS)]:
+        return f"{message}; only safetensors is read, not {listed(others)}"
+    if parts := [name for name in names if name.endswith(".safetensors")]:
+        return f"{message}; without the index the files {listed(parts)} cannot be told to be complete"
+    return message

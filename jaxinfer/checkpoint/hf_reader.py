@@ -1,0 +1,152 @@
+"""Loads a Hugging Face directory straight into its shardings, and proves that every weight was used exactly once.
+
+Each device's slice is read once, even when several devices hold it, cast on the host, and sent. The whole
+model never sits in host memory: beside the arrays there is at most the file's pages of the tensor being read,
+and one copy of the slice in flight.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.checkpoint.hf_index import ReadSlices, StoredTensor, TensorIndex, listed
+from jaxinfer.checkpoint.layout import Slices, stored_shape, stored_slices
+from jaxinfer.parameters import ModelDefinition, ParamSpec
+from sharding_rules import axes as ax
+
+_READABLE = ("BF16", "F16", "F32", "F64")
+_COMPARED_BYTES = 1 << 24  # of each tensor at a time
+
+# Old Llama checkpoints store this constant, which follows from config.json.
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+
+
+def load_weights(
+    model_dir: pathlib.Path, definition: ModelDefinition, progress: Callable[[int, int], None] | None = None
+) -> tuple[jax.Array, ...]:
+    """The arrays of `definition.params`, in their order, dtypes and shardings.
+
+    `progress(bytes_done, bytes_total)` is called after each tensor; bytes are those of `definition.weight_bytes`.
+    Raises ValueError, before anything is sent to a device, for a directory that is broken or of another model.
+    """
+    index = TensorIndex.open(model_dir)
+    names = definition.family.weight_names(definition.config)
+    _check_matches(index, definition, names)
+    done, total = 0, definition.weight_bytes
+    arrays = []
+    for spec in definition.params:
+        with index.reader(names[spec.path]) as read:
+            arrays.append(_load(spec, definition.config.num_kv_heads, names[spec.path], read))
+        done += spec.num_bytes
+        if progress is not None:
+            progress(done, total)
+    return tuple(arrays)
+
+
+def _load(spec: ParamSpec, num_kv_heads: int, name: str, read: ReadSlices) -> jax.Array:
+    """One parameter from its stored tensor. Returns when the devices have it, so that host copies do not pile up."""
+    devices_of = _devices_by_slices(spec, num_kv_heads)
+    shards: dict[jax.Device, jax.Array] = {}
+    for key, devices in devices_of.items():
+        data = _cast(read(tuple(slice(start, stop) for start, stop in key)), spec.dtype, name)
+        for device, index in devices:
+            _, takes = stored_slices(index, spec.shape, spec.axes, num_kv_heads)
+            shards[device] = jax.device_put(_piece(data, spec, takes), device)
+        jax.block_until_ready(list(shards.values()))
+    in_order = [shards[device] for device in spec.sharding.addressable_devices_indices_map(spec.shape)]
+    return jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, in_order)
+
+
+def _devices_by_slices(
+    spec: ParamSpec, num_kv_heads: int
+) -> dict[tuple[tuple[int, int], ...], list[tuple[jax.Device, Slices]]]:
+    """The distinct slices of the stored tensor as (start, stop) pairs, each with its devices and their shards."""
+    groups: dict[tuple[tuple[int, int], ...], list[tuple[jax.Device, Slices]]] = {}
+    for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
+        assert index is not None
+        slices, _ = stored_slices(index, spec.shape, spec.axes, num_kv_heads)
+        groups.setdefault(tuple((s.start, s.stop) for s in slices), []).append((device, index))
+    return groups
+
+
+def _piece(data: np.ndarray, spec: ParamSpec, takes: tuple[list[int], ...]) -> np.ndarray:
+    """A device's shard out of what was read: heads apart again, KV heads repeated where several devices share one."""
+    shape = [
+        size if axis == ax.HEAD_DIM else take[-1] + 1
+        for size, axis, take in zip(spec.shape, spec.axes, takes, strict=True)
+    ]
+    data = data.reshape(shape)
+    for axis, take in enumerate(takes):
+        if take != list(range(shape[axis])):
+            data = data.take(take, axis)
+    return data
+
+
+def _cast(data: np.ndarray, dtype: jnp.dtype, name: str) -> np.ndarray:
+    if data.dtype == dtype:
+        return data
+    with np.errstate(over="ignore"):
+        cast = data.astype(dtype)
+    # bfloat16 reaches as far as float32; float16 ends at 65504, and NumPy does not warn for every pair of dtypes.
+    if dtype == jnp.float16 and np.isinf(cast).any() and not np.isinf(data).any():
+        raise ValueError(f"{name}: holds values beyond float16's 65504; use --dtype=bfloat16 or --dtype=float32")
+    return cast
+
+
+def _check_matches(index: TensorIndex, definition: ModelDefinition, names: dict[str, str]) -> None:
+    """Raises ValueError unless the directory has exactly the model's tensors, with the shapes of config.json."""
+    assert names.keys() == {spec.path for spec in definition.params} and len(set(names.values())) == len(names)
+    left_over = {name for name in index.tensors.keys() - set(names.values()) if not name.endswith(_IGNORED_SUFFIX)}
+    tied_copies = {head: table for head, table in _tied_copies(definition, names).items() if head in left_over}
+    left_over -= tied_copies.keys()
+    missing = set(names.values()) - index.tensors.keys()
+    if missing or left_over:
+        raise ValueError(
+            f"{index.model_dir}: the weights are not those of config.json's {definition.config.family} model: "
+            f"missing {listed(missing)}; left over {listed(left_over)}"
+        )
+    expected = {
+        names[spec.path]: stored_shape(spec.shape, spec.axes, definition.config.num_kv_heads)
+        for spec in definition.params
+    }
+    expected |= {head: expected[table] for head, table in tied_copies.items()}
+    if wrong := [_mismatch(name, index.tensors[name], shape) for name, shape in expected.items()]:
+        wrong = [text for text in wrong if text]
+        if wrong:
+            raise ValueError(f"{index.model_dir}: tensors that do not fit config.json: {listed(wrong)}")
+    for head, table in tied_copies.items():
+        _check_equal(index, head, table)
+
+
+def _mismatch(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> str:
+    if tensor.dtype not in _READABLE:
+        return f"{name} in {tensor.path.name} is {tensor.dtype}, readable are {' '.join(_READABLE)}"
+    if tensor.shape != shape:
+        return f"{name} in {tensor.path.name} has shape {tensor.shape}, expected {shape}"
+    return ""
+
+
+def _tied_copies(definition: ModelDefinition, names: dict[str, str]) -> dict[str, str]:
+    """The head's tensor that some exporters write beside a tied embedding, and the embedding's: both or neither."""
+    if not definition.config.tie_embeddings:
+        return {}
+    untied = definition.family.weight_names(dataclasses.replace(definition.config, tie_embeddings=False))
+    return {name: names["embedding/table"] for path, name in untied.items() if path not in names}
+
+
+def _check_equal(index: TensorIndex, head: str, table: str) -> None:
+    """A head that was trained apart and then ignored would make wrong text, so a tied copy must be one."""
+    num_rows, row_size = index.tensors[table].shape
+    step = max(1, _COMPARED_BYTES // (row_size * 4))
+    with index.reader(head) as read_head, index.reader(table) as read_table:
+        for start in range(0, num_rows, step):
+            rows = (slice(start, min(start + step, num_rows)), slice(0, row_size))
+            if not np.array_equal(read_head(rows), read_table(rows), equal_nan=True):
+                raise ValueError(
+                    f"{index.model_dir}: config.json ties {head} to {table}, but the two differ in rows "
+                    f"{start}:{rows[0].stop}; if both are meant, set tie_word_embeddings to false"
+                )

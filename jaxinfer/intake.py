@@ -1,0 +1,86 @@
+"""Turns what a user asks into a request that can run, or says why it cannot. Host only."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+from jaxinfer.generation_config import GenerationDefaults
+from jaxinfer.output_text import OutputText
+from jaxinfer.request import MAX_STOP_TOKEN_IDS, Request, SamplingParams
+from jaxinfer.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Intake:
+    """The limits that requests are checked against.
+
+    Attributes:
+      tokenizer: None for a model that runs on token ids only.
+      generation: the model's defaults.
+      vocab_size: of the model; every id that a user gives is below it.
+      max_model_len: prompt and output tokens together.
+      seed: base of the seeds of requests that name none.
+    """
+
+    tokenizer: Tokenizer | None
+    generation: GenerationDefaults
+    vocab_size: int
+    max_model_len: int
+    seed: int
+    _numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+
+    def make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """A request for `prompt`. Raises ValueError, in one line, for one that cannot run."""
+        token_ids = self._encode(prompt)
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"prompt of {len(token_ids)} tokens leaves no room to generate within --max_model_len="
+                f"{self.max_model_len}; shorten it to {self.max_model_len - 1} tokens or raise --max_model_len"
+            )
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer and the model has none; use stop_token_ids")
+        stop_token_ids = self._stop_token_ids(params)
+        number = next(self._numbers)
+        stream = self.tokenizer.stream(params.skip_special_tokens) if self.tokenizer else None
+        return Request(
+            request_id=str(number),
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=token_ids,
+            params=params,
+            stop_token_ids=stop_token_ids,
+            max_tokens=min(params.max_tokens, self.max_model_len - len(token_ids)),
+            seed=(self.seed * 1_000_003 + number) % 2**32 if params.seed is None else params.seed,
+            text=OutputText(stream, params.stop),
+        )
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("the model has no tokenizer, so prompts must be token ids")
+            token_ids = self.tokenizer.encode(prompt) if prompt else []
+        else:
+            token_ids = list(prompt)
+        if not token_ids:
+            raise ValueError("the prompt is empty; give at least one character or token id")
+        self._check_token_ids("prompt", token_ids)
+        return token_ids
+
+    def _stop_token_ids(self, params: SamplingParams) -> tuple[int, ...]:
+        end = () if params.ignore_eos else self.generation.eos_token_ids
+        token_ids = tuple(dict.fromkeys((*end, *params.stop_token_ids)))
+        self._check_token_ids("stop_token_ids", token_ids)
+        if len(token_ids) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(
+                f"{len(token_ids)} stop token ids, the model's {len(end)} included; at most {MAX_STOP_TOKEN_IDS}"
+            )
+        return token_ids
+
+    def _check_token_ids(self, what: str, token_ids: Sequence[int]) -> None:
+        """JAX would silently read another token's row, so the host checks every id."""
+        for token_id in token_ids:
+            if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
+                raise ValueError(
+                    f"{what}: {token_id!r} is not a token id of the model; ids are integers in [0, {self.vocab_size})"
+                )

@@ -1,0 +1,179 @@
+"""Drives a Runner without an Engine: few compiled shapes, and a view of the logits at every position."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer import batch, kv_cache, models
+from jaxinfer.checkpoint.hf_reader import load_weights
+from jaxinfer.config import ModelConfig
+from jaxinfer.hf_config import HFConfig
+from jaxinfer.output_text import OutputText
+from jaxinfer.parameters import ModelDefinition
+from jaxinfer.partitioning import Partitioner
+from jaxinfer.request import Request, SamplingParams
+from jaxinfer.runner import Arrays, Runner
+from jaxinfer.scheduler import PrefillPlan, Scheduler, StepPlan
+from sharding_rules import axes as ax
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What is compiled: one prefill and one decode program.
+
+    Attributes:
+      rows: sequences per data shard.
+      max_len: tokens of a sequence, prompt and output.
+      chunk: tokens of a prompt that are cached at once.
+      page_size, num_steps: as the Runner's.
+    """
+
+    rows: int
+    max_len: int
+    chunk: int
+    page_size: int = 16
+    num_steps: int = 16
+
+    @property
+    def buckets(self) -> batch.Buckets:
+        pages = -(-self.max_len // self.page_size)
+        return batch.Buckets((self.rows,), (pages,), (self.chunk,), self.page_size)
+
+    @property
+    def pages_per_shard(self) -> int:
+        return 1 + self.rows * self.buckets.pages[0]  # 1: the scratch page
+
+
+def read_config(model_dir: pathlib.Path) -> ModelConfig:
+    hf = HFConfig.read(model_dir)
+    return models.for_architecture(hf.architecture).parse_config(hf)
+
+
+def load(model_dir: pathlib.Path, mesh: str = "") -> tuple[ModelDefinition, Arrays]:
+    """The model in float32 over `mesh`."""
+    definition = ModelDefinition.create(read_config(model_dir), Partitioner.create(mesh), jnp.dtype("float32"))
+    return definition, load_weights(model_dir, definition)
+
+
+def make_runner(definition: ModelDefinition, weights: Arrays, shapes: Shapes) -> Runner:
+    """Not compiled yet."""
+    spec = kv_cache.cache_spec(
+        definition.config,
+        definition.partitioner,
+        pages_per_shard=shapes.pages_per_shard,
+        page_size=shapes.page_size,
+        dtype=jnp.dtype("float32"),
+    )
+    return Runner(definition, weights, spec, shapes.buckets, num_steps=shapes.num_steps, backend="xla")
+
+
+def generate(
+    runner: Runner,
+    shapes: Shapes,
+    prompts: list[list[int]],
+    max_tokens: int,
+    observe: Callable[[StepPlan], None] = lambda plan: None,
+) -> list[list[int]]:
+    """Greedy tokens after each prompt, all prompts together. `observe` is called after each step, before its commit."""
+    scheduler = Scheduler(
+        num_shards=runner.definition.partitioner.num_shards(ax.BATCH),
+        pages_per_shard=shapes.pages_per_shard,
+        page_size=shapes.page_size,
+        slots_per_shard=shapes.rows,
+        chunk_tokens=shapes.chunk,
+    )
+    for allocator in scheduler.allocators:
+        _shuffle_pages(allocator)
+    greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    requests = [
+        Request(str(i), None, p, greedy, (), max_tokens, 0, OutputText(None, ())) for i, p in enumerate(prompts)
+    ]
+    for request in requests:
+        scheduler.add(request)
+    while (plan := scheduler.schedule()) is not None:
+        if isinstance(plan, PrefillPlan):
+            _prefill(runner, plan, observe)
+        else:
+            _decode(runner, plan, observe)
+        for request in [r for rows in scheduler.running for r in rows if r.finish_reason is not None]:
+            scheduler.release(request)
+    return [request.output_token_ids for request in requests]
+
+
+def _shuffle_pages(allocator) -> None:
+    """So that a sequence's pages are not neighbours, and a wrong page id is somebody else's page."""
+    pages = allocator.allocate(allocator.num_free)
+    allocator.free(np.random.RandomState(0).permutation(pages).tolist())
+
+
+def _prefill(runner: Runner, plan: PrefillPlan, observe: Callable[[StepPlan], None]) -> None:
+    output = runner.prefill(batch.build_prefill(plan, runner.buckets))
+    observe(plan)
+    for row, chunk in enumerate(plan.chunks):
+        if chunk is not None:
+            chunk.request.num_cached = chunk.stop
+            if chunk.is_last:
+                chunk.request.append([int(output.tokens[row])])
+
+
+def _decode(runner: Runner, plan, observe: Callable[[StepPlan], None]) -> None:
+    output = runner.decode(batch.build_decode(plan, runner.buckets, runner.num_steps))
+    observe(plan)
+    rows_per_shard = len(output.counts) // len(plan.rows)
+    for shard, requests in enumerate(plan.rows):
+        for row, request in enumerate(requests, start=shard * rows_per_shard):
+            count = int(output.counts[row])
+            request.num_cached += count
+            request.append(output.tokens[row, :count].tolist())
+
+
+class LogitsRecorder:
+    """The logits of every prompt and output position, out of the very programs that serve.
+
+    `recording` wraps the family's model while programs are traced: it computes logits for all positions, where
+    the engine wants the last one's only, and calls back to the host with them. For one device.
+    """
+
+    def __init__(self):
+        self._steps: list[np.ndarray] = []  # [B, T, V] of each model call since the last `observe`
+        self._logits: dict[str, list[np.ndarray]] = {}
+
+    @contextlib.contextmanager
+    def recording(self, model: type) -> Iterator[None]:
+        original = model.__call__
+
+        def call(module, tokens, positions, attend):
+            hidden = original(module, tokens, positions, attend)
+            record = lambda logits: self._steps.append(np.asarray(logits))  # noqa: E731
+            jax.debug.callback(record, module.logits(hidden), ordered=True)
+            return hidden
+
+        model.__call__ = call
+        try:
+            yield
+        finally:
+            model.__call__ = original
+
+    def observe(self, plan: StepPlan) -> None:
+        """Gives what was recorded since the last call to the requests of `plan`."""
+        jax.effects_barrier()
+        if isinstance(plan, PrefillPlan):
+            (step,), (chunk,) = self._steps, plan.chunks
+            self._take(chunk.request, step[0, : chunk.stop - chunk.start])
+        else:
+            rows = np.concatenate(self._steps, axis=1)
+            for row, request in enumerate(plan.rows[0]):
+                self._take(request, rows[row, : request.num_remaining])
+        self._steps.clear()
+
+    def logits(self, request_id: int) -> np.ndarray:
+        """float32 [prompt + output - 1, V] of the request at this place in the list of prompts."""
+        return np.concatenate(self._logits[str(request_id)])
+
+    def _take(self, request: Request, logits: np.ndarray) -> None:
+        self._logits.setdefault(request.request_id, []).append(logits)

@@ -1,0 +1,271 @@
+"""Measures decoding against the memory's bandwidth, and against Hugging Face transformers in the same run.
+
+    python tools/bench_decode.py                                            # 254 M parameters, float32, CPU
+    python tools/bench_decode.py --shape=8b --dtype=bfloat16 --peer=none    # the size of Llama 3 8B, on a GPU
+
+A decode step multiplies every weight with one vector per sequence, so at small batches it is as fast as memory is
+read, and the ceiling is
+
+    steps/s <= bandwidth / (bytes of the weights + bytes of the cache in use)
+
+where an embedding that is not also the head does not count: one row of it is read. The bandwidth is measured on the
+same device between the rounds, because other programs may take a part of it.
+
+Only decoding is timed, from the first token on, the host's work between the steps included. Ours is the path that the
+engine takes: scheduler, batch, runner. The peer's is the usual loop over `model(token, past_key_values=cache)` with
+its default attention. Both have the same weights, prompts and dtype and choose greedily. Rounds alternate between
+them and the figure is the median of the rounds' ratios, which a busy machine moves less than either speed.
+"""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from jaxinfer import kv_cache, models
+from jaxinfer.bandwidth import measure_read_bandwidth
+from jaxinfer.batch import Buckets, build_decode, build_prefill
+from jaxinfer.checkpoint.hf_writer import write_model
+from jaxinfer.hf_config import HFConfig
+from jaxinfer.output_text import OutputText
+from jaxinfer.parameters import ModelDefinition
+from jaxinfer.partitioning import Partitioner
+from jaxinfer.request import Request, SamplingParams
+from jaxinfer.runner import Runner
+from jaxinfer.scheduler import PrefillPlan, Scheduler
+
+_COMMON = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+_SHAPES = {
+    "254m": {
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+    },
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+
+_MODEL = flags.DEFINE_string("model", None, "Hugging Face model directory; without it, random weights of --shape.")
+_SHAPE = flags.DEFINE_enum("shape", "254m", list(_SHAPES), "Which random Llama.")
+_LAYERS = flags.DEFINE_integer("layers", None, "Layers, instead of the shape's.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of weights and cache.")
+_PEER = flags.DEFINE_enum("peer", "hf", ["hf", "none"], "hf runs transformers beside ours; it needs torch.")
+_BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Sequences that decode together.")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds of each.", lower_bound=1)
+_PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 32, "Length of the random prompts.", lower_bound=1)
+_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "Timed tokens per sequence and round.", lower_bound=1)
+_DECODE_STEPS = flags.DEFINE_integer("decode_steps", 8, "Tokens per sequence and dispatch.", lower_bound=1)
+_ATTENTION = flags.DEFINE_string("attention_backend", "xla", "A backend in pallas_kernels/paged_attention/.")
+
+# One round's tokens of each sequence, the one that prefill gave first, and the seconds it took to decode the others.
+Generate = Callable[[list[list[int]]], tuple[list[list[int]], float]]
+
+
+def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch_size: int, num_steps: int) -> Generate:
+    """The engine's loop without text: one compiled shape per kind of step."""
+    max_tokens = 1 + _NEW_TOKENS.value  # 1: the token that prefill gives
+    page_size = 16 if jax.default_backend() == "cpu" else 64
+    context = max(128, 1 << (_PROMPT_TOKENS.value + max_tokens - 1).bit_length())  # a bucket that the engine has
+    num_pages = context // page_size
+    pages_per_shard = 1 + batch_size * num_pages
+    buckets = Buckets(
+        rows=(batch_size,), pages=(num_pages,), prefill_tokens=(_PROMPT_TOKENS.value,), page_size=page_size
+    )
+    cache = kv_cache.cache_spec(
+        definition.config,
+        definition.partitioner,
+        pages_per_shard=pages_per_shard,
+        page_size=page_size,
+        dtype=definition.params[0].dtype,
+    )
+    runner = Runner(definition, weights, cache, buckets, num_steps=num_steps, backend=_ATTENTION.value)
+    runner.compile_all()
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+
+    def generate(prompts: list[list[int]]) -> tuple[list[list[int]], float]:
+        scheduler = Scheduler(
+            num_shards=1,
+            pages_per_shard=pages_per_shard,
+            page_size=page_size,
+            slots_per_shard=batch_size,
+            chunk_tokens=_PROMPT_TOKENS.value,
+        )
+        requests = [
+            Request(str(i), None, prompt, params, (), max_tokens, 0, OutputText(None, ()))
+            for i, prompt in enumerate(prompts)
+        ]
+        for request in requests:
+            scheduler.add(request)
+        while isinstance(plan := scheduler.schedule(), PrefillPlan):
+            first = runner.prefill(build_prefill(plan, buckets))
+            for chunk in filter(None, plan.chunks):
+                chunk.request.num_cached = chunk.stop
+                chunk.request.append([int(first.tokens[0])])
+        start = time.perf_counter()
+        while plan := scheduler.schedule():
+            output = runner.decode(build_decode(plan, buckets, num_steps))
+            for row, request in enumerate(plan.rows[0]):
+                new = output.tokens[row, : output.counts[row]].tolist()
+                request.num_cached += len(new)
+                request.append(new)
+                if request.finish_reason is not None:
+                    scheduler.release(request)
+        return [request.output_token_ids for request in requests], time.perf_counter() - start
+
+    return generate
+
+
+def make_peer(model_dir: pathlib.Path) -> Generate:
+    """Hugging Face transformers, run eagerly."""
+    import torch
+    import transformers
+
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    dtype = getattr(torch, _DTYPE.value)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device).eval()
+
+    @torch.inference_mode()
+    def generate(prompts: list[list[int]]) -> tuple[list[list[int]], float]:
+        cache = transformers.DynamicCache(config=model.config)
+        step = functools.partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = step(torch.tensor(prompts, device=device)).logits[:, -1:].argmax(-1)
+        tokens = [token.tolist()]  # to the host, so that prefill is over
+        start = time.perf_counter()
+        for _ in range(_NEW_TOKENS.value):
+            token = step(token).logits[:, -1:].argmax(-1)
+            tokens.append(token.tolist())
+        elapsed_s = time.perf_counter() - start
+        return np.concatenate(tokens, axis=1).tolist(), elapsed_s
+
+    return generate
+
+
+def step_bytes(definition: ModelDefinition, batch_size: int) -> int:
+    """Bytes that a decode step must read, with the cache half way between the first step and the last."""
+    config = definition.config
+    embedding = next(spec for spec in definition.params if spec.path == "embedding/table")
+    weights_bytes = definition.weight_bytes - (0 if config.tie_embeddings else embedding.num_bytes)
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * embedding.dtype.itemsize  # 2: K and V
+    return weights_bytes + batch_size * (_PROMPT_TOKENS.value + _NEW_TOKENS.value // 2) * token_bytes
+
+
+def count_equal(ours: list[list[int]], theirs: list[list[int]]) -> int:
+    """Tokens before the first difference of each sequence: after it the two read different texts."""
+    firsts = [np.flatnonzero(np.array(a) != np.array(b)) for a, b in zip(ours, theirs, strict=True)]
+    return sum(int(first[0]) if len(first) else len(row) for first, row in zip(firsts, ours, strict=True))
+
+
+def compare(definition: ModelDefinition, batch_size: int, ours: Generate, peer: Generate | None) -> dict[str, Any]:
+    """Alternating rounds at one batch size; prints and returns the figures."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, definition.config.vocab_size, (batch_size, _PROMPT_TOKENS.value)).tolist()
+    our_tokens, peer_tokens = ours(prompts)[0], peer(prompts)[0] if peer else None  # also the warm-up
+    num_tokens, num_bytes = batch_size * _NEW_TOKENS.value, step_bytes(definition, batch_size) * _NEW_TOKENS.value
+    our_s, peer_s, bandwidth = [], [], []
+    for _ in range(_ROUNDS.value):
+        our_s.append(ours(prompts)[1])
+        if peer:
+            peer_s.append(peer(prompts)[1])
+        bandwidth.append(measure_read_bandwidth(jax.devices()[0]))
+    achieved = num_bytes / np.array(our_s)
+    result = {
+        "batch_size": batch_size,
+        "tokens_per_s": num_tokens / np.median(our_s),
+        "step_bytes": num_bytes // _NEW_TOKENS.value,
+        "achieved_gb_per_s": np.median(achieved) / 1e9,
+        "bandwidth_gb_per_s": np.median(bandwidth) / 1e9,
+        "bandwidth_share": np.median(achieved / np.array(bandwidth)),
+    }
+    print(
+        f"batch {batch_size}: {result['tokens_per_s']:.1f} tokens/s, {result['achieved_gb_per_s']:.1f} of "
+        f"{result['bandwidth_gb_per_s']:.1f} GB/s ({result['bandwidth_share']:.0%})"
+    )
+    if peer_tokens is not None:
+        low, ratio, high = np.percentile(np.array(peer_s) / np.array(our_s), (25, 50, 75))
+        equal, total = count_equal(our_tokens, peer_tokens), sum(map(len, our_tokens))
+        result |= {"peer_tokens_per_s": num_tokens / np.median(peer_s), "ratio": ratio, "ratio_iqr": [low, high]}
+        result |= {"equal_tokens": equal, "compared_tokens": total}
+        print(
+            f"  transformers: {result['peer_tokens_per_s']:.1f} tokens/s; ours is {ratio:.2f} times as fast "
+            f"(middle half of the rounds {low:.2f} to {high:.2f}); {equal} of {total} tokens equal"
+        )
+    return result
+
+
+def describe_run() -> dict[str, Any]:
+    """What someone needs to repeat it."""
+    packages = ("jax", "jaxlib", "flax", "torch", "transformers") if _PEER.value == "hf" else ("jax", "jaxlib", "flax")
+    root = pathlib.Path(__file__).parents[1]
+    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    cpu_lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in cpu_lines if line.startswith("model name")), platform.machine())
+    return {
+        "command": " ".join(["python", "tools/bench_decode.py", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "machine": {"device": jax.devices()[0].device_kind, "cpu": cpu, "cores": os.cpu_count()},
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    hf_config = _COMMON | _SHAPES[_SHAPE.value]
+    if _LAYERS.value:
+        hf_config["num_hidden_layers"] = _LAYERS.value
+    hf = HFConfig.read(pathlib.Path(_MODEL.value)) if _MODEL.value else HFConfig(hf_config)
+    config = models.for_architecture(hf.architecture).parse_config(hf)
+    definition = ModelDefinition.create(config, Partitioner.create(), jnp.dtype(_DTYPE.value))
+    num_params = sum(math.prod(spec.shape) for spec in definition.params)
+    print(f"{num_params / 1e6:.0f} M parameters, {definition.weight_bytes / 1e9:.2f} GB of {_DTYPE.value}")
+    with tempfile.TemporaryDirectory() as directory:
+        if _MODEL.value:
+            model_dir = pathlib.Path(_MODEL.value)
+            from jaxinfer.checkpoint.hf_reader import load_weights
+
+            weights = load_weights(model_dir, definition)
+        else:
+            model_dir = pathlib.Path(directory) / "model"
+            weights = definition.init()
+            if _PEER.value == "hf":
+                write_model(model_dir, hf_config, definition, weights)
+        peer = make_peer(model_dir) if _PEER.value == "hf" else None
+    results = []
+    for batch_size in map(int, _BATCH_SIZES.value):
+        ours = make_ours(definition, weights, batch_size, _DECODE_STEPS.value)
+        results.append(compare(definition, batch_size, ours, peer))
+    print(json.dumps(describe_run() | {"num_params": num_params, "dtype": _DTYPE.value, "results": results}))
+
+
+if __name__ == "__main__":
+    app.run(main)
