@@ -57,13 +57,13 @@ class Buckets:
 
     @classmethod
     def create(cls, *, max_rows: int, max_model_len: int, max_chunk: int, page_size: int) -> "Buckets":
-        """Powers of two up to each limit; contexts from 128 tokens, chunks from 32."""
+        """Rows and contexts (from 128 tokens) by powers of two, chunks (from 32) of four, up to each limit."""
         max_chunk = min(max_chunk, max_model_len)
-        tokens = _powers_of_two(128, max_model_len)
+        tokens = _powers(128, max_model_len, 2)
         return cls(
-            rows=_powers_of_two(1, max_rows),
+            rows=_powers(1, max_rows, 2),
             pages=tuple(dict.fromkeys(-(-t // page_size) for t in tokens)),
-            prefill_tokens=_powers_of_two(32, max_chunk),
+            prefill_tokens=_powers(32, max_chunk, 4),
             page_size=page_size,
         )
 
@@ -144,12 +144,12 @@ def _sampling(rows: list[Request | None]) -> SamplingArrays:
     )
 
 
-def _powers_of_two(first: int, last: int) -> tuple[int, ...]:
-    """first, 2 * first, ... below last, then last itself."""
+def _powers(first: int, last: int, factor: int) -> tuple[int, ...]:
+    """first, first * factor, ... below last, then last itself."""
     sizes = []
     while first < last:
         sizes.append(first)
-        first *= 2
+        first *= factor
     return (*sizes, last)
 
 

@@ -76,5 +76,6 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
 
 
 def _gumbel(seed: jax.Array, position: jax.Array, vocab_size: int) -> jax.Array:
-    key = jax.random.fold_in(jax.random.key(seed), position)
+    # Threefry takes a key of two words, and (seed, position) is one: no derivation in between to compile and run.
+    key = jax.random.wrap_key_data(jnp.stack([seed, position.astype(jnp.uint32)]), impl="threefry2x32")
     return jax.random.gumbel(key, (vocab_size,), jnp.float32)
