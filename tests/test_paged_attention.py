@@ -1,0 +1,123 @@
+"""Every attention backend against NumPy in float64, on the same specs."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer import kv_cache
+from pallas_kernels.paged_attention import AttentionSpec, backend, backends
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sequences of `lengths` cached tokens, of which the last `num_queries` ask."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    num_queries: int
+    lengths: tuple[int, ...]
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return AttentionSpec(
+            num_q_heads=self.num_q_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            page_size=self.page_size,
+            scale=self.head_dim**-0.5,
+        )
+
+
+CASES = [
+    Case(8, 2, 16, 4, 1, (1, 7, 8, 9)),
+    Case(4, 4, 16, 16, 1, (33, 2)),
+    Case(4, 1, 80, 8, 1, (17,)),
+    Case(6, 3, 8, 1, 1, (5, 1)),
+    Case(8, 2, 16, 4, 6, (6, 11, 30)),
+    Case(4, 4, 32, 16, 40, (40, 64)),
+]
+
+
+def make(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random queries and a pool whose unused slots are NaN; pages are shuffled."""
+    rng = np.random.default_rng(seed)
+    batch, pages_each = len(case.lengths), -(-max(case.lengths) // case.page_size) + 1
+    num_pages = 1 + batch * pages_each
+    pool = (num_pages, case.num_kv_heads, case.page_size, case.head_dim)
+    arrays = {
+        "q": rng.normal(size=(batch, case.num_queries, case.num_q_heads, case.head_dim)).astype(np.float32),
+        "k_pages": np.full(pool, np.nan, np.float32),
+        "v_pages": np.full(pool, np.nan, np.float32),
+        "block_tables": np.zeros((batch, pages_each), np.int32),
+        "positions": np.array([np.arange(n - case.num_queries, n) for n in case.lengths], np.int32),
+    }
+    free = iter(rng.permutation(np.arange(1, num_pages)))
+    for row, length in enumerate(case.lengths):
+        for i in range(-(-length // case.page_size)):
+            page = arrays["block_tables"][row, i] = next(free)
+            used = min(case.page_size, length - i * case.page_size)
+            for pages in (arrays["k_pages"], arrays["v_pages"]):
+                pages[page, :, :used] = rng.normal(size=(case.num_kv_heads, used, case.head_dim))
+    return arrays
+
+
+def reference(case: Case, q, k_pages, v_pages, block_tables, positions) -> np.ndarray:
+    """The formula of xla.py, one query at a time in float64."""
+    out = np.zeros(q.shape)
+    for b, t, n in np.ndindex(q.shape[:3]):
+        head = n // case.spec.group_size
+        cached = range(positions[b, t] + 1)
+        where = [(block_tables[b, j // case.page_size], head, j % case.page_size) for j in cached]
+        keys, values = (np.array([pages[w] for w in where], np.float64) for pages in (k_pages, v_pages))
+        scores = keys @ q[b, t, n].astype(np.float64) * case.spec.scale
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights @ values / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_formula_and_never_reads_what_is_masked(name: str, case: Case):
+    """Unused slots hold NaN, so that reading one shows."""
+    arrays = make(case)
+    module = backend(name, case.spec)
+    out = module.paged_attention(**{k: jnp.array(v) for k, v in arrays.items()}, spec=case.spec)
+    np.testing.assert_allclose(out, reference(case, **arrays), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("q", (4, 1, 8, 17), "q has shape"),
+        ("k_pages", (13, 2, 5, 16), "k_pages has shape"),
+        ("v_pages", (12, 2, 4, 16), "v_pages has shape"),
+        ("block_tables", (3, 4), "block_tables has shape"),
+    ],
+)
+def test_wrong_shapes_are_refused(name: str, key: str, shape: tuple[int, ...], message: str):
+    case = CASES[0]
+    arrays = {k: jnp.array(v) for k, v in make(case).items()}
+    arrays[key] = jnp.zeros(shape, arrays[key].dtype)
+    with pytest.raises(ValueError, match=message):
+        backend(name, case.spec).paged_attention(**arrays, spec=case.spec)
+
+
+def test_an_unknown_backend_lists_the_known_ones():
+    with pytest.raises(ValueError, match="--attention_backend=magic: no such backend; known: .*xla"):
+        backend("magic", CASES[0].spec)
+
+
+def test_write_puts_tokens_at_their_positions_and_padding_on_the_scratch_page():
+    """page_size 4, block table [7, 2], positions 3 and 4: page 7 row 3 and page 2 row 0; the third is padding."""
+    pages = jnp.zeros((9, 1, 4, 2))
+    new = jnp.arange(1.0, 7.0).reshape(1, 3, 1, 2)
+    tables, positions = jnp.array([[7, 2]], jnp.int32), jnp.array([[3, 4, 1]], jnp.int32)
+    out = np.asarray(kv_cache.write(pages, new, tables, positions, jnp.array([[True, True, False]])))
+    assert out[7, 0, 3].tolist() == [1, 2] and out[2, 0, 0].tolist() == [3, 4]
+    assert out[0, 0, 1].tolist() == [5, 6]
+    assert np.count_nonzero(out) == 6
