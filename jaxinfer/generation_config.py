@@ -1,69 +1,92 @@
-"""Reads generation_config.json: how the model's makers want it sampled, and where its output ends. Host only."""
+"""Reads generation_config.json by our own code: the sampling that a model's makers recommend, and its end tokens.
+
+Keys that are present replace neutral defaults, as in vLLM; transformers would add top_k 50 to a file that samples
+and does not mention it. What we cannot do is reported, never dropped.
+"""
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
-# Keys that change nothing when they have this value, or that are about tokens, storage and programs.
-_NEUTRAL = {"repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0}
+# About speed, storage, training, beam search's bookkeeping or what `generate` returns: not about the next token.
+# max_length counts prompt and output together; --max_model_len does that here.
 _IRRELEVANT = frozenset(
-    "_from_model_config bos_token_id pad_token_id eos_token_id transformers_version use_cache do_sample "
-    "temperature top_k top_p max_length max_new_tokens cache_implementation decoder_start_token_id".split()
+    """_from_model_config assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight
+    assistant_lookbehind bos_token_id cache_config cache_implementation chat_format compile_config
+    continuous_batching_config decoder_start_token_id disable_compile early_stopping is_assistant length_penalty
+    low_memory max_cache_len max_length max_matching_ngram_size max_time num_assistant_tokens
+    num_assistant_tokens_schedule output_attentions output_hidden_states output_logits output_scores pad_token_id
+    prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values renormalize_logits return_dict_in_generate
+    speculation_type target_lookbehind transformers_version use_cache use_mtp""".split()
 )
+# Keys that change the text, and the value at which they do not. Null, false and empty are neutral for every key.
+_NEUTRAL = {
+    "encoder_repetition_penalty": 1,
+    "guidance_scale": 1,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1,
+    "typical_p": 1,
+}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
-    """Sampling defaults and end tokens of a model.
+    """How a model's makers would sample from it.
 
     Attributes:
-      temperature, top_k, top_p: what the file says, neutral where it says nothing; 0 temperature if it asks not to
-        sample.
-      eos_token_ids: tokens that end the output.
-      ignored: "key=value" of what the file asks for and is not applied, for the user to be told.
+      temperature: 0 is greedy.
+      top_k: 0 is off.
+      top_p: 1 is off.
+      max_new_tokens: None where the file sets no limit.
+      eos_token_ids: any of them ends the text.
+      ignored: "key=value" of what the file asks for beyond that; the caller should show it once.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    max_new_tokens: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     ignored: tuple[str, ...] = ()
 
 
 def read_generation_config(model_dir: pathlib.Path) -> GenerationDefaults:
-    """The model's defaults; end tokens come from config.json where generation_config.json has none.
+    """The file's defaults, neutral ones where there is no file; end tokens may come from config.json instead.
 
-    Raises ValueError for a file that cannot be read or a value of the wrong kind.
+    Raises ValueError for a file that is not JSON and for a value out of range.
     """
-    values = _read_json(model_dir / "generation_config.json")
-    eos = values.get("eos_token_id")
-    if eos is None:
-        eos = _read_json(model_dir / "config.json").get("eos_token_id")
     path = model_dir / "generation_config.json"
-    greedy = values.get("do_sample") is False
+    values = _read_object(path)
+    eos_source = path if values.get("eos_token_id") is not None else model_dir / "config.json"
+    eos_values = values if eos_source == path else _read_object(eos_source)
+    temperature = _number(values, "temperature", 1.0, path)
+    top_p = _number(values, "top_p", 1.0, path)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"{path}: top_p is {top_p}; expected a number above 0 and at most 1")
     return GenerationDefaults(
-        temperature=0.0 if greedy else _number(values, "temperature", 1.0, path),
-        top_k=0 if greedy else int(_number(values, "top_k", 0, path)),
-        top_p=1.0 if greedy else _number(values, "top_p", 1.0, path),
-        eos_token_ids=_token_ids(eos, path),
-        ignored=tuple(
-            f"{key}={value!r}"
-            for key, value in sorted(values.items())
-            if key not in _IRRELEVANT and value is not None and _NEUTRAL.get(key, object()) != value
-        ),
+        temperature=0.0 if values.get("do_sample") is False else temperature,
+        top_k=_count(values, "top_k", path) or 0,
+        top_p=top_p,
+        max_new_tokens=_count(values, "max_new_tokens", path),
+        eos_token_ids=_token_ids(eos_values.get("eos_token_id"), eos_source),
+        ignored=_ignored(values),
     )
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is no file."""
     try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object")
+        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
 
 
@@ -71,13 +94,29 @@ def _number(values: dict[str, Any], key: str, default: float, path: pathlib.Path
     value = values.get(key)
     if value is None:
         return default
-    if type(value) not in (int, float):
-        raise ValueError(f"{path}: {key} is {value!r}; expected a number")
-    return value
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ValueError(f"{path}: {key} is {value!r}; expected a number of at least 0")
+    return float(value)
+
+
+def _count(values: dict[str, Any], key: str, path: pathlib.Path) -> int | None:
+    """A positive integer; None where the key is absent, 0 or, as some files spell "off", -1."""
+    value = values.get(key)
+    if value is None:
+        return None
+    if type(value) is not int or value < -1:
+        raise ValueError(f"{path}: {key} is {value!r}; expected a whole number, 0 for off")
+    return value if value > 0 else None
 
 
 def _token_ids(value: Any, path: pathlib.Path) -> tuple[int, ...]:
-    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(type(i) is int for i in ids):
-        raise ValueError(f"{path}: eos_token_id is {value!r}; expected token ids")
-    return ids
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(token_id) is not int or token_id < 0 for token_id in ids):
+        raise ValueError(f"{path}: eos_token_id is {value!r}; expected a token id or a list of them")
+    return tuple(dict.fromkeys(ids))
+
+
+def _ignored(values: dict[str, Any]) -> tuple[str, ...]:
+    read = {"do_sample", "eos_token_id", "max_new_tokens", "temperature", "top_k", "top_p"}
+    asked = {key: value for key, value in values.items() if value and key not in _IRRELEVANT | read}
+    return tuple(f"{key}={value!r}" for key, value in sorted(asked.items()) if value != _NEUTRAL.get(key))

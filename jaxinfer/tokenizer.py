@@ -1,95 +1,147 @@
-"""Text to token ids and back, through transformers. Host only.
+"""Text to token ids and back, through transformers' tokenizers. Host only; runs no code from a model directory."""
 
-transformers is imported on first use, because that takes seconds; nothing from the model's directory is executed.
-"""
-
+import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what the bytes of an unfinished character decode to
-
-
-def load_tokenizer(model_dir: pathlib.Path) -> "Tokenizer | None":
-    """The directory's tokenizer, or None if it has none. Raises ValueError for files that cannot be used."""
-    if not any((model_dir / name).exists() for name in _FILES):
-        return None
-    import transformers
-
-    try:
-        loaded = transformers.AutoTokenizer.from_pretrained(
-            str(model_dir), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # the library raises bare Exception for a broken tokenizer.json
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{model_dir}: the tokenizer files cannot be read: {reason}") from None
-    return Tokenizer(loaded)
+# Any of these means that the directory wants to have a tokenizer.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
+_REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not, or not yet, a character
 
 
 class Tokenizer:
-    """A model's tokenizer."""
+    """A model's tokenizer: `load_tokenizer` makes it."""
 
-    def __init__(self, loaded: Any):
-        self._loaded = loaded
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id, added tokens included."""
-        return max(self._loaded.get_vocab().values()) + 1
+    def __init__(self, tokenizer: Any, source: str):
+        self._tokenizer = tokenizer
+        self._source = source
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the model wants around a text."""
-        return self._loaded.encode(text)
+        """Token ids, with the special tokens that the tokenizer puts around a text."""
+        return self._tokenizer.encode(_encodable(text), verbose=False)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._loaded.decode(
+        # Without transformers' "clean up", which takes the space out of "a ." and so would take back text
+        # that was already streamed.
+        return self._tokenizer.decode(
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
 
-    def apply_chat_template(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation that the assistant is to continue. Raises ValueError without a template."""
-        if not self._loaded.chat_template:
-            raise ValueError("the model has no chat template; use plain prompts")
-        return self._loaded.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-
     def stream(self, skip_special_tokens: bool = True) -> "TextStream":
-        return TextStream(self, skip_special_tokens)
+        """A decoder for tokens that arrive one by one."""
+        return TextStream(functools.partial(self.decode, skip_special_tokens=skip_special_tokens))
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included; not the number of tokens where ids have gaps."""
+        return max(self._tokenizer.get_vocab().values()) + 1
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._tokenizer.eos_token_id
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's next message begins.
+
+        `messages` are {"role": ..., "content": ...}. Raises ValueError if the model has no template or the
+        template refuses them.
+        """
+        import jinja2
+
+        if not self._tokenizer.chat_template:
+            raise ValueError(f"{self._source}: the model has no chat template; give a plain prompt")
+        for i, message in enumerate(messages):
+            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise ValueError(f"messages[{i}]: expected text under role and content, found {dict(message)!r}")
+            _encodable(message["content"])
+        try:
+            return self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"{self._source}: the chat template refuses the messages: {_one_line(error)}") from None
 
 
 class TextStream:
-    """Decodes tokens as they come: the texts it returns add up, and never end inside a character.
+    """Decodes a growing list of tokens into pieces of text that never have to be taken back.
 
-    Two offsets into the tokens: text up to `_read` has been returned; decoding starts at `_prefix`, a little
-    earlier, because how a token reads (its leading space, say) depends on those before it. So the cost of a
-    token does not grow with the output.
+    A token's text depends on its neighbours: a character may be spread over several tokens, and some decoders
+    strip the first token's space. So a window of tokens is decoded, which begins one piece back, and what it adds
+    to the text of the pieces before is new:
+
+      window       tokens of the last piece, tokens held back, the new token
+      window text  the last piece's text   , new piece; nothing yet while it ends in half a character
+
+    The window does not grow with the text, so a token's cost does not either.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._token_ids: list[int] = []
-        self._prefix = self._read = 0
+    _MAX_HELD = 16  # tokens; a character has at most 4 bytes, so by then the bytes are no character
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
+        self._window: list[int] = []
+        self._num_read = 0  # tokens at the window's start whose text was handed out
+        self._read_text = ""  # and that text
 
     def add(self, token_ids: Sequence[int]) -> str:
-        """Takes tokens in; the text that they finish."""
-        self._token_ids += token_ids
-        text = self._pending()
-        if text.endswith(_REPLACEMENT):
-            return ""
-        return self._advance(text)
+        """The text that became certain with `token_ids`."""
+        return "".join(self._add(token_id) for token_id in token_ids)
 
     def finish(self) -> str:
-        """The rest, unfinished characters included: no more tokens will come."""
-        return self._advance(self._pending())
-
-    def _pending(self) -> str:
-        before = self._decode(self._prefix, self._read)
-        return self._decode(self._prefix, len(self._token_ids))[len(before) :]
-
-    def _advance(self, text: str) -> str:
-        self._prefix, self._read = self._read, len(self._token_ids)
+        """The text that was held back: no more tokens will come."""
+        text = self._decode(self._window)[len(self._read_text) :]
+        self._window, self._num_read, self._read_text = [], 0, ""
         return text
 
-    def _decode(self, start: int, stop: int) -> str:
-        return self._tokenizer.decode(self._token_ids[start:stop], self._skip_special_tokens)
+    def _add(self, token_id: int) -> str:
+        self._window.append(token_id)
+        must_release = len(self._window) - self._num_read >= self._MAX_HELD
+        text = self._decode(self._window)
+        if text.endswith(_REPLACEMENT) and not must_release:
+            return ""
+        new = text[len(self._read_text) :]
+        if new:
+            self._window = self._window[self._num_read :]
+            self._num_read, self._read_text = len(self._window), self._decode(self._window)
+        elif must_release:  # special tokens, skipped
+            del self._window[self._num_read :]
+        return new
+
+
+def load_tokenizer(model_dir: pathlib.Path) -> Tokenizer | None:
+    """The directory's tokenizer; None if it has no tokenizer files. Raises ValueError if they cannot be read."""
+    if not any((model_dir / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    # Imported here, because it takes a second or more and a model may have no tokenizer.
+    if (model_dir / "tokenizer.json").exists():
+        # As it stands in the file. AutoTokenizer would rebuild it by the rules of the class that
+        # tokenizer_config.json names, and import PyTorch, where that is installed, to find the class.
+        from transformers import PreTrainedTokenizerFast as Loader
+    else:
+        from transformers import AutoTokenizer as Loader
+    try:
+        tokenizer = Loader.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise anything for a broken file, bare Exception included
+        raise ValueError(f"{model_dir}: the tokenizer files cannot be read: {_one_line(error)}") from error
+    return Tokenizer(tokenizer, str(model_dir))
+
+
+def _encodable(text: str) -> str:
+    """`text`, or ValueError for half of a surrogate pair, which is no character and has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text has a lone surrogate at character {error.start}; it cannot be encoded") from None
+    return text
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
