@@ -75,9 +75,7 @@ class TensorIndex:
         is mapped anew for each tensor, which costs a parse of the header and bounds those pages to one tensor.
         """
         with _opened(self.tensors[name].path) as file:
-            tensor = file.get_slice(name)
-            yield lambda slices: tensor[slices]
-            del tensor  # it keeps the file mapped
+            yield file.get_slice(name).__getitem__
 
 
 def listed(names: Iterable[str]) -> str:
@@ -113,7 +111,10 @@ def _resolve(model_dir: pathlib.Path, file_name: str, source: str) -> pathlib.Pa
     """
     root = model_dir.resolve()
     path = root / file_name
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise ValueError(f"{path}: cannot be found: {error}") from None
     homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(target.is_relative_to(home) for home in homes):
         raise ValueError(f"{path} is a link that leads out of the directory, to {target}; put the file itself there")

@@ -101,7 +101,7 @@ def _check_matches(index: TensorIndex, definition: ModelDefinition, names: dict[
     """Raises ValueError unless the directory has exactly the model's tensors, with the shapes of config.json."""
     assert names.keys() == {spec.path for spec in definition.params} and len(set(names.values())) == len(names)
     left_over = {name for name in index.tensors.keys() - set(names.values()) if not name.endswith(_IGNORED_SUFFIX)}
-    tied_copies = {head: table for head, table in _tied_copies(definition, names).items() if head in left_over}
+    tied_copies = {copy: table for copy, table in _tied_copies(definition, names).items() if copy in left_over}
     left_over -= tied_copies.keys()
     missing = set(names.values()) - index.tensors.keys()
     if missing or left_over:
@@ -113,13 +113,12 @@ def _check_matches(index: TensorIndex, definition: ModelDefinition, names: dict[
         names[spec.path]: stored_shape(spec.shape, spec.axes, definition.config.num_kv_heads)
         for spec in definition.params
     }
-    expected |= {head: expected[table] for head, table in tied_copies.items()}
-    if wrong := [_mismatch(name, index.tensors[name], shape) for name, shape in expected.items()]:
-        wrong = [text for text in wrong if text]
-        if wrong:
-            raise ValueError(f"{index.model_dir}: tensors that do not fit config.json: {listed(wrong)}")
-    for head, table in tied_copies.items():
-        _check_equal(index, head, table)
+    expected |= {copy: expected[table] for copy, table in tied_copies.items()}
+    mismatches = (_mismatch(name, index.tensors[name], shape) for name, shape in expected.items())
+    if wrong := [text for text in mismatches if text]:
+        raise ValueError(f"{index.model_dir}: tensors that do not fit config.json: {listed(wrong)}")
+    for copy, table in tied_copies.items():
+        _check_equal(index, copy, table)
 
 
 def _mismatch(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> str:
@@ -131,7 +130,7 @@ def _mismatch(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> str:
 
 
 def _tied_copies(definition: ModelDefinition, names: dict[str, str]) -> dict[str, str]:
-    """The head's tensor that some exporters write beside a tied embedding, and the embedding's: both or neither."""
+    """The head's tensor, which some exporters write although it is tied, and the embedding's that it must equal."""
     if not definition.config.tie_embeddings:
         return {}
     untied = definition.family.weight_names(dataclasses.replace(definition.config, tie_embeddings=False))
