@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.checkpoint.hf_index import ReadSlices, StoredTensor, TensorIndex, listed
-from jaxinfer.checkpoint.layout import Slices, stored_shape, stored_slices
+from jaxinfer.checkpoint.layout import stored_shape, stored_slices
 from jaxinfer.parameters import ModelDefinition, ParamSpec
-from sharding_rules import axes as ax
 
 _READABLE = ("BF16", "F16", "F32", "F64")
 _COMPARED_BYTES = 1 << 24  # of each tensor at a time
@@ -49,41 +48,25 @@ def load_weights(
 
 def _load(spec: ParamSpec, num_kv_heads: int, name: str, read: ReadSlices) -> jax.Array:
     """One parameter from its stored tensor. Returns when the devices have it, so that host copies do not pile up."""
-    devices_of = _devices_by_slices(spec, num_kv_heads)
+    shard_shape = spec.sharding.shard_shape(spec.shape)
     shards: dict[jax.Device, jax.Array] = {}
-    for key, devices in devices_of.items():
-        data = _cast(read(tuple(slice(start, stop) for start, stop in key)), spec.dtype, name)
-        for device, index in devices:
-            _, takes = stored_slices(index, spec.shape, spec.axes, num_kv_heads)
-            shards[device] = jax.device_put(_piece(data, spec, takes), device)
+    for key, devices in _devices_by_slices(spec, num_kv_heads).items():
+        # Heads apart again. A KV head that is repeated is alone on each of its devices, so none is repeated here.
+        data = _cast(read(tuple(slice(start, stop) for start, stop in key)), spec.dtype, name).reshape(shard_shape)
+        shards |= {device: jax.device_put(data, device) for device in devices}
         jax.block_until_ready(list(shards.values()))
     in_order = [shards[device] for device in spec.sharding.addressable_devices_indices_map(spec.shape)]
     return jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, in_order)
 
 
-def _devices_by_slices(
-    spec: ParamSpec, num_kv_heads: int
-) -> dict[tuple[tuple[int, int], ...], list[tuple[jax.Device, Slices]]]:
-    """The distinct slices of the stored tensor as (start, stop) pairs, each with its devices and their shards."""
-    groups: dict[tuple[tuple[int, int], ...], list[tuple[jax.Device, Slices]]] = {}
+def _devices_by_slices(spec: ParamSpec, num_kv_heads: int) -> dict[tuple[tuple[int, int], ...], list[jax.Device]]:
+    """The distinct slices of the stored tensor, as (start, stop) pairs, and the devices that need each."""
+    groups: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
         assert index is not None
         slices, _ = stored_slices(index, spec.shape, spec.axes, num_kv_heads)
-        groups.setdefault(tuple((s.start, s.stop) for s in slices), []).append((device, index))
+        groups.setdefault(tuple((s.start, s.stop) for s in slices), []).append(device)
     return groups
-
-
-def _piece(data: np.ndarray, spec: ParamSpec, takes: tuple[list[int], ...]) -> np.ndarray:
-    """A device's shard out of what was read: heads apart again, KV heads repeated where several devices share one."""
-    shape = [
-        size if axis == ax.HEAD_DIM else take[-1] + 1
-        for size, axis, take in zip(spec.shape, spec.axes, takes, strict=True)
-    ]
-    data = data.reshape(shape)
-    for axis, take in enumerate(takes):
-        if take != list(range(shape[axis])):
-            data = data.take(take, axis)
-    return data
 
 
 def _cast(data: np.ndarray, dtype: jnp.dtype, name: str) -> np.ndarray:
