@@ -62,14 +62,18 @@ def load(model_dir: pathlib.Path, mesh: str = "") -> tuple[ModelDefinition, Arra
 
 def make_runner(definition: ModelDefinition, weights: Arrays, shapes: Shapes) -> Runner:
     """Not compiled yet."""
-    spec = kv_cache.cache_spec(
+    spec = cache_spec(definition, shapes)
+    return Runner(definition, weights, spec, shapes.buckets, num_steps=shapes.num_steps, backend="xla")
+
+
+def cache_spec(definition: ModelDefinition, shapes: Shapes) -> kv_cache.CacheSpec:
+    return kv_cache.cache_spec(
         definition.config,
         definition.partitioner,
         pages_per_shard=shapes.pages_per_shard,
         page_size=shapes.page_size,
         dtype=jnp.dtype("float32"),
     )
-    return Runner(definition, weights, spec, shapes.buckets, num_steps=shapes.num_steps, backend="xla")
 
 
 def generate(
@@ -132,6 +136,27 @@ def _decode(runner: Runner, plan, observe: Callable[[StepPlan], None]) -> None:
             request.append(output.tokens[row, :count].tolist())
 
 
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """What the engine made of one prompt: greedy `tokens`, and float32 `logits` [prompt + tokens - 1, V]."""
+
+    tokens: list[int]
+    logits: np.ndarray
+
+
+def continue_prompts(model_dir: pathlib.Path, prompts: list[list[int]], num_tokens: int) -> list[Continuation]:
+    """Runs all prompts in one batch on one device, chunk by chunk, and records every logit."""
+    definition, weights = load(model_dir)
+    longest = max(map(len, prompts)) + num_tokens
+    shapes = Shapes(rows=len(prompts), max_len=longest, chunk=256)
+    runner, recorder = make_runner(definition, weights, shapes), LogitsRecorder()
+    with recorder.recording(definition.family.Model):
+        runner.compile_all()
+    tokens = generate(runner, shapes, prompts, num_tokens, recorder.observe)
+    runner.close()
+    return [Continuation(t, recorder.logits(i)) for i, t in enumerate(tokens)]
+
+
 class LogitsRecorder:
     """The logits of every prompt and output position, out of the very programs that serve.
 
@@ -164,6 +189,7 @@ class LogitsRecorder:
         jax.effects_barrier()
         if isinstance(plan, PrefillPlan):
             (step,), (chunk,) = self._steps, plan.chunks
+            assert chunk is not None  # one device, one shard
             self._take(chunk.request, step[0, : chunk.stop - chunk.start])
         else:
             rows = np.concatenate(self._steps, axis=1)

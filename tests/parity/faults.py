@@ -1,0 +1,152 @@
+"""Mistakes that engines have made, each planted in ours by one patch. The parity check must see them all."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxinfer import batch
+from jaxinfer.config import ModelConfig
+from jaxinfer.layers import attention_block, mlp
+from jaxinfer.models import llama
+from pallas_kernels.paged_attention import xla
+from tests.parity import driver
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """One mistake.
+
+    Attributes:
+      name: what is wrong.
+      plant: puts it in; undone with the patch.
+      config: the tiny config of Llama that has what is broken.
+      needs_long_prompt: no position of the 4-token prompt and its 64 tokens shows it.
+    """
+
+    name: str
+    plant: Plant
+    config: str = "gqa"
+    needs_long_prompt: bool = False
+
+    def __str__(self) -> str:
+        return self.name.replace(" ", "_")
+
+
+def _wrap(module, name: str, make: Callable) -> Plant:
+    """Replaces `module.name` by `make(original)`."""
+    return lambda patch: patch.setattr(module, name, make(getattr(module, name)))
+
+
+def _config(change: Callable[[ModelConfig], dict]) -> Plant:
+    def misread(read: Callable) -> Callable:
+        return lambda model_dir: (lambda config: dataclasses.replace(config, **change(config)))(read(model_dir))
+
+    return _wrap(driver, "read_config", misread)
+
+
+def _weights(change: Callable[[str, jax.Array], jax.Array]) -> Plant:
+    def misload(load: Callable) -> Callable:
+        def load_changed(model_dir, definition):
+            arrays = load(model_dir, definition)
+            return tuple(change(spec.path, a) for spec, a in zip(definition.params, arrays, strict=True))
+
+        return load_changed
+
+    return _wrap(driver, "load_weights", misload)
+
+
+def _rotate_interleaved(rotate: Callable) -> Callable:
+    """Pairs (x[2i], x[2i + 1]), as the original Llama checkpoints have them."""
+
+    def rotated(x, cos, sin):
+        halves = jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+        first, second = jnp.split(rotate(halves, cos, sin), 2, axis=-1)
+        return jnp.stack([first, second], axis=-1).reshape(x.shape)
+
+    return rotated
+
+
+def _attention(change: Callable) -> Plant:
+    """`change(attend, q, positions)` instead of the attention over pages."""
+
+    def make(attention: Callable) -> Callable:
+        def changed(q, k_pages, v_pages, block_tables, positions, *, spec):
+            attend = lambda q, positions: attention(q, k_pages, v_pages, block_tables, positions, spec=spec)  # noqa: E731
+            return change(attend, q, positions)
+
+        return changed
+
+    return _wrap(xla, "paged_attention", make)
+
+
+def _heads_strided(attend: Callable, q: jax.Array, positions: jax.Array) -> jax.Array:
+    """Query head n reads KV head n % 2, not n // 4."""
+    b, t, n, h = q.shape
+    strided = q.reshape(b, t, n // 2, 2, h).swapaxes(2, 3).reshape(q.shape)
+    return attend(strided, positions).reshape(b, t, 2, n // 2, h).swapaxes(2, 3).reshape(q.shape)
+
+
+def _decode_one_late(build: Callable) -> Callable:
+    return lambda *args: (lambda built: built._replace(positions=built.positions + 1))(build(*args))
+
+
+def _chunks_one_late(build: Callable) -> Callable:
+    return lambda *args: (lambda built: built._replace(start=built.start + (built.start > 0)))(build(*args))
+
+
+def _page_twice(tables: Callable) -> Callable:
+    """The second page of a sequence is its first one again."""
+
+    def changed(*args):
+        table = tables(*args)
+        table[:, 1] = table[:, 0]
+        return table
+
+    return changed
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16).astype(x.dtype)
+
+
+FAULTS = [
+    Fault("rope theta over 50", _config(lambda c: {"rope": dataclasses.replace(c.rope, theta=c.rope.theta / 50)})),
+    Fault(
+        "llama3 rope scaling ignored",
+        _config(lambda c: {"rope": dataclasses.replace(c.rope, scaling="default")}),
+        config="llama3_rope",
+    ),
+    Fault("rotated dims interleaved", _wrap(attention_block, "rotate", _rotate_interleaved)),
+    Fault(
+        "rope positions in bfloat16",  # exact up to 256
+        _wrap(llama, "rotation", lambda rotation: lambda p, freqs: rotation(p.astype(jnp.bfloat16), freqs)),
+        needs_long_prompt=True,
+    ),
+    Fault("norm epsilon times 100", _config(lambda c: {"norm_eps": 100 * c.norm_eps})),
+    Fault("query heads strided over KV heads", _attention(_heads_strided)),
+    Fault(
+        "attention biases dropped",
+        _weights(lambda path, a: jnp.zeros_like(a) if "attention" in path and path.endswith("bias") else a),
+        config="biases",
+    ),
+    Fault(
+        "separate head ignored",
+        _wrap(llama.Model, "logits", lambda logits: lambda model, hidden: model.embedding.logits(hidden)),
+    ),
+    Fault("gelu for silu", lambda patch: patch.setitem(mlp.ACTIVATIONS, "silu", jax.nn.gelu)),
+    Fault(
+        "softmax scale 1 over head_dim",
+        lambda patch: patch.setattr(ModelConfig, "softmax_scale", property(lambda config: 1 / config.head_dim)),
+    ),
+    Fault("weights in bfloat16", _weights(lambda path, a: _rounded(a))),
+    Fault("softmax in bfloat16", _wrap(jax.nn, "softmax", lambda softmax: lambda x, axis: _rounded(softmax(x, axis)))),
+    Fault("decode one position late", _wrap(batch, "build_decode", _decode_one_late)),
+    Fault("later chunks one position late", _wrap(batch, "build_prefill", _chunks_one_late), needs_long_prompt=True),
+    Fault("mask shows the next token", _attention(lambda attend, q, positions: attend(q, positions + 1))),
+    Fault("block table names a page twice", _wrap(batch, "_block_tables", _page_twice)),
+]

@@ -1,0 +1,28 @@
+"""Does the parity check bite? Planted faults, each of which must raise the error above what parity allows."""
+
+import pathlib
+
+import jax.numpy as jnp
+import pytest
+
+from jaxinfer import runner
+from tests.parity import driver, golden, recipe
+from tests.parity.faults import FAULTS, Fault
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_fault_is_detected(fault: Fault, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    hf_config = recipe.tiny_config("llama", fault.config)
+    model_dir = recipe.write_model(tmp_path / "model", hf_config, recipe.weights("llama", hf_config))
+    sequences = golden.load("llama", fault.config)
+    fault.plant(monkeypatch)
+    # No fault is in sampling, and without its branches a program compiles in half the time.
+    monkeypatch.setattr(runner, "sample", lambda logits, *_: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    ours = driver.continue_prompts(model_dir, [s.prompt for s in sequences], recipe.NUM_TOKENS)
+    short, long = (
+        golden.error_on_same_input(mine.tokens, mine.logits, theirs)
+        for mine, theirs in zip(ours, sequences, strict=True)
+    )
+    print(f"{fault.name:36} relative error with 4 tokens {short:.1e}, with 600 tokens {long:.1e}")
+    assert long > golden.MAX_ERROR
+    assert (short > golden.MAX_ERROR) == (not fault.needs_long_prompt)

@@ -1,0 +1,123 @@
+"""One model over many devices: the same tokens as on one, and in the compiled step no collective beyond the plan."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+
+import jax.numpy as jnp
+import pytest
+
+from jaxinfer import kv_cache
+from jaxinfer.hf_config import HFConfig
+from jaxinfer.models import llama
+from jaxinfer.parameters import ModelDefinition
+from jaxinfer.partitioning import Partitioner
+from sharding_rules import axes as ax
+from tests.parity import driver, recipe
+
+MESHES = ("data:2", "data:8", "tensor:2", "tensor:4", "tensor:8", "data:2,tensor:4")
+CONFIG = recipe.tiny_config("llama", "gqa")
+SHAPES = driver.Shapes(rows=4, max_len=128, chunk=64, num_steps=4)
+PROMPT_LENGTHS = (1, 4, 15, 17, 33, 64, 70, 100, 5)  # more than the slots of some meshes: requests also queue
+NUM_TOKENS = 20
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return recipe.write_model(tmp_path_factory.mktemp("meshes") / "model", CONFIG, recipe.weights("llama", CONFIG))
+
+
+def generate(model_dir: pathlib.Path, mesh: str) -> list[list[int]]:
+    runner = driver.make_runner(*driver.load(model_dir, mesh), SHAPES)
+    runner.compile_all()
+    prompts = [recipe.prompt(length, 128, seed) for seed, length in enumerate(PROMPT_LENGTHS)]
+    return driver.generate(runner, SHAPES, prompts, NUM_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(model_dir: pathlib.Path) -> list[list[int]]:
+    return generate(model_dir, "")
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_same_tokens_as_on_one_device(mesh: str, model_dir: pathlib.Path, on_one_device: list[list[int]]):
+    assert generate(model_dir, mesh) == on_one_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A compiled decode step.
+
+    Attributes:
+      collectives: (operation, elements of its result on one device) of each.
+      cache_copies: instructions that copy a whole cache array.
+      alias_bytes, cache_bytes: of one device.
+      activation_size: elements of one device's rows of activations, [B, 1, D].
+    """
+
+    collectives: list[tuple[str, int]]
+    cache_copies: list[str]
+    alias_bytes: int
+    cache_bytes: int
+    activation_size: int
+
+    @property
+    def large(self) -> list[tuple[str, int]]:
+        """Collectives of activations, or of anything larger: logits, weights, pages."""
+        return [(op, size) for op, size in self.collectives if size >= self.activation_size]
+
+
+_COLLECTIVE = re.compile(
+    r" = (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
+)
+
+
+@functools.cache
+def compile_step(num_layers: int, mesh: str) -> Step:
+    config = llama.parse_config(HFConfig(CONFIG | {"num_hidden_layers": num_layers}))
+    partitioner = Partitioner.create(mesh)
+    definition = ModelDefinition.create(config, partitioner, jnp.dtype("float32"))
+    runner = driver.make_runner(definition, (), SHAPES)  # no weights: it is compiled and never run
+    compiled = runner.lowered("decode", SHAPES.rows, SHAPES.buckets.pages[0]).compile()
+    hlo, memory = compiled.as_text(), compiled.memory_analysis()
+    assert hlo is not None and memory is not None
+    spec = driver.cache_spec(definition, SHAPES)
+    page_shape = kv_cache.cache_sharding(spec, partitioner).shard_shape(spec.shape)
+    shape_text = ",".join(map(str, page_shape))
+    return Step(
+        collectives=[(op, _num_elements(result)) for result, op in _COLLECTIVE.findall(hlo)],
+        cache_copies=re.findall(rf"f32\[{shape_text}\]\S* copy\(.*", hlo),
+        alias_bytes=memory.alias_size_in_bytes,
+        cache_bytes=2 * config.num_layers * math.prod(page_shape) * spec.dtype.itemsize,  # 2: keys and values
+        activation_size=SHAPES.rows * config.embed_dim,
+    )
+
+
+def _num_elements(shapes: str) -> int:
+    """ "(f32[4,1,64]{2,1,0}, f32[4])" -> 260"""
+    return sum(math.prod(int(n) for n in dims.split(",") if n) for dims in re.findall(r"\[([\d,]*)\]", shapes))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_collectives_of_a_decode_step(mesh: str):
+    """With `tensor` two all-reduces a layer, after attention and after the MLP; with `data` alone none.
+
+    One more all-reduce outside the layers: a token's embedding is found on the device that holds its part of the
+    vocabulary. Everything else is a few numbers per row: the best logit of each part of the vocabulary and its
+    place, whether all logits are finite, whether any row draws, and the tokens for every host. In particular no
+    weight, no page and no row of logits travels.
+    """
+    steps = {num_layers: compile_step(num_layers, mesh) for num_layers in (2, 4)}
+    per_layer, outside = (2, 1) if ax.TENSOR in mesh else (0, 0)
+    for num_layers, step in steps.items():
+        assert step.large == [("all-reduce", step.activation_size)] * (outside + per_layer * num_layers)
+    assert len(steps[4].collectives) - len(steps[2].collectives) == 2 * per_layer
+
+
+@pytest.mark.parametrize("mesh", ["", *MESHES])
+def test_cache_is_written_in_place(mesh: str):
+    step = compile_step(2, mesh)
+    assert step.alias_bytes == step.cache_bytes
+    assert not step.cache_copies
