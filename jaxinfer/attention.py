@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxinfer import kv_cache
+from jaxinfer.config import ModelConfig
 from jaxinfer.kv_cache import Cache
 from jaxinfer.layers.linear import matmul_precision
-from jaxinfer.partitioning import Partitioner
+from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
 from pallas_kernels.paged_attention import AttentionSpec
 from sharding_rules import axes as ax
 
@@ -28,6 +29,17 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> 
     scores = jnp.where(jnp.tril(jnp.ones((t, t), bool)), scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision).reshape(b, t, n, h)
+
+
+def attention_spec(config: ModelConfig, partitioner: Partitioner, page_size: int) -> AttentionSpec:
+    """What the attention of one device's shard computes."""
+    return AttentionSpec(
+        num_q_heads=config.num_q_heads // partitioner.num_shards(ax.HEADS),
+        num_kv_heads=num_sharded_kv_heads(config.num_kv_heads, partitioner) // partitioner.num_shards(ax.KV_HEADS),
+        head_dim=config.head_dim,
+        page_size=page_size,
+        scale=config.softmax_scale,
+    )
 
 
 class PagedAttention:

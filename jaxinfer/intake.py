@@ -11,6 +11,8 @@ from jaxinfer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 
+_CONTEXT_TOKENS = 4  # of the prompt, so that the first word of the output keeps its leading space
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Intake:
@@ -43,7 +45,9 @@ class Intake:
             raise ValueError("stop strings need a tokenizer and the model has none; use stop_token_ids")
         stop_token_ids = self._stop_token_ids(params)
         number = next(self._numbers)
-        stream = self.tokenizer.stream(params.skip_special_tokens) if self.tokenizer else None
+        stream = None
+        if self.tokenizer is not None:
+            stream = self.tokenizer.stream(params.skip_special_tokens, token_ids[-_CONTEXT_TOKENS:])
         return Request(
             request_id=str(number),
             prompt=prompt if isinstance(prompt, str) else None,

@@ -178,6 +178,7 @@ def num_sharded_kv_heads(num_kv_heads: int, partitioner: Partitioner) -> int:
         return shards
     legal = [n for n in range(1, shards + 1) if num_kv_heads % n == 0 or n % num_kv_heads == 0]
     raise ValueError(
-        f"kv_heads {num_kv_heads} neither divides nor is divided by the {shards} devices of mesh axis "
-        f"{'+'.join(partitioner.rules.rules[ax.KV_HEADS])}; sizes that would do: {', '.join(map(str, legal))}"
+        f"kv_heads {num_kv_heads} neither divides nor is divided by the {shards} devices of --mesh "
+        f"{_mesh_text(partitioner.rules.rules[ax.KV_HEADS], partitioner)}; sizes that would do: "
+        f"{', '.join(map(str, legal))}"
     )

@@ -8,10 +8,13 @@ KIB = 2**10
 
 
 def format_bytes(num_bytes: float) -> str:
-    """As "1.50 GiB", "3.2 MiB" or "12.0 KiB"."""
+    """As "1.50 GiB", "3.2 MiB", "12.0 KiB" or "99 B"."""
     if num_bytes >= GIB:
         return f"{num_bytes / GIB:.2f} GiB"
-    return f"{num_bytes / MIB:.1f} MiB" if num_bytes >= MIB else f"{num_bytes / KIB:.1f} KiB"
+    for unit, name in ((MIB, "MiB"), (KIB, "KiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes:.0f} B"
 
 
 def page_bytes(*, num_layers: int, num_kv_heads: int, page_size: int, head_dim: int, itemsize: int) -> int:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer import devices, models, planner
+from jaxinfer.attention import attention_spec
 from jaxinfer.batch import Buckets
 from jaxinfer.config import ModelConfig
 from jaxinfer.engine_config import EngineConfig
@@ -20,6 +21,7 @@ from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
 from jaxinfer.planner import MemoryPlan
 from jaxinfer.tokenizer import Tokenizer, load_tokenizer
+from pallas_kernels import paged_attention
 from sharding_rules import axes as ax
 
 DEMO_MODEL = pathlib.Path(__file__).parent / "demo_model"
@@ -67,6 +69,8 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
             f"use {-(-config.max_num_seqs // num_shards) * num_shards}"
         )
     slots_per_shard = config.max_num_seqs // num_shards
+    backend = "xla" if config.attention_backend == "auto" else config.attention_backend
+    paged_attention.backend(backend, attention_spec(model, partitioner, page_size))
     memory = _plan_memory(config, definition, page_size, max_model_len, slots_per_shard)
     return ResolvedEngine(
         config=config,
@@ -84,7 +88,7 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
             max_chunk=config.max_num_batched_tokens,
             page_size=page_size,
         ),
-        attention_backend="xla" if config.attention_backend == "auto" else config.attention_backend,
+        attention_backend=backend,
     )
 
 

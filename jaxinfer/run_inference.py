@@ -20,10 +20,10 @@ from absl import app, flags, logging
 from jaxinfer import devices
 from jaxinfer.engine_config import DTYPES, EngineConfig
 from jaxinfer.prompts import read_prompts_file
+from jaxinfer.request import SamplingParams
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine
-    from jaxinfer.request import SamplingParams
 
 Prompt = str | list[int]
 
@@ -93,14 +93,17 @@ def run() -> None:
     """Checks what can be checked without jax, starts the engine, generates."""
     config = _engine_fields()
     EngineConfig(**config)
+    sampling = _sampling_fields()
     prompts = _read_prompts()
     _set_up_jax()
     from jaxinfer.engine import Engine
 
     config["max_num_seqs"] = _MAX_NUM_SEQS.value or _default_num_seqs(len(prompts))
     with Engine(**config, show_progress=True) as engine:
-        params = _sampling_params(engine)
+        params = dataclasses.replace(engine.default_sampling_params, **sampling)
         _say(f"sampling: {params}")
+        if config["generation_config"] == "auto" and engine.resolved.generation.ignored:
+            _say(f"generation_config.json asks for more, not applied: {', '.join(engine.resolved.generation.ignored)}")
         if _CHAT.value:
             prompts = [*(_as_chat(engine, prompt) for prompt in prompts)]
         ready_s = time.perf_counter() - _START
@@ -157,19 +160,15 @@ def _set_up_jax() -> None:
     devices.check_accelerator(_ALLOW_CPU.value or bool(_NUM_CPU_DEVICES.value))
 
 
-def _sampling_params(engine: "Engine") -> "SamplingParams":
-    """The model's defaults, overridden by the flags that were given."""
-    given = {flag.name: flag.value for flag in (_TEMPERATURE, _TOP_K, _TOP_P) if flag.value is not None}
+def _sampling_fields() -> dict[str, Any]:
+    """The fields of SamplingParams that flags give; the others are the model's defaults. Checked right away."""
+    fields = {flag.name: flag.value for flag in (_TEMPERATURE, _TOP_K, _TOP_P) if flag.value is not None}
+    fields |= {"max_tokens": _MAX_TOKENS.value, "stop": tuple(_STOP.value), "ignore_eos": _IGNORE_EOS.value}
     try:
-        return dataclasses.replace(
-            engine.default_sampling_params,
-            max_tokens=_MAX_TOKENS.value,
-            stop=tuple(_STOP.value),
-            ignore_eos=_IGNORE_EOS.value,
-            **given,
-        )
+        SamplingParams(**fields)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
+    return fields
 
 
 def _as_chat(engine: "Engine", prompt: Prompt) -> Prompt:
@@ -180,14 +179,14 @@ def _as_chat(engine: "Engine", prompt: Prompt) -> Prompt:
     return engine.resolved.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
 
 
-def _print_outputs(engine: "Engine", prompts: list[Prompt], params: "SamplingParams") -> float:
+def _print_outputs(engine: "Engine", prompts: list[Prompt], params: SamplingParams) -> float:
     """Streams one prompt, or prints several in order; seconds from the program's start to the first text."""
     first_token_s = 0.0
     if len(prompts) == 1:
-        if isinstance(prompts[0], str):
-            print(prompts[0], end="", flush=True)
         for delta in engine.stream(prompts[0], params):
-            first_token_s = first_token_s or time.perf_counter() - _START
+            if not first_token_s:
+                first_token_s = time.perf_counter() - _START
+                print(prompts[0] if isinstance(prompts[0], str) else "", end="")
             print(delta.text if engine.resolved.tokenizer else f" {delta.token_ids}", end="", flush=True)
         print(flush=True)
         return first_token_s
@@ -197,7 +196,7 @@ def _print_outputs(engine: "Engine", prompts: list[Prompt], params: "SamplingPar
     return first_token_s
 
 
-def _write_outputs(engine: "Engine", prompts: list[Prompt], params: "SamplingParams", path: pathlib.Path) -> None:
+def _write_outputs(engine: "Engine", prompts: list[Prompt], params: SamplingParams, path: pathlib.Path) -> None:
     """One JSON object per prompt, in order. The file appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as file:
@@ -207,7 +206,7 @@ def _write_outputs(engine: "Engine", prompts: list[Prompt], params: "SamplingPar
     _say(f"wrote {len(prompts)} outputs to {path}")
 
 
-def _records(engine: "Engine", prompts: list[Prompt], params: "SamplingParams") -> Iterator[dict[str, Any]]:
+def _records(engine: "Engine", prompts: list[Prompt], params: SamplingParams) -> Iterator[dict[str, Any]]:
     for output in engine.generate(prompts, params):
         completion = output.outputs[0]
         yield {

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxinfer import kv_cache
-from jaxinfer.attention import PagedAttention
+from jaxinfer.attention import PagedAttention, attention_spec
 from jaxinfer.batch import Buckets, DecodeBatch, PrefillBatch
 from jaxinfer.kv_cache import Cache, CacheSpec
 from jaxinfer.parameters import ModelDefinition
@@ -104,18 +104,15 @@ class StepFunctions:
         return cache, DecodeOutput(out, counts, finite)
 
     def _attend(self, cache: Cache, block_tables: jax.Array, positions: jax.Array, valid: jax.Array) -> PagedAttention:
-        config, partitioner = self.definition.config, self.definition.partitioner
-        num_kv_heads = cache[0][0].shape[1]
-        spec = paged_attention.AttentionSpec(
-            num_q_heads=config.num_q_heads // partitioner.num_shards(ax.HEADS),
-            num_kv_heads=num_kv_heads // partitioner.num_shards(ax.KV_HEADS),
-            head_dim=config.head_dim,
-            page_size=self.page_size,
-            scale=config.softmax_scale,
-        )
-        backend = paged_attention.backend(self.backend_name, spec)
+        spec = attention_spec(self.definition.config, self.definition.partitioner, self.page_size)
         return PagedAttention(
-            cache, block_tables, positions, valid, spec=spec, backend=backend, partitioner=partitioner
+            cache,
+            block_tables,
+            positions,
+            valid,
+            spec=spec,
+            backend=paged_attention.backend(self.backend_name, spec),
+            partitioner=self.definition.partitioner,
         )
 
 

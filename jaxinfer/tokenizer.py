@@ -35,9 +35,9 @@ class Tokenizer:
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
 
-    def stream(self, skip_special_tokens: bool = True) -> "TextStream":
-        """A decoder for tokens that arrive one by one."""
-        return TextStream(functools.partial(self.decode, skip_special_tokens=skip_special_tokens))
+    def stream(self, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> "TextStream":
+        """A decoder for tokens that arrive one by one, following the tokens `after`."""
+        return TextStream(functools.partial(self.decode, skip_special_tokens=skip_special_tokens), after)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -85,11 +85,11 @@ class TextStream:
 
     _MAX_HELD = 16  # tokens; a character has at most 4 bytes, so by then the bytes are no character
 
-    def __init__(self, decode: Callable[[list[int]], str]):
+    def __init__(self, decode: Callable[[list[int]], str], after: Sequence[int] = ()):
         self._decode = decode
-        self._window: list[int] = []
-        self._num_read = 0  # tokens at the window's start whose text was handed out
-        self._read_text = ""  # and that text
+        self._window = list(after)
+        self._num_read = len(self._window)  # tokens at the window's start whose text was handed out
+        self._read_text = decode(self._window) if after else ""  # and that text
 
     def add(self, token_ids: Sequence[int]) -> str:
         """The text that became certain with `token_ids`."""

@@ -108,7 +108,7 @@ def test_wrong_shapes_are_refused(name: str, key: str, shape: tuple[int, ...], m
 
 
 def test_an_unknown_backend_lists_the_known_ones():
-    with pytest.raises(ValueError, match="--attention_backend=magic: no such backend; known: .*xla"):
+    with pytest.raises(ValueError, match=r"--attention_backend=magic: no such backend; known: .*xla"):
         backend("magic", CASES[0].spec)
 
 

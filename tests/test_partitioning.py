@@ -118,7 +118,7 @@ def test_kv_heads_are_repeated_over_groups(mesh: str, heads: int):
 
 def test_kv_heads_that_do_not_fit():
     message = (
-        "kv_heads 6 neither divides nor is divided by the 4 devices of mesh axis tensor; sizes that would do: 1, 2, 3"
+        "kv_heads 6 neither divides nor is divided by the 4 devices of --mesh tensor:4; sizes that would do: 1, 2, 3"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         num_sharded_kv_heads(6, Partitioner.create("tensor:4"))

@@ -1,7 +1,7 @@
 """Writes the README's table of what works, from the code that makes it work.
 
-    python tools/support_table.py            # prints it
-    python tools/support_table.py --update   # puts it between the README's markers
+python tools/support_table.py            # prints it
+python tools/support_table.py --update   # puts it between the README's markers
 """
 
 import pathlib
@@ -30,10 +30,11 @@ def table() -> str:
         family = models.get(name)
         configs = ", ".join(config.replace("_", " ") for config in family.TINY_CONFIGS)
         rows.append(f"| model family | {', '.join(family.ARCHITECTURES)} ({configs}) | `tests/parity` |")
-    for name in sharding_rules.strategies():
-        rows.append(f"| sharding | `{name}`: {_MESHES.get(name, 'no test yet')} | `tests/test_meshes.py` |")
-    for name in paged_attention.backends():
-        rows.append(f"| paged attention | `{name}` | `tests/test_paged_attention.py` |")
+    rows += [
+        f"| sharding | `{name}`: {_MESHES.get(name, 'no test yet')} | `tests/test_meshes.py` |"
+        for name in sharding_rules.strategies()
+    ]
+    rows += [f"| paged attention | `{name}` | `tests/test_paged_attention.py` |" for name in paged_attention.backends()]
     rows.append("| weights | Hugging Face safetensors, one file or index and shards | `tests/test_hf_reader.py` |")
     rows.append("| sampling | greedy, temperature, top-k, top-p, seed per request | `tests/test_sampling.py` |")
     rows.append("| engine | `generate`, `stream`, `chat`, `add_request`/`step`/`abort` | `tests/test_engine.py` |")
@@ -42,7 +43,7 @@ def table() -> str:
 
 def with_table(text: str) -> str:
     """`text` with the table between the markers."""
-    return re.sub(f"({re.escape(BEGIN)}\n).*?(\n{re.escape(END)})", rf"\g<1>{table()}\g<2>", text, flags=re.DOTALL)
+    return re.sub(f"({re.escape(BEGIN)}\n).*?({re.escape(END)})", rf"\g<1>{table()}\n\g<2>", text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

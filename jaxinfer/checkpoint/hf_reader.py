@@ -64,7 +64,7 @@ def _devices_by_slices(spec: ParamSpec, num_kv_heads: int) -> dict[tuple[tuple[i
     groups: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
         assert index is not None
-        slices, _ = stored_slices(index, spec.shape, spec.axes, num_kv_heads)
+        slices = stored_slices(index, spec.shape, spec.axes, num_kv_heads)
         groups.setdefault(tuple((s.start, s.stop) for s in slices), []).append(device)
     return groups
 

@@ -23,27 +23,18 @@ def stored_shape(shape: tuple[int, ...], axes: ax.LogicalAxes, num_kv_heads: int
     return tuple(stored)
 
 
-def stored_slices(
-    index: Slices, shape: tuple[int, ...], axes: ax.LogicalAxes, num_kv_heads: int
-) -> tuple[Slices, tuple[list[int], ...]]:
-    """What to read for the shard `index` of a parameter.
+def stored_slices(index: Slices, shape: tuple[int, ...], axes: ax.LogicalAxes, num_kv_heads: int) -> Slices:
+    """The slices of the checkpoint tensor behind the shard `index` of a parameter.
 
-    Returns the slices of the checkpoint tensor, and for each axis of the parameter the rows to take from
-    what was read (after heads are apart again), which is where repeated KV heads are repeated.
-
-    kv_heads 0:4 of 8 with 2 stored, head_dim 64 -> read rows 0:64, take head [0, 0, 0, 0].
+    kv_heads 2:3 of 8 (2 stored, each on four devices), head_dim 0:64 of 64 -> rows 0:64
     """
     slices: list[slice] = []
-    takes: list[list[int]] = []
     for where, size, axis in zip(index, shape, axes, strict=True):
-        start, stop, _ = where.indices(size)
         if axis == ax.HEAD_DIM:
             heads = slices[-1]
             slices[-1] = slice(heads.start * size, heads.stop * size)
-            takes.append(list(range(start, stop)))
             continue
+        start, stop, _ = where.indices(size)
         repeats = size // num_kv_heads if axis == ax.KV_HEADS else 1
-        first, last = start // repeats, (stop - 1) // repeats
-        slices.append(slice(first, last + 1))
-        takes.append([i // repeats - first for i in range(start, stop)])
-    return tuple(slices), tuple(takes)
+        slices.append(slice(start // repeats, (stop - 1) // repeats + 1))
+    return tuple(slices)
