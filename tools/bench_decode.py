@@ -48,7 +48,7 @@ from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.runner import Runner
-from jaxinfer.scheduler import PrefillPlan, Scheduler
+from jaxinfer.scheduler import DecodePlan, PrefillPlan, Scheduler
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -108,7 +108,7 @@ def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch
                 chunk.request.num_cached = chunk.stop
                 chunk.request.append([int(first.tokens[0])])
         start = time.perf_counter()
-        while plan := scheduler.schedule():
+        while isinstance(plan := scheduler.schedule(), DecodePlan):
             output = runner.decode(build_decode(plan, buckets, num_steps))
             for row, request in enumerate(plan.rows[0]):
                 new = output.tokens[row, : output.counts[row]].tolist()
@@ -129,7 +129,7 @@ def make_peer(model_dir: pathlib.Path) -> Callable[[int], Generate]:
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     own_choice = torch.get_num_threads()
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, _DTYPE.value))
-    model = model.to(device).eval()
+    model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
 
     @torch.inference_mode()
     def generate(num_threads: int, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
