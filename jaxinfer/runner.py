@@ -66,7 +66,7 @@ class StepFunctions:
         hidden = model(batch.tokens, positions, attend)
         last = jnp.maximum(batch.length - 1, 0)
         logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
-        tokens = sample(logits, batch.sampling, batch.start + batch.length)
+        tokens = sample(logits, batch.sampling, batch.start + batch.length, self._gather)
         finite = jnp.all(jnp.isfinite(logits), axis=-1) | (batch.length == 0)
         return attend.cache, PrefillOutput(tokens, finite)
 
@@ -82,7 +82,7 @@ class StepFunctions:
             is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
             finite &= is_finite | ~active
             active &= is_finite
-            new = sample(logits, batch.sampling, positions + 1)
+            new = sample(logits, batch.sampling, positions + 1, self._gather)
             tokens = jnp.where(active, new, tokens)
             out = lax.dynamic_update_index_in_dim(out, tokens, i, axis=1)
             positions += active.astype(jnp.int32)
@@ -102,6 +102,9 @@ class StepFunctions:
         )
         cache, _, _, _, finite, out, counts = lax.fori_loop(0, self.num_steps, step, state)
         return cache, DecodeOutput(out, counts, finite)
+
+    def _gather(self, logits: jax.Array) -> jax.Array:
+        return self.definition.partitioner.constrain(logits, (ax.BATCH, None))
 
     def _attend(self, cache: Cache, block_tables: jax.Array, positions: jax.Array, valid: jax.Array) -> PagedAttention:
         spec = attention_spec(self.definition.config, self.definition.partitioner, self.page_size)
@@ -200,11 +203,20 @@ class Runner:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self._row_sharding(shape))
 
         block_tables = array(jnp.int32, rows, num_pages)
-        sampling = SamplingArrays(*(array(d, rows) for d in (jnp.float32, jnp.int32, jnp.float32, jnp.uint32)))
+        sampling = SamplingArrays(
+            temperature=array(jnp.float32, rows),
+            top_k=array(jnp.int32, rows),
+            top_p=array(jnp.float32, rows),
+            seed=array(jnp.uint32, rows),
+            draws=array(jnp.bool_),
+            truncates=array(jnp.bool_),
+        )
         row = array(jnp.int32, rows)
         if kind == "prefill":
             return PrefillBatch(array(jnp.int32, rows, size), row, row, block_tables, sampling)
         return DecodeBatch(row, row, row, array(jnp.int32, rows, MAX_STOP_TOKEN_IDS), block_tables, sampling)
 
     def _row_sharding(self, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
+        if not shape:
+            return self._partitioner.replicated
         return self._partitioner.sharding((ax.BATCH, *[None] * (len(shape) - 1)))

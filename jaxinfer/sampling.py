@@ -4,6 +4,7 @@ A row's draw depends on its logits, its seed and the position of the token, and 
 batch, its shape, or how many steps a dispatch runs.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,24 +19,33 @@ class SamplingArrays(NamedTuple):
     top_k: Any  # int32 [B]; 0 keeps all
     top_p: Any  # float32 [B] in (0, 1]; 1 keeps all
     seed: Any  # uint32 [B]
+    draws: Any  # bool []; whether any row's temperature is above 0
+    truncates: Any  # bool []; whether any row uses top_k or top_p
 
 
-def sample(logits: jax.Array, params: SamplingArrays, positions: jax.Array) -> jax.Array:
+def sample(
+    logits: jax.Array,
+    params: SamplingArrays,
+    positions: jax.Array,
+    gather: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> jax.Array:
     """Token ids int32 [B] from float32 logits [B, V] for the tokens at `positions` int32 [B].
 
     A batch of greedy rows pays for an argmax only, and one without top-k and top-p for no threshold search.
+    `gather` brings a split vocabulary together before that search, whose every pass would else be an all-reduce.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:
         scaled = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
-        truncates = jnp.any((params.top_k > 0) | (params.top_p < 1))
-        scaled = lax.cond(truncates, lambda: truncate(scaled, params.top_k, params.top_p), lambda: scaled)
+        scaled = lax.cond(
+            params.truncates, lambda x: truncate(gather(x), params.top_k, params.top_p), lambda x: x, scaled
+        )
         noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(params.seed, positions, logits.shape[-1])
         drawn = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)  # Gumbel-max: an exact draw from softmax(scaled)
         return jnp.where(params.temperature > 0, drawn, greedy)
 
-    return lax.cond(jnp.any(params.temperature > 0), draw, lambda: greedy)
+    return lax.cond(params.draws, draw, lambda: greedy)
 
 
 def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -43,15 +53,18 @@ def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
 
     Everything else becomes -inf; tokens that tie with the last one kept are kept. float32 [B, V] -> same.
     """
-    vocab_size = logits.shape[-1]
     order = _ordered_bits(logits)
-    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab_size), vocab_size).astype(jnp.float32)
-    threshold = _largest_threshold(order, jnp.ones_like(logits), k)
-    logits = jnp.where(order >= threshold[:, None], logits, -jnp.inf)
-    probs = jax.nn.softmax(logits, axis=-1)
-    threshold = _largest_threshold(order, probs, top_p)
-    keep = (order >= threshold[:, None]) | (top_p >= 1)[:, None]
-    return jnp.where(keep, logits, -jnp.inf)
+    top_k = jnp.where(top_k > 0, jnp.minimum(top_k, logits.shape[-1]), logits.shape[-1])
+
+    def keep_likeliest(i: jax.Array, logits: jax.Array) -> jax.Array:
+        """Turn 0 counts tokens, turn 1 adds up the probabilities of those that turn 0 kept."""
+        weights = jnp.where(i == 0, jnp.ones_like(logits), jax.nn.softmax(logits, axis=-1))
+        target = jnp.where(i == 0, top_k.astype(jnp.float32), top_p)
+        keep = order >= _largest_threshold(order, weights, target)[:, None]
+        keep |= ((i == 1) & (top_p >= 1))[:, None]
+        return jnp.where(keep, logits, -jnp.inf)
+
+    return lax.fori_loop(0, 2, keep_likeliest, logits)  # a loop, so that the search is compiled once
 
 
 def _largest_threshold(order: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:

@@ -62,6 +62,8 @@ class Step:
     alias_bytes: int
     cache_bytes: int
     activation_size: int
+    logits_size: int
+    logits_stay_in_branch: bool
 
     @property
     def large(self) -> list[tuple[str, int]]:
@@ -92,6 +94,12 @@ def compile_step(num_layers: int, mesh: str) -> Step:
         alias_bytes=memory.alias_size_in_bytes,
         cache_bytes=2 * config.num_layers * math.prod(page_shape) * spec.dtype.itemsize,  # 2: keys and values
         activation_size=SHAPES.rows * config.embed_dim,
+        logits_size=SHAPES.rows * config.vocab_size,
+        logits_stay_in_branch=all(
+            "/cond/branch_1_fun/" in line
+            for line in hlo.splitlines()
+            if " all-gather(" in line and f"[{SHAPES.rows},{config.vocab_size}]" in line.split(" = ")[1]
+        ),
     )
 
 
@@ -106,13 +114,16 @@ def test_collectives_of_a_decode_step(mesh: str):
 
     One more all-reduce outside the layers: a token's embedding is found on the device that holds its part of the
     vocabulary. Everything else is a few numbers per row: the best logit of each part of the vocabulary and its
-    place, whether all logits are finite, whether any row draws, and the tokens for every host. In particular no
-    weight, no page and no row of logits travels.
+    place, whether all logits are finite, and the tokens for every host. In particular no weight and no page
+    travels; logits do only in the branch that a greedy batch never takes.
     """
     steps = {num_layers: compile_step(num_layers, mesh) for num_layers in (2, 4)}
     per_layer, outside = (2, 1) if ax.TENSOR in mesh else (0, 0)
     for num_layers, step in steps.items():
-        assert step.large == [("all-reduce", step.activation_size)] * (outside + per_layer * num_layers)
+        gathers = [("all-gather", step.logits_size)] if ax.TENSOR in mesh else []
+        expected = gathers + [("all-reduce", step.activation_size)] * (outside + per_layer * num_layers)
+        assert sorted(step.large) == expected
+        assert step.logits_stay_in_branch
     assert len(steps[4].collectives) - len(steps[2].collectives) == 2 * per_layer
 
 

@@ -16,6 +16,8 @@ def arrays(rows: int, temperature=1.0, top_k=0, top_p=1.0, seeds=None) -> Sampli
         jnp.full(rows, top_k, jnp.int32),
         jnp.full(rows, top_p, jnp.float32),
         jnp.arange(rows, dtype=jnp.uint32) if seeds is None else jnp.array(seeds, jnp.uint32),
+        draws=jnp.array(temperature > 0),
+        truncates=jnp.array(top_k > 0 or top_p < 1),
     )
 
 

@@ -29,8 +29,8 @@ views of people.
 ## Recipe
 
 `tools/train_demo_model.py`: a byte-level BPE of 4,096 tokens; {steps:,} steps of 4,096 tokens ({epochs:.1f} epochs) in
-float32; Muon for hidden matrices and AdamW for the rest; windows of 128 tokens, at the end of 512 while the learning
-rate falls to zero. Stored in bfloat16.
+float32; Muon for hidden matrices and AdamW for the rest; windows of 128 tokens, at the end of 512; a constant
+learning rate that falls to zero over the last part. Stored in bfloat16.
 
 ## Held-out perplexity
 

@@ -41,7 +41,8 @@ _TEXT = flags.DEFINE_string("text", None, "Training text: a paragraph per line, 
 _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write.", required=True)
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Where training state is kept.", required=True)
 _STEPS = flags.DEFINE_integer("steps", 2000, "Optimizer steps in all.", lower_bound=1)
-_LONG_STEPS = flags.DEFINE_integer("long_steps", 500, "Last steps: whole contexts, falling rate.")
+_DECAY_STEPS = flags.DEFINE_integer("decay_steps", 500, "Last steps, in which the learning rate falls to zero.")
+_LONG_STEPS = flags.DEFINE_integer("long_steps", 250, "Last steps, which see windows as long as the context.")
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "Tokens per step.", lower_bound=512)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate.")
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 100, "Steps between saves of the training state.")
@@ -123,15 +124,15 @@ def token_losses(definition: ModelDefinition, arrays: tuple[jax.Array, ...], bat
 
 def make_optimizer(definition: ModelDefinition) -> optax.GradientTransformation:
     """Muon for hidden matrices, AdamW for embeddings and norms; warm-up, constant, linear to zero."""
-    warmup, total, long = 50, _STEPS.value, _LONG_STEPS.value
+    warmup, total, decay = 50, _STEPS.value, _DECAY_STEPS.value
     rate = _LEARNING_RATE.value
     schedule = optax.join_schedules(
         [
             optax.linear_schedule(0.0, rate, warmup),
             optax.constant_schedule(rate),
-            optax.linear_schedule(rate, 0.02 * rate, long),
+            optax.linear_schedule(rate, 0.02 * rate, decay),
         ],
-        [warmup, total - long],
+        [warmup, total - decay],
     )
 
     def matrix_axes(axes: ax.LogicalAxes) -> MuonDimensionNumbers | None:

@@ -30,7 +30,9 @@ def write_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    weights = partial / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod((partial / "config.json").stat().st_mode)  # the library makes it private
     if directory.exists():
         shutil.rmtree(directory)
     os.rename(partial, directory)
