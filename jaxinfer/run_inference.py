@@ -162,7 +162,7 @@ def _set_up_jax() -> None:
 
 def _sampling_fields() -> dict[str, Any]:
     """The fields of SamplingParams that flags give; the others are the model's defaults. Checked right away."""
-    fields = {flag.name: flag.value for flag in (_TEMPERATURE, _TOP_K, _TOP_P) if flag.value is not None}
+    fields: dict[str, Any] = {f.name: f.value for f in (_TEMPERATURE, _TOP_K, _TOP_P) if f.value is not None}
     fields |= {"max_tokens": _MAX_TOKENS.value, "stop": tuple(_STOP.value), "ignore_eos": _IGNORE_EOS.value}
     try:
         SamplingParams(**fields)
