@@ -95,12 +95,28 @@ def compile_step(num_layers: int, mesh: str) -> Step:
         cache_bytes=2 * config.num_layers * math.prod(page_shape) * spec.dtype.itemsize,  # 2: keys and values
         activation_size=SHAPES.rows * config.embed_dim,
         logits_size=SHAPES.rows * config.vocab_size,
-        logits_stay_in_branch=all(
-            "/cond/branch_1_fun/" in line
-            for line in hlo.splitlines()
-            if " all-gather(" in line and f"[{SHAPES.rows},{config.vocab_size}]" in line.split(" = ")[1]
-        ),
+        logits_stay_in_branch=_only_in_branches(hlo, f"f32[{SHAPES.rows},{config.vocab_size}]"),
     )
+
+
+def _only_in_branches(hlo: str, shape: str) -> bool:
+    """Whether every all-gather of `shape` stands in a computation that a conditional calls as a branch."""
+    branches = set(re.findall(r"%[\w.]+", " ".join(re.findall(r"branch_computations=\{(.*?)\}", hlo))))
+    computation = ""
+    for line in hlo.splitlines():
+        if not line.startswith(" ") and line.endswith("{"):
+            computation = line.split()[0]
+        elif re.search(rf" = {re.escape(shape)}\S* all-gather\(", line) and computation not in branches:
+            return False
+    return True
+
+
+def test_a_gather_outside_a_branch_is_seen():
+    """The twin of the check above, on HLO made by hand."""
+    call = "  %c = f32[4] conditional(%p), branch_computations={%a, %b}\n}\n"
+    gather = "{\n  %g = f32[4,128]{0,1} all-gather(%x)\n}\n"
+    assert _only_in_branches(f"%b () -> f32[4] {gather}%main () -> f32[4] {{\n{call}", "f32[4,128]")
+    assert not _only_in_branches(f"%body () -> f32[4] {gather}%main () -> f32[4] {{\n{call}", "f32[4,128]")
 
 
 def _num_elements(shapes: str) -> int:
