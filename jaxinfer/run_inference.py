@@ -76,6 +76,9 @@ _ENGINE_FLAGS = (
 )  # fmt: skip
 
 
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
+
+
 def main(argv: list[str]) -> int:
     try:
         if argv[1:]:
