@@ -106,17 +106,17 @@ class Engine:
                 self._scheduler.check_fits(requests[-1])
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from None
-        for request in requests:
-            self._scheduler.add(request)
+        ours = [request.request_id for request in requests]
         outputs: dict[str, RequestOutput] = {}
-        ours = {request.request_id for request in requests}
-        while len(outputs) < len(ours):
-            for output in self._step():
-                if output.request_id not in ours:
-                    self._undelivered.append(output)
-                elif output.finished:
-                    outputs[output.request_id] = output
-        return [outputs[request.request_id] for request in requests]
+        try:
+            for request in requests:
+                self._scheduler.add(request)
+            while len(outputs) < len(ours):
+                outputs |= {output.request_id: output for output in self._step_for(set(ours)) if output.finished}
+        finally:
+            for request_id in ours:
+                self.abort(request_id)  # does nothing unless an exception cut the loop short
+        return [outputs[request_id] for request_id in ours]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Text and tokens of one request as they come. Leaving the iterator early aborts the request."""
@@ -125,10 +125,7 @@ class Engine:
         finished = False
         try:
             while not finished:
-                for output in self._step():
-                    if output.request_id != request_id:
-                        self._undelivered.append(output)
-                        continue
+                for output in self._step_for({request_id}):
                     completion, finished = output.outputs[0], output.finished
                     yield Delta(
                         completion.text[num_chars:], completion.token_ids[num_tokens:], completion.finish_reason
@@ -151,6 +148,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees what it holds. Does nothing if it is unknown or finished."""
+        self._undelivered = [output for output in self._undelivered if output.request_id != request_id]
         rows = itertools.chain(self._scheduler.waiting, *self._scheduler.running)
         for request in [r for r in rows if r.request_id == request_id]:
             request.finish(FinishReason.ABORT)
@@ -176,6 +174,12 @@ class Engine:
         token_bytes = memory.page_bytes // memory.page_size
         cache_bytes = self.stats.decode_context_tokens * token_bytes // memory.num_shards
         return self.stats.decode_steps * (memory.weights_bytes - embedding_bytes) + cache_bytes
+
+    def _step_for(self, ours: set[str]) -> list[RequestOutput]:
+        """A step, and the outputs of `ours`; those of other requests are kept for whoever waits for them."""
+        outputs = self.step()
+        self._undelivered = [output for output in outputs if output.request_id not in ours]
+        return [output for output in outputs if output.request_id in ours]
 
     def _step(self) -> list[RequestOutput]:
         plan = self._scheduler.schedule()

@@ -193,10 +193,11 @@ def _print_outputs(engine: "Engine", prompts: list[Prompt], params: SamplingPara
             print(delta.text if engine.resolved.tokenizer else f" {delta.token_ids}", end="", flush=True)
         print(flush=True)
         return first_token_s
-    for output in engine.generate(prompts, params):
+    start_s = time.perf_counter() - _START
+    outputs = engine.generate(prompts, params)
+    for output in outputs:
         print(f"{output.prompt or output.prompt_token_ids}{output.outputs[0].text or output.outputs[0].token_ids}\n")
-        first_token_s = time.perf_counter() - _START
-    return first_token_s
+    return start_s + min(output.metrics.ttft_s or 0.0 for output in outputs)
 
 
 def _write_outputs(engine: "Engine", prompts: list[Prompt], params: SamplingParams, path: pathlib.Path) -> None:

@@ -99,6 +99,17 @@ def test_requests_added_by_hand_come_out_of_step_even_if_generate_ran_meanwhile(
     assert outputs[-1].outputs[0].token_ids == solo(engine, outputs[-1].prompt_token_ids, GREEDY)
 
 
+def test_streams_and_generate_may_interleave(engine: Engine):
+    """Each once took the other's outputs away, and the other then waited for ever."""
+    expected = [engine.generate(text, GREEDY)[0].outputs[0].text for text in ("one", "two", "three")]
+    first, second = engine.stream("one", GREEDY), engine.stream("two", GREEDY)
+    texts = [next(first).text, next(second).text]
+    third = engine.generate("three", GREEDY)[0].outputs[0].text
+    texts[1] += "".join(delta.text for delta in second)
+    texts[0] += "".join(delta.text for delta in first)
+    assert [*texts, third] == expected
+
+
 def test_abort_ends_waiting_and_running_requests(engine: Engine):
     ids = [engine.add_request([1, 2, 3], GREEDY) for _ in range(6)]  # four slots: two wait
     engine.step()
