@@ -9,6 +9,7 @@ belongs to one thread.
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from jaxinfer import batch as batches
@@ -67,6 +68,7 @@ class Engine:
             seed=config.seed,
         )
         self._undelivered: list[RequestOutput] = []
+        self._is_closed = False
 
     def __enter__(self) -> "Engine":
         return self
@@ -76,6 +78,7 @@ class Engine:
 
     def close(self) -> None:
         """Frees the device memory. Unfinished requests are dropped; calling it again does nothing."""
+        self._is_closed = True
         self._runner.close()
 
     @property
@@ -84,7 +87,8 @@ class Engine:
         if self.resolved.config.generation_config == "none":
             return SamplingParams()
         defaults = self.resolved.generation
-        return SamplingParams(temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p)
+        params = SamplingParams(temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p)
+        return params if defaults.max_new_tokens is None else replace(params, max_tokens=defaults.max_new_tokens)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -102,8 +106,7 @@ class Engine:
         requests = []
         for i, (prompt, prompt_params) in enumerate(zip(prompts, each, strict=True)):
             try:
-                requests.append(self._intake.make_request(prompt, prompt_params))
-                self._scheduler.check_fits(requests[-1])
+                requests.append(self._make_request(prompt, prompt_params))
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from None
         ours = [request.request_id for request in requests]
@@ -142,7 +145,7 @@ class Engine:
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
         """Queues a prompt and returns the request's id. Raises ValueError for one that cannot run."""
-        request = self._intake.make_request(prompt, params or self.default_sampling_params)
+        request = self._make_request(prompt, params or self.default_sampling_params)
         self._scheduler.add(request)
         return request.request_id
 
@@ -156,8 +159,9 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Runs one prefill or one dispatch of decode steps; the outputs of the requests that got on."""
+        outputs = self._step()
         undelivered, self._undelivered = self._undelivered, []
-        return undelivered + self._step()
+        return undelivered + outputs
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -175,21 +179,44 @@ class Engine:
         cache_bytes = self.stats.decode_context_tokens * token_bytes // memory.num_shards
         return self.stats.decode_steps * (memory.weights_bytes - embedding_bytes) + cache_bytes
 
+    def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        self._check_open()
+        request = self._intake.make_request(prompt, params)
+        self._scheduler.check_fits(request)
+        return request
+
     def _step_for(self, ours: set[str]) -> list[RequestOutput]:
         """A step, and the outputs of `ours`; those of other requests are kept for whoever waits for them."""
         outputs = self.step()
         self._undelivered = [output for output in outputs if output.request_id not in ours]
         return [output for output in outputs if output.request_id in ours]
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the engine is closed; make a new one")
+
     def _step(self) -> list[RequestOutput]:
+        self._check_open()
         plan = self._scheduler.schedule()
         if plan is None:
             return []
-        touched = self._prefill(plan) if isinstance(plan, PrefillPlan) else self._decode(plan)
+        try:
+            touched = self._prefill(plan) if isinstance(plan, PrefillPlan) else self._decode(plan)
+        except BaseException:
+            self._recover()
+            raise
         for request in touched:
             if request.finish_reason is not None:
                 self._scheduler.release(request)
         return [request.output() for request in touched]
+
+    def _recover(self) -> None:
+        """A step that failed took the donated cache with it: running requests end with an error, waiting ones stay."""
+        for request in [*itertools.chain(*self._scheduler.running)]:
+            request.finish(FinishReason.ERROR)
+            self._scheduler.release(request)
+            self._undelivered.append(request.output())
+        self._runner.reset_cache()
 
     def _prefill(self, plan: PrefillPlan) -> list[Request]:
         start = time.perf_counter()

@@ -138,7 +138,7 @@ class Runner:
         self._partitioner = definition.partitioner
         self._spec = spec
         self._weights = weights
-        self._cache = kv_cache.allocate(spec, self._partitioner)
+        self.reset_cache()
         self._functions = StepFunctions(
             definition=definition, page_size=spec.page_size, backend_name=backend, num_steps=num_steps
         )
@@ -163,6 +163,10 @@ class Runner:
         """Generates up to `num_steps` tokens per row, as NumPy arrays."""
         rows_per_shard = batch.tokens.shape[0] // self._partitioner.num_shards(ax.BATCH)
         return DecodeOutput(*self._run(("decode", rows_per_shard, batch.block_tables.shape[1]), batch))
+
+    def reset_cache(self) -> None:
+        """Makes a new, empty cache: at the start, and after a step that failed and took the donated one with it."""
+        self._cache = kv_cache.allocate(self._spec, self._partitioner)
 
     def close(self) -> None:
         """Frees the device memory."""

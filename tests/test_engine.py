@@ -118,6 +118,43 @@ def test_abort_ends_waiting_and_running_requests(engine: Engine):
         engine.abort(request_id)
 
 
+def test_a_step_that_fails_ends_what_ran_and_nothing_else(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    """The failed step has taken the donated cache with it. Requests in the queue still get their tokens."""
+    expected = solo(engine, [1, 2, 3], GREEDY)
+    ids = [engine.add_request([1, 2, 3], GREEDY) for _ in range(6)]  # four slots: two wait
+    run = engine._runner._run
+
+    def fail_on_decode(key, batch):
+        result = run(key, batch)
+        if key[0] == "decode":
+            monkeypatch.undo()
+            for array in jax.tree.leaves(engine._runner._cache):
+                array.delete()
+            raise RuntimeError("planted")
+        return result
+
+    monkeypatch.setattr(engine._runner, "_run", fail_on_decode)
+    outputs = engine.step() + engine.step() + engine.step() + engine.step()  # a prompt each
+    with pytest.raises(RuntimeError, match="planted"):
+        engine.step()
+    while engine.has_unfinished_requests:
+        outputs += engine.step()
+    final = {output.request_id: output.outputs[0] for output in outputs if output.finished}
+    assert [final[i].finish_reason for i in ids] == ["error"] * 4 + ["length"] * 2
+    assert [final[i].token_ids for i in ids[4:]] == [expected] * 2
+
+
+def test_a_closed_engine_says_so(model_dir: pathlib.Path):
+    with Engine(str(model_dir), max_num_seqs=1, max_model_len=32) as closed:
+        stream = closed.stream([1, 2], GREEDY)
+        next(stream)
+    closed.close()
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        closed.generate([1, 2], GREEDY)
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        next(stream)
+
+
 def test_max_tokens_is_cut_to_what_max_model_len_leaves(engine: Engine):
     output = engine.generate([5] * 250, SamplingParams(temperature=0.0, max_tokens=99, ignore_eos=True))[0]
     assert len(output.outputs[0].token_ids) == 6

@@ -77,9 +77,13 @@ _COLLECTIVE = re.compile(
 
 
 @functools.cache
-def compile_step(num_layers: int, mesh: str) -> Step:
+def compile_step(num_layers: int, mesh: str, unsplit: str | None = None) -> Step:
+    """`unsplit` is a logical axis that is left whole, against the mesh's strategy."""
     config = llama.parse_config(HFConfig(CONFIG | {"num_hidden_layers": num_layers}))
     partitioner = Partitioner.create(mesh)
+    if unsplit is not None:
+        rules = dataclasses.replace(partitioner.rules, rules={**partitioner.rules.rules, unsplit: ()})
+        partitioner = dataclasses.replace(partitioner, rules=rules)
     definition = ModelDefinition.create(config, partitioner, jnp.dtype("float32"))
     runner = driver.make_runner(definition, (), SHAPES)  # no weights: it is compiled and never run
     compiled = runner.lowered("decode", SHAPES.rows, SHAPES.buckets.pages[0]).compile()
@@ -124,6 +128,19 @@ def _num_elements(shapes: str) -> int:
     return sum(math.prod(int(n) for n in dims.split(",") if n) for dims in re.findall(r"\[([\d,]*)\]", shapes))
 
 
+def expected_collectives(step: Step, num_layers: int, mesh: str) -> list[tuple[str, int]]:
+    if ax.TENSOR not in mesh:
+        return []
+    return [("all-gather", step.logits_size)] + [("all-reduce", step.activation_size)] * (1 + 2 * num_layers)
+
+
+@pytest.mark.parametrize("unsplit", [ax.MLP, ax.VOCAB])
+def test_a_collective_more_or_less_is_seen(unsplit: str):
+    """The twin of the count below: an MLP left whole needs no all-reduce, a vocabulary left whole no embedding's."""
+    step = compile_step(2, "tensor:2", unsplit)
+    assert sorted(step.large) != expected_collectives(step, 2, "tensor:2")
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_collectives_of_a_decode_step(mesh: str):
     """With `tensor` two all-reduces a layer, after attention and after the MLP; with `data` alone none.
@@ -134,11 +151,9 @@ def test_collectives_of_a_decode_step(mesh: str):
     travels; logits do only in the branch that a greedy batch never takes.
     """
     steps = {num_layers: compile_step(num_layers, mesh) for num_layers in (2, 4)}
-    per_layer, outside = (2, 1) if ax.TENSOR in mesh else (0, 0)
+    per_layer = 2 if ax.TENSOR in mesh else 0
     for num_layers, step in steps.items():
-        gathers = [("all-gather", step.logits_size)] if ax.TENSOR in mesh else []
-        expected = gathers + [("all-reduce", step.activation_size)] * (outside + per_layer * num_layers)
-        assert sorted(step.large) == expected
+        assert sorted(step.large) == expected_collectives(step, num_layers, mesh)
         assert step.logits_stay_in_branch
     assert len(steps[4].collectives) - len(steps[2].collectives) == 2 * per_layer
 
