@@ -1,10 +1,11 @@
 """What a model attends to: nothing but its own tokens (training), or a paged cache (inference)."""
 
+from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from jaxinfer import kv_cache
 from jaxinfer.config import ModelConfig
@@ -42,8 +43,18 @@ def attention_spec(config: ModelConfig, partitioner: Partitioner, page_size: int
     )
 
 
+class Segment(NamedTuple):
+    """Sequences with equally many new tokens each: B of them in one data shard, T tokens, M pages; D shards."""
+
+    block_tables: jax.Array  # int32 [D, B, M]; page ids local to the shard
+    positions: jax.Array  # int32 [D, B, T] of the new tokens
+    valid: jax.Array  # bool [D, B, T]; false for padding
+
+
 class PagedAttention:
     """The `attend` of one step: writes the new tokens into the cache, then attends over their pages.
+
+    The model sees each shard's tokens in a row, [D, S, ...]; here they are the segments again, one after the other.
 
     An object of the trace: each layer's call replaces that layer's arrays in `cache`, which the step returns.
     All work happens on the local shard (`shard_map`): left to itself XLA would gather every page to every
@@ -53,16 +64,14 @@ class PagedAttention:
     def __init__(
         self,
         cache: Cache,
-        block_tables: jax.Array,  # int32 [B, M]; page ids local to the row's data shard
-        positions: jax.Array,  # int32 [B, T] of the new tokens
-        valid: jax.Array,  # bool [B, T]; false for padding
+        segments: Sequence[Segment],
         *,
         spec: AttentionSpec,  # heads of one shard
         backend: ModuleType,
         partitioner: Partitioner,
     ):
         self._cache = list(cache)
-        self._block_tables, self._positions, self._valid = block_tables, positions, valid
+        self._segments = tuple(segments)
         self._spec, self._backend, self._partitioner = spec, backend, partitioner
 
     @property
@@ -70,30 +79,40 @@ class PagedAttention:
         return tuple(self._cache)
 
     def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """q [D, S, N, H], k and v [D, S, K, H] -> [D, S, N, H]."""
         attend = self._attend_local
         if self._partitioner.mesh.size > 1:
             pages = self._partitioner.spec(kv_cache.CACHE_AXES)
-            heads = self._spec_of(ax.BATCH, None, ax.HEADS, ax.HEAD_DIM)
-            kv_heads = self._spec_of(ax.BATCH, None, ax.KV_HEADS, ax.HEAD_DIM)
-            rows = self._spec_of(ax.BATCH, None)
+            heads = self._partitioner.spec((ax.BATCH, None, ax.HEADS, ax.HEAD_DIM))
+            kv_heads = self._partitioner.spec((ax.BATCH, None, ax.KV_HEADS, ax.HEAD_DIM))
+            rows = self._partitioner.spec((ax.BATCH, None, None))
             attend = jax.shard_map(
                 attend,
                 mesh=self._partitioner.mesh,
-                in_specs=(heads, kv_heads, kv_heads, pages, pages, rows, rows, rows),
+                in_specs=(heads, kv_heads, kv_heads, pages, pages, rows),
                 out_specs=(heads, pages, pages),
                 check_vma=False,
             )
         k_pages, v_pages = self._cache[layer]
-        out, k_pages, v_pages = attend(q, k, v, k_pages, v_pages, self._block_tables, self._positions, self._valid)
+        out, k_pages, v_pages = attend(q, k, v, k_pages, v_pages, self._segments)
         self._cache[layer] = (k_pages, v_pages)
         return out
 
-    def _spec_of(self, *axes: str | None) -> PartitionSpec:
-        return self._partitioner.spec(axes)
+    def _attend_local(self, q, k, v, k_pages, v_pages, segments: tuple[Segment, ...]):
+        """Of one shard: the first dimension is 1. All is written before anything is read, so that pages stay in place."""
+        segments = tuple(Segment(*(x[0] for x in segment)) for segment in segments)
+        sizes = [segment.positions.size for segment in segments]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
 
-    def _attend_local(self, q, k, v, k_pages, v_pages, block_tables, positions, valid):
+        def rows(x: jax.Array, i: int) -> jax.Array:
+            return x[0, starts[i] : starts[i] + sizes[i]].reshape(*segments[i].positions.shape, *x.shape[2:])
+
         with jax.named_scope("cache_write"):
-            k_pages = kv_cache.write(k_pages, k, block_tables, positions, valid)
-            v_pages = kv_cache.write(v_pages, v, block_tables, positions, valid)
-        out = self._backend.paged_attention(q, k_pages, v_pages, block_tables, positions, spec=self._spec)
-        return out, k_pages, v_pages
+            for i, (block_tables, positions, valid) in enumerate(segments):
+                k_pages = kv_cache.write(k_pages, rows(k, i), block_tables, positions, valid)
+                v_pages = kv_cache.write(v_pages, rows(v, i), block_tables, positions, valid)
+        outs = [
+            self._backend.paged_attention(rows(q, i), k_pages, v_pages, block_tables, positions, spec=self._spec)
+            for i, (block_tables, positions, _) in enumerate(segments)
+        ]
+        return jnp.concatenate([out.reshape(-1, *q.shape[2:]) for out in outs])[None], k_pages, v_pages

@@ -1,26 +1,24 @@
 """The engine: requests in, text out.
 
-    add_request -> Scheduler -> StepPlan -> batch -> Runner (devices) -> commit -> RequestOutput
+    prompt -> Intake -> Request -> EngineCore (scheduler, devices) -> RequestOutput
 
-`step` does one turn of that wheel; `generate` and `stream` turn it until their requests are done. An engine
-belongs to one thread.
+`step` does one turn of the core; `generate` and `stream` turn it until their requests are done. An engine belongs
+to one thread.
 """
 
-import itertools
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from jaxinfer import batch as batches
 from jaxinfer.checkpoint.hf_reader import load_weights
 from jaxinfer.engine_config import EngineConfig
+from jaxinfer.engine_core import EngineCore
 from jaxinfer.intake import Intake, Prompt
 from jaxinfer.progress import Progress
-from jaxinfer.request import Delta, FinishReason, Request, RequestOutput, SamplingParams
+from jaxinfer.request import Delta, Request, RequestOutput, SamplingParams
 from jaxinfer.resolve import ResolvedEngine, resolve
 from jaxinfer.runner import Runner
-from jaxinfer.scheduler import DecodePlan, PrefillPlan, Scheduler
+from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
 from sharding_rules import axes as ax
 
@@ -42,24 +40,25 @@ class Engine:
         definition = self.resolved.definition
         with progress.phase("loading weights", "bytes") as advance, self.stats.timed("load_s"):
             weights = load_weights(self.resolved.model_dir, definition, advance)
-        self._runner = Runner(
+        runner = Runner(
             definition,
             weights,
             self.resolved.cache_spec,
             self.resolved.buckets,
-            num_steps=config.decode_steps,
             backend=self.resolved.attention_backend,
         )
         with progress.phase("compiling", "programs") as advance, self.stats.timed("compile_s"):
-            self._runner.compile_all(advance)
-        num_shards = definition.partitioner.num_shards(ax.BATCH)
-        self._scheduler = Scheduler(
-            num_shards=num_shards,
+            runner.compile_all(advance)
+        scheduler = Scheduler(
+            num_shards=definition.partitioner.num_shards(ax.BATCH),
             pages_per_shard=self.resolved.memory.num_pages,
             page_size=self.resolved.memory.page_size,
             slots_per_shard=self.resolved.slots_per_shard,
-            chunk_tokens=self.resolved.buckets.prefill_tokens[-1],
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            decode_steps=config.decode_steps,
+            enable_prefix_caching=config.enable_prefix_caching,
         )
+        self._core = EngineCore(scheduler, runner, self.stats)
         self._intake = Intake(
             tokenizer=self.resolved.tokenizer,
             generation=self.resolved.generation,
@@ -67,7 +66,8 @@ class Engine:
             max_model_len=self.resolved.max_model_len,
             seed=config.seed,
         )
-        self._undelivered: list[RequestOutput] = []
+        self._unfinished: dict[str, Request] = {}
+        self._undelivered: dict[str, Request] = {}  # got on, and nobody has been told yet
         self._is_closed = False
 
     def __enter__(self) -> "Engine":
@@ -79,7 +79,7 @@ class Engine:
     def close(self) -> None:
         """Frees the device memory. Unfinished requests are dropped; calling it again does nothing."""
         self._is_closed = True
-        self._runner.close()
+        self._core.close()
 
     @property
     def default_sampling_params(self) -> SamplingParams:
@@ -109,33 +109,32 @@ class Engine:
                 requests.append(self._make_request(prompt, prompt_params))
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from None
-        ours = [request.request_id for request in requests]
-        outputs: dict[str, RequestOutput] = {}
+        pending = {request.request_id for request in requests}
         try:
             for request in requests:
-                self._scheduler.add(request)
-            while len(outputs) < len(ours):
-                outputs |= {output.request_id: output for output in self._step_for(set(ours)) if output.finished}
+                self._add(request)
+            while pending:
+                pending -= {r.request_id for r in self._step_for(pending) if r.finish_reason is not None}
         finally:
-            for request_id in ours:
-                self.abort(request_id)  # does nothing unless an exception cut the loop short
-        return [outputs[request_id] for request_id in ours]
+            for request_id in pending:
+                self.abort(request_id)  # an exception cut the loop short
+        return [request.output() for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Text and tokens of one request as they come. Leaving the iterator early aborts the request."""
-        request_id = self.add_request(prompt, params)
-        num_chars = num_tokens = 0
-        finished = False
+        request = self._make_request(prompt, params or self.default_sampling_params)
+        self._add(request)
+        num_chars, num_tokens = 0, request.num_prompt_tokens
         try:
-            while not finished:
-                for output in self._step_for({request_id}):
-                    completion, finished = output.outputs[0], output.finished
-                    yield Delta(
-                        completion.text[num_chars:], completion.token_ids[num_tokens:], completion.finish_reason
-                    )
-                    num_chars, num_tokens = len(completion.text), len(completion.token_ids)
+            while True:
+                if self._step_for({request.request_id}) or request.finish_reason is not None:
+                    text, reason = request.text.text, request.finish_reason
+                    yield Delta(text[num_chars:], request.token_ids[num_tokens:], reason and reason.value)
+                    if reason is not None:
+                        return
+                    num_chars, num_tokens = len(text), len(request.token_ids)
         finally:
-            self.abort(request_id)
+            self.abort(request.request_id)
 
     def chat(self, messages: list[dict[str, str]], params: SamplingParams | None = None) -> RequestOutput:
         """The assistant's next message after `messages`, through the tokenizer's chat template."""
@@ -146,26 +145,22 @@ class Engine:
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
         """Queues a prompt and returns the request's id. Raises ValueError for one that cannot run."""
         request = self._make_request(prompt, params or self.default_sampling_params)
-        self._scheduler.add(request)
+        self._add(request)
         return request.request_id
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees what it holds. Does nothing if it is unknown or finished."""
-        self._undelivered = [output for output in self._undelivered if output.request_id != request_id]
-        rows = itertools.chain(self._scheduler.waiting, *self._scheduler.running)
-        for request in [r for r in rows if r.request_id == request_id]:
-            request.finish(FinishReason.ABORT)
-            self._scheduler.release(request)
+        self._undelivered.pop(request_id, None)
+        if request := self._unfinished.pop(request_id, None):
+            self._core.abort(request)
 
     def step(self) -> list[RequestOutput]:
-        """Runs one prefill or one dispatch of decode steps; the outputs of the requests that got on."""
-        outputs = self._step()
-        undelivered, self._undelivered = self._undelivered, []
-        return undelivered + outputs
+        """Starts a step on the devices and takes in the one before: the outputs of the requests that got on."""
+        return [request.output() for request in self._step_for(None)]
 
     @property
     def has_unfinished_requests(self) -> bool:
-        return self._scheduler.has_work
+        return bool(self._unfinished or self._undelivered)
 
     @property
     def decode_bytes_per_device(self) -> int:
@@ -182,78 +177,27 @@ class Engine:
     def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
         self._check_open()
         request = self._intake.make_request(prompt, params)
-        self._scheduler.check_fits(request)
+        self._core.scheduler.check_fits(request)
         return request
 
-    def _step_for(self, ours: set[str]) -> list[RequestOutput]:
-        """A step, and the outputs of `ours`; those of other requests are kept for whoever waits for them."""
-        outputs = self.step()
-        self._undelivered = [output for output in outputs if output.request_id not in ours]
-        return [output for output in outputs if output.request_id in ours]
+    def _add(self, request: Request) -> None:
+        self._core.scheduler.add(request)
+        self._unfinished[request.request_id] = request
+
+    def _step_for(self, ours: set[str] | None) -> list[Request]:
+        """A step, and which of `ours` (None: of all) got on; others are kept for whoever waits for them."""
+        self._check_open()
+        for request in self._core.step():
+            if request.request_id in self._unfinished:
+                self._undelivered[request.request_id] = request
+                if request.finish_reason is not None:
+                    del self._unfinished[request.request_id]
+        told = [request_id for request_id in self._undelivered if ours is None or request_id in ours]
+        return [self._undelivered.pop(request_id) for request_id in told]
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError("the engine is closed; make a new one")
-
-    def _step(self) -> list[RequestOutput]:
-        self._check_open()
-        plan = self._scheduler.schedule()
-        if plan is None:
-            return []
-        try:
-            touched = self._prefill(plan) if isinstance(plan, PrefillPlan) else self._decode(plan)
-        except BaseException:
-            self._recover()
-            raise
-        for request in touched:
-            if request.finish_reason is not None:
-                self._scheduler.release(request)
-        return [request.output() for request in touched]
-
-    def _recover(self) -> None:
-        """A step that failed took the donated cache with it: running requests end with an error, waiting ones stay."""
-        for request in [*itertools.chain(*self._scheduler.running)]:
-            request.finish(FinishReason.ERROR)
-            self._scheduler.release(request)
-            self._undelivered.append(request.output())
-        self._runner.reset_cache()
-
-    def _prefill(self, plan: PrefillPlan) -> list[Request]:
-        start = time.perf_counter()
-        result = self._runner.prefill(batches.build_prefill(plan, self.resolved.buckets))
-        touched = []
-        for row, chunk in enumerate(plan.chunks):
-            if chunk is None:
-                continue
-            chunk.request.num_cached = chunk.stop
-            if not result.finite[row]:
-                chunk.request.finish(FinishReason.ERROR)
-            elif chunk.is_last:
-                chunk.request.append([int(result.tokens[row])])
-            else:
-                continue
-            touched.append(chunk.request)
-        num_tokens = sum(chunk.stop - chunk.start for chunk in plan.chunks if chunk)
-        self.stats.add_prefill(num_tokens, time.perf_counter() - start)
-        return touched
-
-    def _decode(self, plan: DecodePlan) -> list[Request]:
-        start = time.perf_counter()
-        batch = batches.build_decode(plan, self.resolved.buckets, self._runner.num_steps)
-        result = self._runner.decode(batch)
-        rows_per_shard = len(batch.tokens) // len(plan.rows)
-        touched, num_tokens = [], 0
-        for shard, requests in enumerate(plan.rows):
-            for row, request in enumerate(requests, start=shard * rows_per_shard):
-                tokens: list[int] = result.tokens[row, : result.counts[row]].tolist()
-                num_tokens += len(tokens)
-                request.num_cached += len(tokens)
-                request.append(tokens)
-                if not result.finite[row]:
-                    request.finish(FinishReason.ERROR)
-                touched.append(request)
-        self.stats.add_decode(num_tokens, self._runner.num_steps, batch.positions, time.perf_counter() - start)
-        return touched
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

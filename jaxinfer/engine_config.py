@@ -18,11 +18,13 @@ class EngineConfig(StrictFields):
       dtype: of weights and cache; "auto" is bfloat16 on GPU and float32 on CPU.
       max_model_len: longest prompt plus output in tokens; None for what the model was trained for, at most 4096.
       max_num_seqs: sequences that decode together, over the whole mesh.
-      max_num_batched_tokens: longest piece of a prompt that is prefilled at once.
+      max_num_batched_tokens: most tokens of a step in one data shard: a token of each sequence that decodes, and
+        beside them a piece of a prompt.
       page_size: tokens per cache page; None for 64 on GPU and 16 on CPU.
       kv_cache_bytes: size of the cache per device; None for what the sequences can use, within memory_fraction.
       memory_fraction: share of a device's free memory that weights and cache may take.
-      decode_steps: tokens per sequence and dispatch.
+      decode_steps: tokens per sequence and dispatch when no request waits; one when one does.
+      enable_prefix_caching: keep the pages of finished requests for those that start alike.
       seed: base of the seeds of requests that name none.
       attention_backend: a backend in `pallas_kernels/paged_attention/`, or "auto".
       generation_config: "auto" applies the model's generation_config.json, "none" does not.
@@ -40,6 +42,7 @@ class EngineConfig(StrictFields):
     kv_cache_bytes: int | None = None
     memory_fraction: float = 0.9
     decode_steps: int = 8
+    enable_prefix_caching: bool = True
     seed: int = 0
     attention_backend: str = "auto"
     generation_config: str = "auto"

@@ -49,9 +49,9 @@ class Intake:
         if self.tokenizer is not None:
             stream = self.tokenizer.stream(params.skip_special_tokens, token_ids[-_CONTEXT_TOKENS:])
         return Request(
-            request_id=str(number),
+            number=number,
             prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=token_ids,
+            token_ids=token_ids,
             params=params,
             stop_token_ids=stop_token_ids,
             max_tokens=min(params.max_tokens, self.max_model_len - len(token_ids)),

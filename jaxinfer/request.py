@@ -70,72 +70,104 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"  # the model produced a value that is not finite
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Request:
-    """One sequence on its way: waiting -> prefilling -> decoding -> finished.
+    """One sequence on its way: waiting -> prefilling -> decoding -> finished; preemption goes back to waiting.
+
+    What the devices will have done and what the host knows of it are a step apart: `num_cached` counts the step
+    that is under way, `token_ids` does not.
 
     Attributes:
-      request_id: unique in the engine.
+      number: of its arrival; unique in the engine.
       prompt: as given, if it was text.
-      prompt_token_ids: never empty.
       params: as given.
       stop_token_ids: the model's end tokens and the request's own.
       max_tokens: `params.max_tokens`, cut to what max_model_len leaves.
       seed: of its draws.
       text: of the output so far.
-      output_token_ids: grows as tokens arrive; the end token, if there was one, is the last.
-      num_cached: tokens whose keys and values are in the cache.
+      priority: lower runs first.
+      cache_salt: requests with different salts share no cached pages.
+      token_ids: prompt, never empty, and output; the end token, if there was one, is the last.
+      num_prompt_tokens: how many of them are the prompt.
+      num_prefill_tokens: how many are prefilled; the prompt, and after a preemption the output so far as well.
+      num_cached: tokens whose keys and values are in the cache when the steps under way are done.
+      num_in_flight: steps under way that it takes part in.
       page_ids: its pages, in order of position; local to `shard`.
-      shard: the data shard that holds it.
+      page_digests: what its full pages hold, as far as it has been computed.
+      num_published: how many of its pages the allocator knows the content of.
+      shard, slot: the data shard that runs it, and its place there.
     """
 
-    request_id: str
+    number: int
     prompt: str | None
-    prompt_token_ids: list[int]
+    token_ids: list[int]
     params: SamplingParams
     stop_token_ids: tuple[int, ...]
     max_tokens: int
     seed: int
     text: OutputText
-    output_token_ids: list[int] = dataclasses.field(default_factory=list)
+    priority: int = 0
+    cache_salt: bytes = b""
+    num_prompt_tokens: int = 0
+    num_prefill_tokens: int = 0
     num_cached: int = 0
+    num_in_flight: int = 0
+    num_preemptions: int = 0
     page_ids: list[int] = dataclasses.field(default_factory=list)
+    page_digests: list[bytes] = dataclasses.field(default_factory=list)
+    num_published: int = 0
     shard: int = 0
+    slot: int = 0
     finish_reason: FinishReason | None = None
     arrival_time: float = dataclasses.field(default_factory=time.perf_counter)
     first_token_time: float | None = None
     finish_time: float | None = None
 
-    @property
-    def is_prefilled(self) -> bool:
-        return self.num_cached >= len(self.prompt_token_ids)
+    def __post_init__(self):
+        self.num_prompt_tokens = self.num_prefill_tokens = len(self.token_ids)
 
     @property
-    def num_tokens(self) -> int:
-        """Prompt and output so far."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+    def request_id(self) -> str:
+        return str(self.number)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who runs first, and who is preempted last."""
+        return self.priority, self.number
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.token_ids[: self.num_prompt_tokens]
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.num_cached >= self.num_prefill_tokens
 
     @property
     def max_num_tokens(self) -> int:
         """Prompt and output at most."""
-        return len(self.prompt_token_ids) + self.max_tokens
+        return self.num_prompt_tokens + self.max_tokens
 
     @property
-    def num_remaining(self) -> int:
-        """Tokens that may still be generated."""
-        return self.max_tokens - len(self.output_token_ids)
+    def can_decode(self) -> bool:
+        """Whether it generates another token after the steps under way, unless one of those ends it."""
+        return self.is_prefilled and self.num_cached + 1 < self.max_num_tokens
 
     def append(self, token_ids: list[int]) -> None:
         """Takes generated tokens in; sets the finish reason where they end the request."""
         if not token_ids:
             return
         self.first_token_time = self.first_token_time or time.perf_counter()
-        self.output_token_ids += token_ids
+        self.token_ids += token_ids
         ended = token_ids[-1] in self.stop_token_ids
         # A stop token ends the text before itself; any other token belongs to it.
         if self.text.add(token_ids[:-1] if ended else token_ids) or ended:
             self.finish(FinishReason.STOP)
-        elif self.num_remaining == 0:
+        elif len(self.token_ids) == self.max_num_tokens:
             self.finish(FinishReason.LENGTH)
 
     def finish(self, reason: FinishReason) -> None:
@@ -150,7 +182,7 @@ class Request:
         completion = CompletionOutput(
             index=0,
             text=self.text.text,
-            token_ids=list(self.output_token_ids),
+            token_ids=self.output_token_ids,
             finish_reason=None if self.finish_reason is None else self.finish_reason.value,
         )
         first, end = self.first_token_time, self.finish_time

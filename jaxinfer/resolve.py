@@ -87,6 +87,8 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
             max_model_len=max_model_len,
             max_chunk=config.max_num_batched_tokens,
             page_size=page_size,
+            decode_steps=config.decode_steps,
+            num_shards=num_shards,
         ),
         attention_backend=backend,
     )

@@ -1,22 +1,30 @@
 """Chooses what runs next. Host only: requests, ints, no arrays.
 
-    add -> waiting -> (a slot and pages are free) -> running: prefilled piece by piece, then decoded -> finished
+    waiting -> prefilling, piece by piece -> decoding -> finished
+       ^------------- preempted ---------------'
 
-First come, first served: the request at the head of the queue waits for a slot and for all the pages that it can
-ever need, and nobody overtakes it, so a running request never runs out of pages. With `data` in the mesh each
-shard has its own slots and pages, and a request goes to the shard that has the fewest running.
+A step decodes every running sequence and, beside them, prefills a piece of one prompt per data shard, within a
+budget of tokens. Requests run in order of priority, then of arrival. Pages are taken as sequences grow; when none
+is free, the last in order is preempted: it gives up its pages and later starts over from prompt and output, of
+which the prefix cache still has what was not evicted. The first in order is never preempted, so there is always
+progress. With `data` in the mesh each shard has its own slots and pages, and a request goes to the least loaded.
+
+Steps are planned one ahead of their results: `schedule` counts on what the step under way will have done, and
+`commit` takes its tokens in. A sequence that turns out to have ended takes part in one step more, in which the
+devices do nothing for it.
 """
 
 import dataclasses
-from collections import deque
+from bisect import insort
+from collections.abc import Iterator, Sequence
 
-from jaxinfer.page_allocator import PageAllocator
-from jaxinfer.request import Request
+from jaxinfer.page_allocator import PageAllocator, extend_digests
+from jaxinfer.request import FinishReason, Request
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A piece of a prompt: tokens [start, stop) of `request`."""
+    """A piece to prefill: tokens [start, stop) of `request`."""
 
     request: Request
     start: int
@@ -24,24 +32,41 @@ class Chunk:
 
     @property
     def is_last(self) -> bool:
-        return self.stop == len(self.request.prompt_token_ids)
+        return self.stop == self.request.num_prefill_tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefillPlan:
-    """At most one chunk per data shard."""
+class StepPlan:
+    """One dispatch. With a chunk in it there is one decode step.
 
-    chunks: list[Chunk | None]  # by shard
+    Attributes:
+      chunks: at most one for each data shard.
+      rows: the requests that decode, by shard.
+      starts: of each row, the position of its next token.
+      num_steps: tokens that each row generates.
+    """
 
-
-@dataclasses.dataclass(frozen=True)
-class DecodePlan:
-    """The requests that decode, by shard."""
-
+    chunks: list[Chunk | None]
     rows: list[list[Request]]
+    starts: list[list[int]]
+    num_steps: int
 
 
-StepPlan = PrefillPlan | DecodePlan
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What became of a StepPlan, in its order.
+
+    Attributes:
+      chunk_tokens: the token after each chunk; means something for a last chunk.
+      chunk_is_finite: whether the logits were.
+      row_tokens: the tokens of each row, by shard; fewer than num_steps where the row ended.
+      row_is_finite: whether all logits of the row were.
+    """
+
+    chunk_tokens: Sequence[int]
+    chunk_is_finite: Sequence[bool]
+    row_tokens: Sequence[Sequence[Sequence[int]]]
+    row_is_finite: Sequence[Sequence[bool]]
 
 
 def cdiv(a: int, b: int) -> int:
@@ -49,17 +74,33 @@ def cdiv(a: int, b: int) -> int:
 
 
 class Scheduler:
-    """Waiting and running requests, and who holds which pages."""
+    """Waiting and running requests, and who holds which slots and pages.
+
+    `max_num_batched_tokens` is per shard and step; rows count one each. `decode_steps` is how many tokens a row
+    generates in a step when nobody waits.
+    """
 
     def __init__(
-        self, *, num_shards: int, pages_per_shard: int, page_size: int, slots_per_shard: int, chunk_tokens: int
+        self,
+        *,
+        num_shards: int,
+        pages_per_shard: int,
+        page_size: int,
+        slots_per_shard: int,
+        max_num_batched_tokens: int,
+        decode_steps: int,
+        enable_prefix_caching: bool = True,
     ):
         self.page_size = page_size
-        self.slots_per_shard = slots_per_shard
-        self.chunk_tokens = chunk_tokens
-        self.waiting: deque[Request] = deque()
-        self.running: list[list[Request]] = [[] for _ in range(num_shards)]
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.decode_steps = decode_steps
+        self.enable_prefix_caching = enable_prefix_caching
+        self.waiting: list[Request] = []  # in order
+        self.running: list[list[Request]] = [[] for _ in range(num_shards)]  # by shard, each in order
         self.allocators = [PageAllocator(pages_per_shard) for _ in range(num_shards)]
+        self.num_preemptions = 0
+        self._slots_per_shard = slots_per_shard
+        self._free_slots = [[*range(slots_per_shard - 1, -1, -1)] for _ in range(num_shards)]
 
     @property
     def num_running(self) -> int:
@@ -69,69 +110,191 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting) or self.num_running > 0
 
-    def num_pages_for(self, request: Request) -> int:
-        return cdiv(request.max_num_tokens, self.page_size)
-
     def check_fits(self, request: Request) -> None:
         """Raises ValueError for a request that not even an empty shard could hold."""
-        needed, usable = self.num_pages_for(request), self.allocators[0].num_usable_pages
+        needed, usable = cdiv(request.max_num_tokens, self.page_size), self.allocators[0].num_usable_pages
         if needed > usable:
             raise ValueError(
-                f"prompt of {len(request.prompt_token_ids)} tokens plus max_tokens {request.max_tokens} needs {needed} "
+                f"prompt of {request.num_prompt_tokens} tokens plus max_tokens {request.max_tokens} needs {needed} "
                 f"cache pages and the pool has {usable}; raise --kv_cache_bytes or lower max_tokens"
             )
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises ValueError for one that can never fit."""
         self.check_fits(request)
-        self.waiting.append(request)
+        insort(self.waiting, request, key=lambda r: r.order)
 
     def schedule(self) -> StepPlan | None:
-        """What to run now; None if there is nothing. Prompts first, so that first tokens come early."""
+        """The next step; None if there is nothing to do before the step under way is committed."""
+        for shard, rows in enumerate(self.running):
+            self._grow(shard, rows)
         self._admit()
         chunks = [self._next_chunk(rows) for rows in self.running]
-        if any(chunks):
-            return PrefillPlan(chunks)
-        return DecodePlan([list(rows) for rows in self.running]) if self.num_running else None
+        rows = [[r for r in rows if r.can_decode] for rows in self.running]
+        if not any(chunks) and not any(rows):
+            return None
+        others_wait = self.waiting and self._slots_per_shard * len(self.running) > 1
+        num_steps = 1 if others_wait or any(chunks) or not self._grow_for_more_steps(rows) else self.decode_steps
+        plan = StepPlan(chunks, rows, [[r.num_cached for r in requests] for requests in rows], num_steps)
+        for chunk in filter(None, chunks):
+            chunk.request.num_cached = chunk.stop
+            chunk.request.num_in_flight += 1
+        for request in (r for requests in rows for r in requests):
+            request.num_cached = min(request.num_cached + num_steps, request.max_num_tokens - 1)
+            request.num_in_flight += 1
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Request]:
+        """Takes in what a step did, and lets go of what ended. Returns the requests that got tokens or ended."""
+        touched = []
+        for request, num_cached, tokens, is_finite in _outcomes(plan, result):
+            request.num_in_flight -= 1
+            if request.finish_reason is not None:
+                continue  # it was aborted, or ended in the step before
+            request.append([*tokens])
+            if not is_finite:
+                request.finish(FinishReason.ERROR)
+            elif request.page_ids:
+                self._publish(request, num_cached)
+            if request.finish_reason is not None:
+                self.release(request)
+            if tokens or not is_finite:
+                touched.append(request)
+        return touched
 
     def release(self, request: Request) -> None:
-        """Frees the slot and pages of a finished request, or takes it out of the queue. Once per request."""
-        if request in self.waiting:
+        """Takes a finished request out and frees what it holds. Once per request."""
+        if request.page_ids:
+            self._stop(request)
+        else:
             self.waiting.remove(request)
-            return
-        self.running[request.shard].remove(request)
-        self.allocators[request.shard].free(request.page_ids)
-        request.page_ids = []
+
+    def forget_cache(self) -> None:
+        """The devices lost their caches, and with them the steps under way. Nothing may be running."""
+        assert not self.num_running, "running requests rely on the cache"
+        for request in self.waiting:
+            request.num_in_flight = 0
+        for allocator in self.allocators:
+            allocator.forget()
 
     def check(self) -> None:
         """Raises AssertionError unless pages, slots and requests agree."""
         for shard, (rows, allocator) in enumerate(zip(self.running, self.allocators, strict=True)):
             allocator.check()
-            held = [page for request in rows for page in request.page_ids]
-            assert len(held) == len(set(held)), "two requests share a page"
-            assert len(held) + allocator.num_free == allocator.num_usable_pages, "a page is held by nobody"
-            assert len(rows) <= self.slots_per_shard
+            assert rows == sorted(rows, key=lambda r: r.order)
+            holders: dict[int, int] = {}
+            for page in (page for request in rows for page in request.page_ids):
+                holders[page] = holders.get(page, 0) + 1
+            assert holders == allocator.num_holders, "requests and allocator disagree about who holds what"
+            slots = [request.slot for request in rows] + self._free_slots[shard]
+            assert sorted(slots) == [*range(self._slots_per_shard)], "a slot is lost or taken twice"
             assert all(r.shard == shard and r.finish_reason is None for r in rows)
             assert all(r.num_cached <= len(r.page_ids) * self.page_size for r in rows)
+            assert sum(not r.is_prefilled for r in rows) <= 1, "one prompt at a time"
+        assert self.waiting == sorted(self.waiting, key=lambda r: r.order)
+        assert not any(request.page_ids for request in self.waiting)
+
+    def _grow(self, shard: int, rows: list[Request]) -> None:
+        """Gives each row a page for its next token, preempting the last in order where there is none."""
+        allocator, i = self.allocators[shard], 0
+        while i < len(rows):
+            missing = self._num_missing_pages(rows[i], 1) if rows[i].can_decode else 0
+            if missing > allocator.num_free:
+                self._preempt(rows[-1])
+                continue
+            rows[i].page_ids += allocator.allocate(missing)
+            i += 1
+
+    def _grow_for_more_steps(self, rows: list[list[Request]]) -> bool:
+        """Gives each row pages for `decode_steps` tokens; False, and nothing done, where that takes a preemption."""
+        missing = [[self._num_missing_pages(r, self.decode_steps) for r in requests] for requests in rows]
+        if any(sum(m) > a.num_free for m, a in zip(missing, self.allocators, strict=True)):
+            return False
+        for requests, counts, allocator in zip(rows, missing, self.allocators, strict=True):
+            for request, count in zip(requests, counts, strict=True):
+                request.page_ids += allocator.allocate(count)
+        return True
+
+    def _num_missing_pages(self, request: Request, num_steps: int) -> int:
+        num_tokens = min(request.num_cached + num_steps, request.max_num_tokens)
+        return max(0, cdiv(num_tokens, self.page_size) - len(request.page_ids))
+
+    def _preempt(self, request: Request) -> None:
+        self._stop(request)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        insort(self.waiting, request, key=lambda r: r.order)
+
+    def _stop(self, request: Request) -> None:
+        self.running[request.shard].remove(request)
+        self._free_slots[request.shard].append(request.slot)
+        self.allocators[request.shard].free(request.page_ids)
+        request.page_ids, request.num_cached, request.num_published = [], 0, 0
 
     def _admit(self) -> None:
+        """Starts waiting requests, in order, while there is room; at most one per shard is being prefilled."""
         while self.waiting:
             request = self.waiting[0]
-            needed = self.num_pages_for(request)
-            shards = [
-                shard
-                for shard, rows in enumerate(self.running)
-                if len(rows) < self.slots_per_shard and self.allocators[shard].num_free >= needed
-            ]
+            if request.num_in_flight:  # preempted with tokens under way, which belong to what is prefilled again
+                return
+            if self.enable_prefix_caching:
+                extend_digests(request.page_digests, request.token_ids, self.page_size, request.cache_salt)
+            shards = [shard for shard in range(len(self.running)) if self._has_room(shard, request)]
             if not shards:
                 return
-            request.shard = min(shards, key=lambda shard: len(self.running[shard]))
-            request.page_ids = self.allocators[request.shard].allocate(needed)
-            self.running[request.shard].append(self.waiting.popleft())
+            self._start(self.waiting.pop(0), min(shards, key=lambda s: len(self.running[s])))
+
+    def _has_room(self, shard: int, request: Request) -> bool:
+        rows, allocator = self.running[shard], self.allocators[shard]
+        if not self._free_slots[shard] or not all(r.is_prefilled for r in rows):
+            return False
+        num_cached, num_evictable = allocator.num_cached(self._usable_digests(request))
+        needed = cdiv(len(request.token_ids) + 1, self.page_size) - num_cached
+        # Room for the others to grow, or the new one would be preempted at once.
+        return needed + len(rows) <= allocator.num_free - num_evictable
+
+    def _usable_digests(self, request: Request) -> list[bytes]:
+        """Of the pages before the one with the last token, which must run to give the next."""
+        return request.page_digests[: (len(request.token_ids) - 1) // self.page_size]
+
+    def _start(self, request: Request, shard: int) -> None:
+        allocator = self.allocators[shard]
+        request.page_ids = allocator.share(self._usable_digests(request))
+        request.num_cached = len(request.page_ids) * self.page_size
+        request.num_published = len(request.page_ids)
+        request.num_prefill_tokens = len(request.token_ids)
+        num_pages = cdiv(len(request.token_ids), self.page_size)
+        request.page_ids += allocator.allocate(num_pages - len(request.page_ids))
+        request.shard, request.slot = shard, self._free_slots[shard].pop()
+        insort(self.running[shard], request, key=lambda r: r.order)
 
     def _next_chunk(self, rows: list[Request]) -> Chunk | None:
         for request in rows:
             if not request.is_prefilled:
-                start, end = request.num_cached, len(request.prompt_token_ids)
-                return Chunk(request, start, min(end, start + self.chunk_tokens))
+                room = max(1, self.max_num_batched_tokens - sum(r.can_decode for r in rows))
+                start = request.num_cached
+                return Chunk(request, start, min(request.num_prefill_tokens, start + room))
         return None
+
+    def _publish(self, request: Request, num_cached: int) -> None:
+        """Lets others share the pages that are full by now."""
+        if not self.enable_prefix_caching:
+            return
+        extend_digests(request.page_digests, request.token_ids, self.page_size, request.cache_salt)
+        allocator = self.allocators[request.shard]
+        while request.num_published < num_cached // self.page_size:
+            page = request.num_published
+            allocator.publish(request.page_ids[page], request.page_digests[page])
+            request.num_published += 1
+
+
+def _outcomes(plan: StepPlan, result: StepResult) -> Iterator[tuple[Request, int, Sequence[int], bool]]:
+    """Of each request in the step: tokens in the cache after it, tokens generated, and whether logits were finite."""
+    for chunk, token, is_finite in zip(plan.chunks, result.chunk_tokens, result.chunk_is_finite, strict=True):
+        if chunk is not None:
+            yield chunk.request, chunk.stop, [token] if chunk.is_last and is_finite else [], is_finite
+    for shard, requests in enumerate(plan.rows):
+        for request, start, tokens, is_finite in zip(
+            requests, plan.starts[shard], result.row_tokens[shard], result.row_is_finite[shard], strict=True
+        ):
+            yield request, start + len(tokens), tokens, is_finite

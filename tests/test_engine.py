@@ -27,9 +27,9 @@ def engine(model_dir: pathlib.Path):
 def nothing_leaks(engine: Engine):
     """After each test the shared engine is empty and its pages are all back."""
     yield
-    engine._scheduler.check()
+    engine._core.scheduler.check()
     assert not engine.has_unfinished_requests
-    assert all(a.num_free == a.num_usable_pages for a in engine._scheduler.allocators)
+    assert all(a.num_free == a.num_usable_pages for a in engine._core.scheduler.allocators)
 
 
 def prompts(count: int, longest: int = 150, seed: int = 0) -> list[list[int]]:
@@ -122,18 +122,18 @@ def test_a_step_that_fails_ends_what_ran_and_nothing_else(engine: Engine, monkey
     """The failed step has taken the donated cache with it. Requests in the queue still get their tokens."""
     expected = solo(engine, [1, 2, 3], GREEDY)
     ids = [engine.add_request([1, 2, 3], GREEDY) for _ in range(6)]  # four slots: two wait
-    run = engine._runner._run
+    dispatch = engine._core.runner.dispatch
 
-    def fail_on_decode(key, batch):
-        result = run(key, batch)
-        if key[0] == "decode":
+    def fail_on_decode(shape, batch):
+        output = dispatch(shape, batch)
+        if shape.chunk_tokens == 0:
             monkeypatch.undo()
-            for array in jax.tree.leaves(engine._runner._cache):
+            for array in jax.tree.leaves(engine._core.runner._cache):
                 array.delete()
             raise RuntimeError("planted")
-        return result
+        return output
 
-    monkeypatch.setattr(engine._runner, "_run", fail_on_decode)
+    monkeypatch.setattr(engine._core.runner, "dispatch", fail_on_decode)
     outputs = engine.step() + engine.step() + engine.step() + engine.step()  # a prompt each
     with pytest.raises(RuntimeError, match="planted"):
         engine.step()
@@ -249,4 +249,4 @@ def test_a_row_that_is_not_finite_ends_alone(model_dir: pathlib.Path, tmp_path: 
         assert mixed[0].outputs[0].finish_reason == "error" and mixed[0].outputs[0].token_ids == []
         assert [o.outputs[0].token_ids for o in mixed[1 : len(good) + 1]] == expected
         assert [o.outputs[0].token_ids for o in mixed[len(good) + 2 :]] == expected
-        engine._scheduler.check()
+        engine._core.scheduler.check()

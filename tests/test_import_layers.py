@@ -52,7 +52,9 @@ LAYERS = {
     "jaxinfer.resolve": 5,
     "jaxinfer.runner": 5,
     "jaxinfer.transfer": 5,
+    "jaxinfer.steps": 5,
     "jaxinfer.engine": 6,
+    "jaxinfer.engine_core": 6,
     # Programs.
     "jaxinfer.run_inference": 7,
     "jaxinfer.server": 7,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxinfer import kv_cache
+from jaxinfer.batch import StepShape
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.models import llama
 from jaxinfer.parameters import ModelDefinition
@@ -86,7 +87,7 @@ def compile_step(num_layers: int, mesh: str, unsplit: str | None = None) -> Step
         partitioner = dataclasses.replace(partitioner, rules=rules)
     definition = ModelDefinition.create(config, partitioner, jnp.dtype("float32"))
     runner = driver.make_runner(definition, (), SHAPES)  # no weights: it is compiled and never run
-    compiled = runner.lowered("decode", SHAPES.rows, SHAPES.buckets.pages[0]).compile()
+    compiled = runner.lowered(StepShape(0, SHAPES.rows, SHAPES.buckets().pages[0], SHAPES.num_steps)).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert hlo is not None and memory is not None
     spec = driver.cache_spec(definition, SHAPES)

@@ -12,13 +12,15 @@ import numpy as np
 from jaxinfer import batch, kv_cache, models
 from jaxinfer.checkpoint.hf_reader import load_weights
 from jaxinfer.config import ModelConfig
+from jaxinfer.engine_core import step_result
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.output_text import OutputText
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.request import Request, SamplingParams
-from jaxinfer.runner import Arrays, Runner
-from jaxinfer.scheduler import PrefillPlan, Scheduler, StepPlan
+from jaxinfer.runner import Runner
+from jaxinfer.scheduler import Scheduler, StepPlan
+from jaxinfer.steps import Arrays
 from sharding_rules import axes as ax
 
 
@@ -30,7 +32,8 @@ class Shapes:
       rows: sequences per data shard.
       max_len: tokens of a sequence, prompt and output.
       chunk: tokens of a prompt that are cached at once.
-      page_size, num_steps: as the Runner's.
+      page_size: tokens per page.
+      num_steps: tokens of each row in a step without a chunk.
     """
 
     rows: int
@@ -39,14 +42,13 @@ class Shapes:
     page_size: int = 16
     num_steps: int = 16
 
-    @property
-    def buckets(self) -> batch.Buckets:
+    def buckets(self, num_shards: int = 1) -> batch.Buckets:
         pages = -(-self.max_len // self.page_size)
-        return batch.Buckets((self.rows,), (pages,), (self.chunk,), self.page_size)
+        return batch.Buckets((self.rows,), (pages,), (pages,), (self.chunk,), self.page_size, self.num_steps, num_shards)
 
     @property
     def pages_per_shard(self) -> int:
-        return 1 + self.rows * self.buckets.pages[0]  # 1: the scratch page
+        return 1 + self.rows * self.buckets().pages[0]  # 1: the scratch page
 
 
 def read_config(model_dir: pathlib.Path) -> ModelConfig:
@@ -63,7 +65,8 @@ def load(model_dir: pathlib.Path, mesh: str = "") -> tuple[ModelDefinition, Arra
 def make_runner(definition: ModelDefinition, weights: Arrays, shapes: Shapes) -> Runner:
     """Not compiled yet."""
     spec = cache_spec(definition, shapes)
-    return Runner(definition, weights, spec, shapes.buckets, num_steps=shapes.num_steps, backend="xla")
+    buckets = shapes.buckets(definition.partitioner.num_shards(ax.BATCH))
+    return Runner(definition, weights, spec, buckets, backend="xla")
 
 
 def cache_spec(definition: ModelDefinition, shapes: Shapes) -> kv_cache.CacheSpec:
@@ -89,23 +92,33 @@ def generate(
         pages_per_shard=shapes.pages_per_shard,
         page_size=shapes.page_size,
         slots_per_shard=shapes.rows,
-        chunk_tokens=shapes.chunk,
+        max_num_batched_tokens=shapes.chunk,
+        decode_steps=shapes.num_steps,
+        enable_prefix_caching=False,
     )
     for allocator in scheduler.allocators:
         _shuffle_pages(allocator)
     greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     requests = [
-        Request(str(i), None, p, greedy, (), max_tokens, 0, OutputText(None, ())) for i, p in enumerate(prompts)
+        Request(
+            number=i,
+            prompt=None,
+            token_ids=[*prompt],
+            params=greedy,
+            stop_token_ids=(),
+            max_tokens=max_tokens,
+            seed=0,
+            text=OutputText(None, ()),
+        )
+        for i, prompt in enumerate(prompts)
     ]
     for request in requests:
         scheduler.add(request)
     while (plan := scheduler.schedule()) is not None:
-        if isinstance(plan, PrefillPlan):
-            _prefill(runner, plan, observe)
-        else:
-            _decode(runner, plan, observe)
-        for request in [r for rows in scheduler.running for r in rows if r.finish_reason is not None]:
-            scheduler.release(request)
+        shape = runner.buckets.shape(plan)
+        output = jax.device_get(tuple(runner.dispatch(shape, batch.build(plan, shape))))
+        observe(plan)
+        scheduler.commit(plan, step_result(plan, *output))
     return [request.output_token_ids for request in requests]
 
 
@@ -113,27 +126,6 @@ def _shuffle_pages(allocator) -> None:
     """So that a sequence's pages are not neighbours, and a wrong page id is somebody else's page."""
     pages = allocator.allocate(allocator.num_free)
     allocator.free(np.random.RandomState(0).permutation(pages).tolist())
-
-
-def _prefill(runner: Runner, plan: PrefillPlan, observe: Callable[[StepPlan], None]) -> None:
-    output = runner.prefill(batch.build_prefill(plan, runner.buckets))
-    observe(plan)
-    for row, chunk in enumerate(plan.chunks):
-        if chunk is not None:
-            chunk.request.num_cached = chunk.stop
-            if chunk.is_last:
-                chunk.request.append([int(output.tokens[row])])
-
-
-def _decode(runner: Runner, plan, observe: Callable[[StepPlan], None]) -> None:
-    output = runner.decode(batch.build_decode(plan, runner.buckets, runner.num_steps))
-    observe(plan)
-    rows_per_shard = len(output.counts) // len(plan.rows)
-    for shard, requests in enumerate(plan.rows):
-        for row, request in enumerate(requests, start=shard * rows_per_shard):
-            count = int(output.counts[row])
-            request.num_cached += count
-            request.append(output.tokens[row, :count].tolist())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +141,7 @@ def continue_prompts(model_dir: pathlib.Path, prompts: list[list[int]], num_toke
     definition, weights = load(model_dir)
     longest = max(map(len, prompts)) + num_tokens
     shapes = Shapes(rows=len(prompts), max_len=longest, chunk=256)
-    runner, recorder = make_runner(definition, weights, shapes), LogitsRecorder()
+    runner, recorder = make_runner(definition, weights, shapes), LogitsRecorder(shapes.chunk)
     with recorder.recording(definition.family.Model):
         runner.compile_all()
     tokens = generate(runner, shapes, prompts, num_tokens, recorder.observe)
@@ -164,8 +156,9 @@ class LogitsRecorder:
     the engine wants the last one's only, and calls back to the host with them. For one device.
     """
 
-    def __init__(self):
-        self._steps: list[np.ndarray] = []  # [B, T, V] of each model call since the last `observe`
+    def __init__(self, chunk_tokens: int):
+        self._chunk_tokens = chunk_tokens  # the last of a step with a chunk
+        self._steps: list[np.ndarray] = []  # [1, S, V] of each model call since the last `observe`
         self._logits: dict[str, list[np.ndarray]] = {}
 
     @contextlib.contextmanager
@@ -187,14 +180,13 @@ class LogitsRecorder:
     def observe(self, plan: StepPlan) -> None:
         """Gives what was recorded since the last call to the requests of `plan`."""
         jax.effects_barrier()
-        if isinstance(plan, PrefillPlan):
-            (step,), (chunk,) = self._steps, plan.chunks
-            assert chunk is not None  # one device, one shard
-            self._take(chunk.request, step[0, : chunk.stop - chunk.start])
-        else:
-            rows = np.concatenate(self._steps, axis=1)
-            for row, request in enumerate(plan.rows[0]):
-                self._take(request, rows[row, : request.num_remaining])
+        (chunk,), (rows,) = plan.chunks, plan.rows  # one device, one shard
+        for row, request in enumerate(rows):
+            self._take(request, np.stack([step[0, row] for step in self._steps])[: _num_left(request, plan.starts[0][row])])
+        if chunk is not None:
+            (step,) = self._steps
+            end = step.shape[1] - self._chunk_tokens
+            self._take(chunk.request, step[0, end : end + chunk.stop - chunk.start])
         self._steps.clear()
 
     def logits(self, request_id: int) -> np.ndarray:
@@ -203,3 +195,8 @@ class LogitsRecorder:
 
     def _take(self, request: Request, logits: np.ndarray) -> None:
         self._logits.setdefault(request.request_id, []).append(logits)
+
+
+def _num_left(request: Request, start: int) -> int:
+    """Tokens that may still be generated after position `start`."""
+    return request.max_num_tokens - 1 - start

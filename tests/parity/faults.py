@@ -92,11 +92,24 @@ def _heads_strided(attend: Callable, q: jax.Array, positions: jax.Array) -> jax.
 
 
 def _decode_one_late(build: Callable) -> Callable:
-    return lambda *args: (lambda built: built._replace(positions=built.positions + 1))(build(*args))
+    def changed(*args):
+        built = build(*args)
+        late = built.positions + (built.positions > 0)
+        if built.chunk is not None:
+            late[:, -1] = built.positions[:, -1]
+        return built._replace(positions=late)
+
+    return changed
 
 
 def _chunks_one_late(build: Callable) -> Callable:
-    return lambda *args: (lambda built: built._replace(start=built.start + (built.start > 0)))(build(*args))
+    def changed(*args):
+        built = build(*args)
+        if built.chunk is None:
+            return built
+        return built._replace(chunk=built.chunk._replace(start=built.chunk.start + (built.chunk.start > 0)))
+
+    return changed
 
 
 def _page_twice(tables: Callable) -> Callable:
@@ -145,8 +158,8 @@ FAULTS = [
     ),
     Fault("weights in bfloat16", _weights(lambda path, a: _rounded(a))),
     Fault("softmax in bfloat16", _wrap(jax.nn, "softmax", lambda softmax: lambda x, axis: _rounded(softmax(x, axis)))),
-    Fault("decode one position late", _wrap(batch, "build_decode", _decode_one_late)),
-    Fault("later chunks one position late", _wrap(batch, "build_prefill", _chunks_one_late), needs_long_prompt=True),
+    Fault("decode one position late", _wrap(batch, "build", _decode_one_late)),
+    Fault("later chunks one position late", _wrap(batch, "build", _chunks_one_late), needs_long_prompt=True),
     Fault("mask shows the next token", _attention(lambda attend, q, positions: attend(q, positions + 1))),
     Fault("block table names a page twice", _wrap(batch, "_block_tables", _page_twice)),
 ]

@@ -1,0 +1,107 @@
+"""Turns the wheel: plans a step, starts it, and takes in the step before while it runs.
+
+    Scheduler.schedule -> StepPlan -> batch.build -> Runner.dispatch ... one turn later ... -> Scheduler.commit
+
+What the next step needs of the step under way, a row's last token, stays on the devices; so these never wait for
+the host to read, decide and convert.
+"""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from jaxinfer import batch as batches
+from jaxinfer.request import FinishReason, Request
+from jaxinfer.runner import Runner
+from jaxinfer.scheduler import Scheduler, StepPlan, StepResult
+from jaxinfer.stats import EngineStats
+from jaxinfer.steps import StepOutput
+
+
+@dataclasses.dataclass(frozen=True)
+class _StepUnderWay:
+    plan: StepPlan
+    output: StepOutput  # on the devices
+    start_time: float
+
+
+class EngineCore:
+    """Requests in, their tokens out, by way of a scheduler and a runner. Knows nothing of text."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, stats: EngineStats):
+        self.scheduler = scheduler
+        self.runner = runner
+        self.stats = stats
+        self._under_way: _StepUnderWay | None = None
+        self._ended: list[Request] = []  # by a failed step, not yet returned
+        self._last_commit_time = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or self._under_way is not None or bool(self._ended)
+
+    def abort(self, request: Request) -> None:
+        """Ends a request and frees what it holds. Does nothing if it has finished."""
+        if request.finish_reason is None:
+            request.finish(FinishReason.ABORT)
+            self.scheduler.release(request)
+
+    def step(self) -> list[Request]:
+        """Starts the next step and commits the one before: the requests of that one that got tokens or ended.
+
+        Raises what the devices raise; requests that were running then end with an error, and those that wait
+        stay.
+        """
+        try:
+            plan = self.scheduler.schedule()
+            before, self._under_way = self._under_way, None if plan is None else self._start(plan)
+            touched = [] if before is None else self._commit(before)
+        except BaseException:
+            self._recover()
+            raise
+        ended, self._ended = self._ended, []
+        return ended + touched
+
+    def close(self) -> None:
+        """Frees the device memory."""
+        self._under_way = None
+        self.runner.close()
+
+    def _start(self, plan: StepPlan) -> _StepUnderWay:
+        start_time = time.perf_counter()
+        shape = self.runner.buckets.shape(plan)
+        return _StepUnderWay(plan, self.runner.dispatch(shape, batches.build(plan, shape)), start_time)
+
+    def _commit(self, step: _StepUnderWay) -> list[Request]:
+        tokens, counts, finite = (np.asarray(x) for x in jax.device_get(tuple(step.output)))
+        now = time.perf_counter()
+        seconds, self._last_commit_time = now - max(step.start_time, self._last_commit_time), now
+        result = step_result(step.plan, tokens, counts, finite)
+        self.stats.add_step(step.plan, result, seconds)
+        return self.scheduler.commit(step.plan, result)
+
+    def _recover(self) -> None:
+        """A step that failed took the donated cache with it."""
+        self._under_way = None
+        for request in [r for rows in self.scheduler.running for r in rows]:
+            request.finish(FinishReason.ERROR)
+            self.scheduler.release(request)
+            self._ended.append(request)
+        self.scheduler.forget_cache()
+        self.runner.reset_cache()
+
+
+def step_result(plan: StepPlan, tokens: np.ndarray, counts: np.ndarray, finite: np.ndarray) -> StepResult:
+    """Of a step's output on the host: int tokens [D, R, num_steps], int counts and bool finite [D, R]."""
+    shards = range(len(plan.rows))
+    has_chunk = any(plan.chunks)
+    return StepResult(
+        chunk_tokens=tokens[:, -1, 0].tolist() if has_chunk else [0 for _ in shards],
+        chunk_is_finite=finite[:, -1].tolist() if has_chunk else [True for _ in shards],
+        row_tokens=[
+            [tokens[d, row, : counts[d, row]].tolist() for row in range(len(plan.rows[d]))] for d in shards
+        ],
+        row_is_finite=[finite[d, : len(plan.rows[d])].tolist() for d in shards],
+    )

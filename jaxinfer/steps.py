@@ -1,0 +1,155 @@
+"""The pure functions that a step compiles from: (weights, cache, slots, batch) -> (cache, slots, output).
+
+Every array of a batch starts with the data shard, [D, ...]; the model sees the tokens of a shard in a row.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxinfer.attention import PagedAttention, Segment, attention_spec
+from jaxinfer.batch import ChunkArrays, StepBatch
+from jaxinfer.kv_cache import Cache
+from jaxinfer.parameters import ModelDefinition
+from jaxinfer.sampling import SamplingArrays, sample
+from pallas_kernels import paged_attention
+from sharding_rules import axes as ax
+
+Arrays = tuple[jax.Array, ...]
+
+
+class SlotState(NamedTuple):
+    """What a row's next step needs of its last, so that the host need not know it yet."""
+
+    tokens: jax.Array  # int32 [D, slots]; the last token
+    stopped: jax.Array  # bool [D, slots]; whether it ended the sequence
+
+    def put(self, slots: jax.Array, tokens: jax.Array, stopped: jax.Array) -> "SlotState":
+        """Of rows, all [D, R]; a slot of -1 is nobody's. Written as a mask: a scatter would not stay in its shard."""
+        hit = slots[..., None] == jnp.arange(self.tokens.shape[1])  # [D, R, slots]
+        is_hit = jnp.any(hit, axis=1)
+        new_tokens = jnp.sum(jnp.where(hit, tokens[..., None], 0), axis=1)
+        new_stopped = jnp.any(hit & stopped[..., None], axis=1)
+        return SlotState(jnp.where(is_hit, new_tokens, self.tokens), jnp.where(is_hit, new_stopped, self.stopped))
+
+
+class StepOutput(NamedTuple):
+    """Of each row: int32 `tokens` [D, R, num_steps], of which the first `counts` int32 [D, R] were generated."""
+
+    tokens: Any
+    counts: Any
+    finite: Any  # bool [D, R]; whether all its logits were
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepFunctions:
+    """`decode` and `prefill`, for one model and one number of steps.
+
+    A row whose logits are not finite generates nothing more and is reported; it never reaches another row.
+    """
+
+    definition: ModelDefinition
+    page_size: int
+    backend_name: str
+    num_steps: int
+
+    def decode(
+        self, weights: Arrays, cache: Cache, slots: SlotState, batch: StepBatch
+    ) -> tuple[Cache, SlotState, StepOutput]:
+        """Generates up to `num_steps` tokens per row, stopping each row by itself. Donates `cache` and `slots`."""
+        model = self.definition.bind(weights)
+        tokens, stopped = self._last_tokens(slots, batch)
+        active = ~stopped & (batch.num_remaining > 0)
+
+        def step(i: jax.Array, state):
+            cache, tokens, positions, active, finite, out, counts = state
+            attend = self._attend(cache, [self._decode_segment(batch.block_tables, positions, active)])
+            logits = model.logits(model(tokens, positions, attend))  # [D, R, V]
+            is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
+            finite &= is_finite | ~active
+            active &= is_finite
+            tokens = jnp.where(active, self._sample(logits, batch.sampling, positions + 1), tokens)
+            out = lax.dynamic_update_index_in_dim(out, tokens, i, axis=2)
+            positions += active.astype(jnp.int32)
+            counts += active.astype(jnp.int32)
+            active &= ~self._is_stop(tokens, batch) & (counts < batch.num_remaining)
+            return attend.cache, tokens, positions, active, finite, out, counts
+
+        rows = batch.slots.shape
+        state = (
+            cache,
+            tokens,
+            batch.positions,
+            active,
+            jnp.ones(rows, bool),
+            jnp.zeros((*rows, self.num_steps), jnp.int32),
+            jnp.zeros(rows, jnp.int32),
+        )
+        cache, tokens, _, active, finite, out, counts = lax.fori_loop(0, self.num_steps, step, state)
+        return cache, slots.put(batch.slots, tokens, ~active), StepOutput(out, counts, finite)
+
+    def prefill(
+        self, weights: Arrays, cache: Cache, slots: SlotState, batch: StepBatch
+    ) -> tuple[Cache, SlotState, StepOutput]:
+        """Caches a chunk per shard and decodes one token of the other rows. Donates `cache` and `slots`."""
+        assert batch.chunk is not None
+        model, chunk = self.definition.bind(weights), batch.chunk
+        last_tokens, stopped = self._last_tokens(slots, batch)
+        is_chunk = jnp.arange(batch.slots.shape[1]) == batch.slots.shape[1] - 1
+        active = jnp.where(is_chunk, chunk.length[:, None] > 0, ~stopped & (batch.num_remaining > 0))
+        tokens = jnp.concatenate([last_tokens[:, :-1], chunk.tokens], axis=1)
+        segment = self._chunk_segment(batch.block_tables[:, -1:], chunk)
+        positions = jnp.concatenate([batch.positions[:, :-1], segment.positions[:, 0]], axis=1)
+        segments = [segment]
+        if batch.slots.shape[1] > 1:
+            rows = self._decode_segment(batch.block_tables[:, :-1], batch.positions[:, :-1], active[:, :-1])
+            segments = [rows, segment]
+        attend = self._attend(cache, segments)
+        hidden = model(tokens, positions, attend)
+        last = batch.slots.shape[1] - 1 + jnp.maximum(chunk.length - 1, 0)  # of the chunk, behind the rows
+        of_chunk = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+        logits = model.logits(jnp.concatenate([hidden[:, : batch.slots.shape[1] - 1], of_chunk], axis=1))
+        finite = jnp.all(jnp.isfinite(logits), axis=-1) | ~active
+        new = self._sample(logits, batch.sampling, batch.positions + 1)
+        counts = (active & finite & (batch.num_remaining > 0)).astype(jnp.int32)
+        stopped = (counts == 0) | self._is_stop(new, batch) | (batch.num_remaining == 1)
+        return attend.cache, slots.put(batch.slots, new, stopped), StepOutput(new[..., None], counts, finite)
+
+    def _last_tokens(self, slots: SlotState, batch: StepBatch) -> tuple[jax.Array, jax.Array]:
+        """Of each row, its last token and whether that ended it. [D, R] each."""
+        index = jnp.maximum(batch.slots, 0)
+        tokens, stopped = (jnp.take_along_axis(x, index, axis=1, mode="clip") for x in slots)
+        return tokens, stopped
+
+    def _decode_segment(self, block_tables: jax.Array, positions: jax.Array, active: jax.Array) -> Segment:
+        return Segment(block_tables, positions[..., None], active[..., None])
+
+    def _chunk_segment(self, block_tables: jax.Array, chunk: ChunkArrays) -> Segment:
+        offsets = jnp.arange(chunk.tokens.shape[1], dtype=jnp.int32)
+        valid = offsets < chunk.length[:, None]
+        positions = jnp.where(valid, chunk.start[:, None] + offsets, 0)
+        return Segment(block_tables, positions[:, None], valid[:, None])
+
+    def _sample(self, logits: jax.Array, sampling: SamplingArrays, positions: jax.Array) -> jax.Array:
+        """[D, R, V] -> [D, R]."""
+        flat = logits.reshape(-1, logits.shape[-1])
+        return sample(flat, sampling, positions.reshape(-1), self._gather).reshape(positions.shape)
+
+    def _is_stop(self, tokens: jax.Array, batch: StepBatch) -> jax.Array:
+        return jnp.any(tokens[..., None] == batch.stop_token_ids, axis=-1)
+
+    def _gather(self, logits: jax.Array) -> jax.Array:
+        return self.definition.partitioner.constrain(logits, (ax.BATCH, None))
+
+    def _attend(self, cache: Cache, segments: list[Segment]) -> PagedAttention:
+        spec = attention_spec(self.definition.config, self.definition.partitioner, self.page_size)
+        return PagedAttention(
+            cache,
+            segments,
+            spec=spec,
+            backend=paged_attention.backend(self.backend_name, spec),
+            partitioner=self.definition.partitioner,
+        )

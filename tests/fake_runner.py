@@ -1,0 +1,157 @@
+"""A runner whose model can be worked out by hand, on a cache of token ids: thousands of engine steps a second.
+
+The next token is a hash of every token that the row can see through its block table. Whatever goes wrong with a
+page, a position, a slot or a chunk changes it.
+"""
+
+import numpy as np
+
+from jaxinfer.batch import Buckets, StepBatch, StepShape
+from jaxinfer.engine_core import EngineCore
+from jaxinfer.output_text import OutputText
+from jaxinfer.request import Request, SamplingParams
+from jaxinfer.scheduler import Scheduler
+from jaxinfer.stats import EngineStats
+from jaxinfer.steps import StepOutput
+
+VOCAB_SIZE = 997
+POISON = 998  # a token whose row is not finite
+UNWRITTEN = -1
+
+
+def next_token(tokens: np.ndarray) -> int:
+    """Of int64 `tokens`, all of them and their order."""
+    mixed = (tokens + 1) * (np.arange(len(tokens)) * 2654435761 % 1000003 + 1)
+    return int(mixed.sum() % 1000003 % VOCAB_SIZE)
+
+
+def solo(prompt: list[int], max_tokens: int, stop_token_ids: tuple[int, ...] = ()) -> list[int]:
+    """What the model writes after `prompt` when nothing else runs."""
+    tokens, output = np.array(prompt, np.int64), []
+    while len(output) < max_tokens and (not output or output[-1] not in stop_token_ids):
+        output.append(next_token(tokens))
+        tokens = np.append(tokens, output[-1])
+    return output
+
+
+class FakeRunner:
+    """Stands in for `Runner`. `memory` [D, P, page_size] holds token ids where the real one holds keys and values."""
+
+    def __init__(self, buckets: Buckets, pages_per_shard: int):
+        self.buckets = buckets
+        self._shape = (buckets.num_shards, pages_per_shard, buckets.page_size)
+        self.reset_cache()
+
+    def reset_cache(self) -> None:
+        self.memory = np.full(self._shape, UNWRITTEN, np.int64)
+        self.last_tokens = np.zeros((self._shape[0], self.buckets.rows[-1]), np.int64)
+        self.stopped = np.zeros(self.last_tokens.shape, bool)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def dispatch(self, shape: StepShape, batch: StepBatch) -> StepOutput:
+        assert shape in self.buckets.shapes(), shape
+        assert batch.block_tables.shape == (self._shape[0], shape.rows + (shape.chunk_tokens > 0), shape.pages)
+        counts, finite = np.zeros(batch.slots.shape, np.int32), np.ones(batch.slots.shape, bool)
+        tokens = np.zeros((*batch.slots.shape, shape.num_steps), np.int32)
+        # As on a device, all rows of a step are written before any is read.
+        for step in range(shape.num_steps):
+            rows = [*self._active_rows(shape, batch, counts, finite, step)]
+            for shard, row, written, start in rows:
+                self._write(shard, batch.block_tables[shard, row], start, written)
+            for shard, row, written, start in rows:
+                seen = self._read(shard, batch.block_tables[shard, row], start + len(written))
+                self._generate(shard, row, seen, batch, tokens, counts, finite, step)
+        return StepOutput(tokens, counts, finite)
+
+    def _active_rows(self, shape: StepShape, batch: StepBatch, counts, finite, step: int):
+        """(shard, row, tokens to write, position of the first) of each row that runs in this step."""
+        for shard, row in np.ndindex(batch.slots.shape):
+            slot = batch.slots[shard, row]
+            if batch.chunk is not None and row == shape.rows:
+                length = batch.chunk.length[shard]
+                if length:
+                    yield shard, row, batch.chunk.tokens[shard, :length].astype(np.int64), batch.chunk.start[shard]
+            elif slot >= 0 and finite[shard, row] and counts[shard, row] == step and not self.stopped[shard, slot]:
+                if batch.num_remaining[shard, row] > step:
+                    yield shard, row, self.last_tokens[shard, [slot]], batch.positions[shard, row] + step
+
+    def _write(self, shard: int, block_table: np.ndarray, start: int, tokens: np.ndarray) -> None:
+        positions = np.arange(start, start + len(tokens))
+        pages = block_table[positions // self._shape[2]]
+        assert (pages > 0).all(), "a token has no page"
+        self.memory[shard, pages, positions % self._shape[2]] = tokens
+
+    def _read(self, shard: int, block_table: np.ndarray, length: int) -> np.ndarray:
+        positions = np.arange(length)
+        seen = self.memory[shard, block_table[positions // self._shape[2]], positions % self._shape[2]]
+        assert (seen != UNWRITTEN).all(), "a row sees what nobody wrote"
+        return seen
+
+    def _generate(self, shard: int, row: int, seen, batch: StepBatch, tokens, counts, finite, step: int) -> None:
+        finite[shard, row] = POISON not in seen
+        if batch.num_remaining[shard, row] == 0 or not finite[shard, row]:
+            return
+        token, slot = next_token(seen), batch.slots[shard, row]
+        tokens[shard, row, step] = self.last_tokens[shard, slot] = token
+        counts[shard, row] += 1
+        is_last = counts[shard, row] == batch.num_remaining[shard, row]
+        self.stopped[shard, slot] = is_last or token in batch.stop_token_ids[shard, row]
+
+
+def make_core(
+    *,
+    num_shards: int = 1,
+    slots_per_shard: int = 4,
+    pages_per_shard: int = 65,
+    page_size: int = 4,
+    max_model_len: int = 64,
+    max_num_batched_tokens: int = 16,
+    decode_steps: int = 4,
+    enable_prefix_caching: bool = True,
+) -> EngineCore:
+    """A scheduler and a fake runner that belong together."""
+    buckets = Buckets.create(
+        max_rows=slots_per_shard,
+        max_model_len=max_model_len,
+        max_chunk=max_num_batched_tokens,
+        page_size=page_size,
+        decode_steps=decode_steps,
+        num_shards=num_shards,
+    )
+    scheduler = Scheduler(
+        num_shards=num_shards,
+        pages_per_shard=pages_per_shard,
+        page_size=page_size,
+        slots_per_shard=slots_per_shard,
+        max_num_batched_tokens=max_num_batched_tokens,
+        decode_steps=decode_steps,
+        enable_prefix_caching=enable_prefix_caching,
+    )
+    return EngineCore(scheduler, FakeRunner(buckets, pages_per_shard), EngineStats())  # pyright: ignore
+
+
+def make_request(
+    number: int, prompt: list[int], max_tokens: int, stop_token_ids: tuple[int, ...] = (), priority: int = 0
+) -> Request:
+    return Request(
+        number=number,
+        prompt=None,
+        token_ids=[*prompt],
+        params=SamplingParams(max_tokens=max_tokens),
+        stop_token_ids=stop_token_ids,
+        max_tokens=max_tokens,
+        seed=0,
+        text=OutputText(None, ()),
+        priority=priority,
+    )
+
+
+def run(core: EngineCore, requests: list[Request]) -> None:
+    """Adds all and steps until they are done, checking the books after every step."""
+    for request in requests:
+        core.scheduler.add(request)
+    while core.has_work:
+        core.step()
+        core.scheduler.check()

@@ -1,0 +1,145 @@
+"""Whatever the scheduler decides, nobody can tell from the output: random loads against one request at a time.
+
+On the fake runner of `tests/fake_runner.py`, which no page error gets past. The long campaign:
+
+    JAXINFER_TEST_STEPS=10000 pytest tests/test_random_schedules.py -s
+"""
+
+import os
+import random
+
+import pytest
+
+from jaxinfer.engine_core import EngineCore
+from jaxinfer.request import FinishReason, Request
+from tests.fake_runner import POISON, VOCAB_SIZE, make_core, make_request, run, solo
+
+NUM_STEPS = int(os.environ.get("JAXINFER_TEST_STEPS", "600"))
+
+
+def random_request(rng: random.Random, number: int, longest: int, stem: list[int]) -> Request:
+    """Half of them start with a common stem, some have stop tokens."""
+    max_tokens = rng.randint(1, longest // 2)
+    length = rng.randint(1, longest - max_tokens)
+    prompt = [rng.randrange(VOCAB_SIZE) for _ in range(length)]
+    if rng.random() < 0.5:
+        prompt = (stem + prompt)[:length]
+    stop = tuple(rng.sample(range(VOCAB_SIZE), 8)) if rng.random() < 0.5 else ()
+    return make_request(number, prompt, max_tokens, stop, priority=rng.choice([0, 0, 0, 1, -1]))
+
+
+def expected(request: Request) -> list[int]:
+    return solo(request.prompt_token_ids, request.max_tokens, request.stop_token_ids)
+
+
+def campaign(core: EngineCore, rng: random.Random, num_steps: int, longest: int) -> dict[str, int]:
+    """Random arrivals and aborts for `num_steps`, then until all is done; what happened, by name."""
+    stem = [rng.randrange(VOCAB_SIZE) for _ in range(longest)]
+    requests: list[Request] = []
+    steps = 0
+    while steps < num_steps or core.has_work:
+        if steps < num_steps and rng.random() < 0.3:
+            requests.append(random_request(rng, len(requests), longest, stem))
+            core.scheduler.add(requests[-1])
+        if requests and rng.random() < 0.02:
+            core.abort(rng.choice(requests))
+        core.step()
+        core.scheduler.check()
+        steps += 1
+        assert steps < 100 * num_steps, "no progress"
+    mismatches = finished = 0
+    for request in requests:
+        output, wanted = request.output_token_ids, expected(request)
+        if request.finish_reason is FinishReason.ABORT:
+            wanted = wanted[: len(output)]
+        else:
+            finished += 1
+        mismatches += output != wanted
+    leaked = sum(a.num_usable_pages - a.num_free for a in core.scheduler.allocators)
+    return {
+        "steps": steps,
+        "finished": finished,
+        "tokens": sum(len(r.output_token_ids) for r in requests),
+        "preemptions": core.scheduler.num_preemptions,
+        "mismatching requests": mismatches,
+        "leaked pages": leaked,
+    }
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [False, True], ids=["cold", "prefix"])
+@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("decode_steps", [1, 4])
+def test_random_schedules_equal_solo(
+    enable_prefix_caching: bool, num_shards: int, page_size: int, chunk: int, decode_steps: int
+):
+    """A pool of a sequence and a half for four slots: preemption is the rule, not the exception."""
+    core = make_core(
+        num_shards=num_shards,
+        page_size=page_size,
+        pages_per_shard=1 + 96 // page_size,
+        max_num_batched_tokens=chunk,
+        decode_steps=decode_steps,
+        enable_prefix_caching=enable_prefix_caching,
+    )
+    rng = random.Random(f"{num_shards} {page_size} {chunk} {decode_steps}")
+    result = campaign(core, rng, NUM_STEPS // 10, longest=64)
+    print(result)
+    assert result["mismatching requests"] == 0 and result["leaked pages"] == 0
+    assert result["finished"] > 0
+
+
+def test_a_starved_pool_finishes_everything():
+    """A pool of one longest sequence, 500 requests: preempted often, never stuck, first come first done."""
+    core = make_core(page_size=4, pages_per_shard=17, slots_per_shard=8, max_num_batched_tokens=32)
+    rng = random.Random(0)
+    requests = [random_request(rng, i, 64, []) for i in range(500)]
+    for request in requests:
+        request.priority = 0
+    run(core, requests)
+    counts = [request.num_preemptions for request in requests]
+    print(f"finished 500, preemptions: mean {sum(counts) / 500:.2f}, most {max(counts)}; {core.stats.steps} steps")
+    assert [r.output_token_ids for r in requests] == [expected(r) for r in requests]
+    assert core.scheduler.num_preemptions > 0
+
+
+def test_the_first_in_order_is_never_preempted():
+    core = make_core(page_size=4, pages_per_shard=17, slots_per_shard=4)
+    requests = [make_request(i, [i] * 20, 40) for i in range(4)]
+    run(core, requests)
+    assert requests[0].num_preemptions == 0 and core.scheduler.num_preemptions > 0
+    assert [r.finish_time for r in requests] == sorted(r.finish_time or 0 for r in requests)
+
+
+def test_a_row_that_is_not_finite_ends_alone_and_is_not_cached():
+    """Its pages once could be found by the next request with the same prompt, which then ended, too."""
+    core = make_core(page_size=4, max_num_batched_tokens=8)
+    poisoned = [make_request(i, [1, 2, 3, 4, POISON, *range(20)], 5) for i in (0, 2)]
+    good = [make_request(i, [1, 2, 3, 4, *range(20)], 5) for i in (1, 3)]
+    run(core, poisoned + good)
+    assert [r.finish_reason for r in poisoned] == [FinishReason.ERROR] * 2
+    assert [r.output_token_ids for r in poisoned] == [[], []]
+    assert [r.output_token_ids for r in good] == [expected(r) for r in good]
+    held = core.scheduler.allocators[0]
+    assert held.num_cached(poisoned[0].page_digests)[0] == 1  # the page before the poison
+
+
+def test_a_shared_prefix_is_prefilled_once():
+    core = make_core(page_size=4, max_num_batched_tokens=64, slots_per_shard=2)
+    stem = [*range(40)]
+    requests = [make_request(i, [*stem, 100 + i], 3) for i in range(6)]
+    run(core, requests[:1])
+    before = core.stats.prefill_tokens
+    run(core, requests[1:])
+    assert before == 41 and core.stats.prefill_tokens - before == 5  # one token each: 40 are cached
+    assert [r.output_token_ids for r in requests] == [expected(r) for r in requests]
+
+
+def test_other_salts_share_nothing():
+    core = make_core(page_size=4, max_num_batched_tokens=64)
+    requests = [make_request(i, [*range(41)], 3) for i in range(3)]
+    requests[2].cache_salt = b"another tenant"
+    for request in requests:
+        run(core, [request])
+    assert core.stats.prefill_tokens == 41 + 1 + 41
