@@ -178,14 +178,16 @@ def _sampling(rows: list[Request | None]) -> SamplingArrays:
     temperature = np.array([p.temperature if p else 0.0 for p in params], np.float32)
     top_k = np.array([max(p.top_k, 0) if p else 0 for p in params], np.int32)
     top_p = np.array([p.top_p if p else 1.0 for p in params], np.float32)
+    min_p = np.array([p.min_p if p else 0.0 for p in params], np.float32)
     return SamplingArrays(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         seed=np.array([request.seed if request else 0 for request in rows], np.uint32),
         # Decided here, because on a mesh with `data` asking every row would be an all-reduce per token.
         draws=np.array(np.any(temperature > 0)),
-        truncates=np.array(np.any((top_k > 0) | (top_p < 1))),
+        truncates=np.array(np.any((top_k > 0) | (top_p < 1) | (min_p > 0))),
     )
 
 

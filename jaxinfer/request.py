@@ -20,6 +20,7 @@ class SamplingParams(StrictFields):
       temperature: divides the logits; 0 is greedy.
       top_k: draw among the k likeliest tokens; 0 or -1 for all.
       top_p: draw among the likeliest tokens whose probabilities reach top_p; 1 for all.
+      min_p: draw among the tokens at least min_p times as likely as the likeliest; 0 for all.
       seed: of this request's draws, in [0, 2**32); None for one derived from the engine's seed.
       max_tokens: most tokens to generate.
       stop: strings that end the output; they are not part of it.
@@ -31,6 +32,7 @@ class SamplingParams(StrictFields):
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int | None = None
     max_tokens: int = 16
     stop: str | Sequence[str] = ()
@@ -45,6 +47,7 @@ class SamplingParams(StrictFields):
         self._check_number("top_p", 0, 1)
         if self.top_p == 0:
             raise ValueError("top_p=0: must be above 0 (temperature=0 is greedy)")
+        self._check_number("min_p", 0, 1)
         self._check_integer("top_k", -1, 2**31 - 1)
         self._check_integer("max_tokens", 1, 2**31 - 1)
         if self.seed is not None:

@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer import kv_cache
-from jaxinfer.batch import Buckets, ChunkArrays, StepBatch, StepShape
+from jaxinfer import batch, kv_cache
+from jaxinfer.batch import Buckets, StepBatch, StepShape
 from jaxinfer.kv_cache import CacheSpec
 from jaxinfer.parameters import ModelDefinition
-from jaxinfer.request import MAX_STOP_TOKEN_IDS
-from jaxinfer.sampling import SamplingArrays
+from jaxinfer.scheduler import StepPlan
 from jaxinfer.steps import Arrays, SlotState, StepFunctions, StepOutput
 from sharding_rules import axes as ax
 
@@ -93,30 +92,10 @@ class Runner:
         return jitted.lower(weights, cache, slots, self._abstract_batch(shape))
 
     def _abstract_batch(self, shape: StepShape) -> StepBatch:
-        num_shards = self._partitioner.num_shards(ax.BATCH)
-        num_rows = shape.rows + (shape.chunk_tokens > 0)
-        array, total = self._array, num_shards * num_rows
-        sampling = SamplingArrays(
-            temperature=array(jnp.float32, total),
-            top_k=array(jnp.int32, total),
-            top_p=array(jnp.float32, total),
-            seed=array(jnp.uint32, total),
-            draws=array(jnp.bool_),
-            truncates=array(jnp.bool_),
-        )
-        row = array(jnp.int32, num_shards, num_rows)
-        of_shard = array(jnp.int32, num_shards)
-        return StepBatch(
-            slots=row,
-            positions=row,
-            num_remaining=row,
-            stop_token_ids=array(jnp.int32, num_shards, num_rows, MAX_STOP_TOKEN_IDS),
-            block_tables=array(jnp.int32, num_shards, num_rows, shape.pages),
-            sampling=sampling,
-            chunk=ChunkArrays(array(jnp.int32, num_shards, shape.chunk_tokens), of_shard, of_shard)
-            if shape.chunk_tokens
-            else None,
-        )
+        """The shapes and dtypes of any batch of this shape: those of an empty one."""
+        shards = range(self._partitioner.num_shards(ax.BATCH))
+        plan = StepPlan([None for _ in shards], [[] for _ in shards], [[] for _ in shards], shape.num_steps)
+        return jax.tree.map(lambda a: self._array(a.dtype, *a.shape), batch.build(plan, shape))
 
     @property
     def _slot_shape(self) -> tuple[int, int]:

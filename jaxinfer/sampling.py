@@ -18,9 +18,10 @@ class SamplingArrays(NamedTuple):
     temperature: Any  # float32 [B]; 0 is greedy
     top_k: Any  # int32 [B]; 0 keeps all
     top_p: Any  # float32 [B] in (0, 1]; 1 keeps all
+    min_p: Any  # float32 [B] in [0, 1]; 0 keeps all
     seed: Any  # uint32 [B]
     draws: Any  # bool []; whether any row's temperature is above 0
-    truncates: Any  # bool []; whether any row uses top_k or top_p
+    truncates: Any  # bool []; whether any row uses top_k, top_p or min_p
 
 
 def sample(
@@ -31,21 +32,32 @@ def sample(
 ) -> jax.Array:
     """Token ids int32 [B] from float32 logits [B, V] for the tokens at `positions` int32 [B].
 
-    A batch of greedy rows pays for an argmax only, and one without top-k and top-p for no threshold search.
+    A batch of greedy rows pays for an argmax only, and one without top-k, top-p and min-p for no threshold search.
     `gather` brings a split vocabulary together before that search, whose every pass would else be an all-reduce.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
+    def keep_likely(scaled: jax.Array) -> jax.Array:
+        return truncate(drop_unlikely(gather(scaled), params.min_p), params.top_k, params.top_p)
+
     def draw() -> jax.Array:
         scaled = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
-        scaled = lax.cond(
-            params.truncates, lambda x: truncate(gather(x), params.top_k, params.top_p), lambda x: x, scaled
-        )
+        scaled = lax.cond(params.truncates, keep_likely, lambda x: x, scaled)
         noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(params.seed, positions, logits.shape[-1])
         drawn = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)  # Gumbel-max: an exact draw from softmax(scaled)
         return jnp.where(params.temperature > 0, drawn, greedy)
 
     return lax.cond(params.draws, draw, lambda: greedy)
+
+
+def drop_unlikely(logits: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Drops the tokens less than min_p times as likely as the row's likeliest. float32 [B, V] -> same.
+
+    They become -inf; a token that is exactly at the bound stays. A ratio of probabilities is a difference of
+    logits, so this takes one maximum and no softmax.
+    """
+    bound = jnp.max(logits, axis=-1) + jnp.log(min_p)  # min_p 0: -inf, or NaN beside an infinite logit
+    return jnp.where(logits < bound[:, None], -jnp.inf, logits)  # not "keep >=": nothing is below -inf or NaN
 
 
 def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
