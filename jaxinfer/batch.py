@@ -143,7 +143,7 @@ def build(plan: StepPlan, shape: StepShape) -> StepBatch:
     for shard, (rows, starts, chunk) in enumerate(zip(plan.rows, plan.starts, plan.chunks, strict=True)):
         first = shard * num_rows
         positions[first : first + len(rows)] = starts
-        limits = [request.max_num_tokens - 1 for request in rows]
+        limits = [request.max_num_cached for request in rows]
         num_remaining[first : first + len(rows)] = np.array(limits, np.int32) - positions[first : first + len(rows)]
         if chunk is not None:
             positions[first + shape.rows] = chunk.stop - 1

@@ -1,6 +1,7 @@
 """Turns what a user asks into a request that can run, or says why it cannot. Host only."""
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -55,7 +56,7 @@ class Intake:
             params=params,
             stop_token_ids=stop_token_ids,
             max_tokens=min(params.max_tokens, self.max_model_len - len(token_ids)),
-            seed=(self.seed * 1_000_003 + number) % 2**32 if params.seed is None else params.seed,
+            seed=_seed_of(self.seed, number) if params.seed is None else params.seed,
             text=OutputText(stream, params.stop),
         )
 
@@ -73,7 +74,7 @@ class Intake:
 
     def _stop_token_ids(self, params: SamplingParams) -> tuple[int, ...]:
         end = () if params.ignore_eos else self.generation.eos_token_ids
-        token_ids = tuple(dict.fromkeys((*end, *params.stop_token_ids)))
+        token_ids = tuple(dict.fromkeys((*end, *(params.stop_token_ids or ()))))
         self._check_token_ids("stop_token_ids", token_ids)
         if len(token_ids) > MAX_STOP_TOKEN_IDS:
             raise ValueError(
@@ -88,3 +89,8 @@ class Intake:
                 raise ValueError(
                     f"{what}: {token_id!r} is not a token id of the model; ids are integers in [0, {self.vocab_size})"
                 )
+
+
+def _seed_of(engine_seed: int, number: int) -> int:
+    """Of a request that names none; hashed, so that it is none of the small numbers that others choose."""
+    return int.from_bytes(hashlib.sha256(f"{engine_seed} {number}".encode()).digest()[:4], "little")

@@ -1,12 +1,13 @@
 """The paged cache of keys and values: allocated once, donated to every step, written in place.
 
 Per layer two arrays [num_pages, num_kv_heads, page_size, head_dim], so that one (page, head) tile is
-contiguous. Page 0 is the scratch page: padding writes there and nobody reads it, hence no page id is ever
+contiguous. Page 0 is the scratch page: padding writes there, and what is read there counts for nothing; hence no page id is ever
 negative or out of range (JAX would scatter at -1 into the last page). With `data` in the mesh the pages are
 divided among its shards; page ids in block tables are local to a shard, and each has a scratch page.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -64,11 +65,14 @@ def cache_sharding(spec: CacheSpec, partitioner: Partitioner) -> NamedSharding:
     return partitioner.sharding(CACHE_AXES, spec.shape, "cache")
 
 
-def allocate(spec: CacheSpec, partitioner: Partitioner) -> Cache:
-    """Zeros, created on their devices. Zeros and not empty: jax >= 0.11 really leaves empty uninitialised."""
+def allocator(spec: CacheSpec, partitioner: Partitioner) -> Callable[[], Cache]:
+    """A function that makes an empty cache on its devices, compiled here and not when it is called.
+
+    Zeros and not empty: jax >= 0.11 really leaves empty uninitialised.
+    """
     sharding = cache_sharding(spec, partitioner)
-    make = jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=sharding)
-    return tuple((make(), make()) for _ in range(spec.num_layers))
+    make = jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=sharding).lower().compile()
+    return lambda: tuple((make(), make()) for _ in range(spec.num_layers))
 
 
 def write(

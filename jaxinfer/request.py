@@ -35,14 +35,14 @@ class SamplingParams(StrictFields):
     min_p: float = 0.0
     seed: int | None = None
     max_tokens: int = 16
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         self._check_number("temperature", 0, 1e4)
         self._check_number("top_p", 0, 1)
         if self.top_p == 0:
@@ -70,7 +70,7 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # an end token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or max_model_len
     ABORT = "abort"
-    ERROR = "error"  # the model produced a value that is not finite
+    ERROR = "error"  # the model produced a value that is not finite, or its step failed
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -156,22 +156,28 @@ class Request:
         return self.num_prompt_tokens + self.max_tokens
 
     @property
+    def max_num_cached(self) -> int:
+        """Tokens in the cache at most: the last one is never read."""
+        return self.max_num_tokens - 1
+
+    @property
     def can_decode(self) -> bool:
         """Whether it generates another token after the steps under way, unless one of those ends it."""
-        return self.is_prefilled and self.num_cached + 1 < self.max_num_tokens
+        return self.is_prefilled and self.num_cached < self.max_num_cached
 
-    def append(self, token_ids: list[int]) -> None:
-        """Takes generated tokens in; sets the finish reason where they end the request."""
-        if not token_ids:
-            return
-        self.first_token_time = self.first_token_time or time.perf_counter()
-        self.token_ids += token_ids
-        ended = token_ids[-1] in self.stop_token_ids
-        # A stop token ends the text before itself; any other token belongs to it.
-        if self.text.add(token_ids[:-1] if ended else token_ids) or ended:
-            self.finish(FinishReason.STOP)
-        elif len(self.token_ids) == self.max_num_tokens:
-            self.finish(FinishReason.LENGTH)
+    def append(self, token_ids: Sequence[int]) -> None:
+        """Takes generated tokens in, up to the one that ends the request."""
+        for token_id in token_ids:
+            self.first_token_time = self.first_token_time or time.perf_counter()
+            self.token_ids.append(token_id)
+            if token_id in self.stop_token_ids:  # it ends the text before itself
+                self.finish(FinishReason.STOP)
+            elif self.text.add([token_id]):  # a stop string
+                self.finish(FinishReason.STOP)
+            elif len(self.token_ids) == self.max_num_tokens:
+                self.finish(FinishReason.LENGTH)
+            if self.finish_reason is not None:
+                return
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the request; the first reason stays."""

@@ -34,36 +34,38 @@ class Runner:
         self._spec = spec
         self._backend = backend
         self._weights = weights
-        self.reset_cache()
+        self._allocate_cache = kv_cache.allocator(spec, self._partitioner)
+        self._cache, self._slots = self._allocate_cache(), self._empty_slots()
         self._programs: dict[StepShape, jax.stages.Compiled] = {}
 
     def compile_all(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles every program in `buckets`, calling `progress(done, total)` after each."""
         shapes = self.buckets.shapes()
-        with ThreadPoolExecutor() as pool:
-            futures = {pool.submit(self.lowered(shape).compile): shape for shape in shapes}
+        pool = ThreadPoolExecutor()
+        try:
+            futures = {pool.submit(lambda shape=shape: self.lowered(shape).compile()): shape for shape in shapes}
             for done, future in enumerate(as_completed(futures), start=1):
                 self._programs[futures[future]] = future.result()
                 if progress is not None:
                     progress(done, len(shapes))
+        finally:
+            pool.shutdown(cancel_futures=True)  # a program that failed must not wait for those behind it
 
     def dispatch(self, shape: StepShape, batch: StepBatch) -> StepOutput:
         """Starts a step and returns its output, on the devices, without waiting for it."""
         if shape not in self._programs:
             raise RuntimeError(f"{shape} is not a compiled shape; compiled: {sorted(self._programs)}")
-        batch = jax.tree.map(lambda a: jax.device_put(a, self._row_sharding(a.shape)), batch)
+        batch = jax.device_put(batch, jax.tree.map(lambda a: self._row_sharding(a.shape), batch))
         self._cache, self._slots, output = self._programs[shape](self._weights, self._cache, self._slots, batch)
         for array in output:
             array.copy_to_host_async()
         return output
 
     def reset_cache(self) -> None:
-        """Makes a new, empty cache: at the start, and after a step that failed and took the donated one with it."""
-        self._cache = kv_cache.allocate(self._spec, self._partitioner)
-        shape = self._slot_shape
-        self._slots = SlotState(
-            *(jax.device_put(np.zeros(shape, dtype), self._row_sharding(shape)) for dtype in (np.int32, np.bool_))
-        )
+        """Makes a new, empty cache after a step that failed, and may have taken the donated one with it."""
+        for array in jax.tree.leaves((self._cache, self._slots)):
+            array.delete()  # before the new one: there is no room for two
+        self._cache, self._slots = self._allocate_cache(), self._empty_slots()
 
     def close(self) -> None:
         """Frees the device memory."""
@@ -96,6 +98,11 @@ class Runner:
         shards = range(self._partitioner.num_shards(ax.BATCH))
         plan = StepPlan([None for _ in shards], [[] for _ in shards], [[] for _ in shards], shape.num_steps)
         return jax.tree.map(lambda a: self._array(a.dtype, *a.shape), batch.build(plan, shape))
+
+    def _empty_slots(self) -> SlotState:
+        shape = self._slot_shape
+        empty = SlotState(np.zeros(shape, np.int32), np.zeros(shape, np.bool_))
+        return SlotState(*jax.device_put(tuple(empty), self._row_sharding(shape)))
 
     @property
     def _slot_shape(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ devices do nothing for it.
 """
 
 import dataclasses
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 
 from jaxinfer.page_allocator import PageAllocator, extend_digests
@@ -112,7 +112,7 @@ class Scheduler:
 
     def check_fits(self, request: Request) -> None:
         """Raises ValueError for a request that not even an empty shard could hold."""
-        needed, usable = cdiv(request.max_num_tokens, self.page_size), self.allocators[0].num_usable_pages
+        needed, usable = cdiv(request.max_num_cached, self.page_size), self.allocators[0].num_usable_pages
         if needed > usable:
             raise ValueError(
                 f"prompt of {request.num_prompt_tokens} tokens plus max_tokens {request.max_tokens} needs {needed} "
@@ -140,7 +140,7 @@ class Scheduler:
             chunk.request.num_cached = chunk.stop
             chunk.request.num_in_flight += 1
         for request in (r for requests in rows for r in requests):
-            request.num_cached = min(request.num_cached + num_steps, request.max_num_tokens - 1)
+            request.num_cached = min(request.num_cached + num_steps, request.max_num_cached)
             request.num_in_flight += 1
         return plan
 
@@ -167,7 +167,7 @@ class Scheduler:
         if request.page_ids:
             self._stop(request)
         else:
-            self.waiting.remove(request)
+            del self.waiting[bisect_left(self.waiting, request.order, key=lambda r: r.order)]
 
     def forget_cache(self) -> None:
         """The devices lost their caches, and with them the steps under way. Nothing may be running."""
@@ -216,7 +216,7 @@ class Scheduler:
         return True
 
     def _num_missing_pages(self, request: Request, num_steps: int) -> int:
-        num_tokens = min(request.num_cached + num_steps, request.max_num_tokens)
+        num_tokens = min(request.num_cached + num_steps, request.max_num_cached)
         return max(0, cdiv(num_tokens, self.page_size) - len(request.page_ids))
 
     def _preempt(self, request: Request) -> None:
@@ -249,7 +249,7 @@ class Scheduler:
         if not self._free_slots[shard] or not all(r.is_prefilled for r in rows):
             return False
         num_cached, num_evictable = allocator.num_cached(self._usable_digests(request))
-        needed = cdiv(len(request.token_ids) + 1, self.page_size) - num_cached
+        needed = cdiv(min(len(request.token_ids) + 1, request.max_num_cached), self.page_size) - num_cached
         # Room for the others to grow, or the new one would be preempted at once.
         return needed + len(rows) <= allocator.num_free - num_evictable
 
@@ -282,7 +282,8 @@ class Scheduler:
             return
         extend_digests(request.page_digests, request.token_ids, self.page_size, request.cache_salt)
         allocator = self.allocators[request.shard]
-        while request.num_published < num_cached // self.page_size:
+        num_known = min(num_cached, len(request.token_ids))  # a stop string may have cut what the devices went on with
+        while request.num_published < num_known // self.page_size:
             page = request.num_published
             allocator.publish(request.page_ids[page], request.page_digests[page])
             request.num_published += 1

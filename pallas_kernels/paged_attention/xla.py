@@ -52,8 +52,9 @@ def paged_attention(
     scores = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, precision=precision, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None, None], scores, jnp.float32(-jnp.inf))
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights, values, precision=precision, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(q.shape)
+    # XLA:CPU multiplies bfloat16 into float32 only where the result keeps the order of the operands.
+    out = jnp.einsum("bkgts,bksh->bkgth", weights, values, precision=precision, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def _gather(pages: jax.Array, block_tables: jax.Array) -> jax.Array:
