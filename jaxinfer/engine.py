@@ -6,6 +6,7 @@
 to one thread.
 """
 
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -79,6 +80,8 @@ class Engine:
     def close(self) -> None:
         """Frees the device memory. Unfinished requests are dropped; calling it again does nothing."""
         self._is_closed = True
+        self._unfinished.clear()
+        self._undelivered.clear()
         self._core.close()
 
     @property
@@ -121,26 +124,21 @@ class Engine:
         return [request.output() for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Text and tokens of one request as they come. Leaving the iterator early aborts the request."""
+        """Text and tokens of one request as they come. Leaving the iterator early aborts the request.
+
+        The request is queued, and refused if it cannot run, by the call and not by the first `next`.
+        """
         request = self._make_request(prompt, params or self.default_sampling_params)
         self._add(request)
-        num_chars, num_tokens = 0, request.num_prompt_tokens
-        try:
-            while True:
-                if self._step_for({request.request_id}) or request.finish_reason is not None:
-                    text, reason = request.text.text, request.finish_reason
-                    yield Delta(text[num_chars:], request.token_ids[num_tokens:], reason and reason.value)
-                    if reason is not None:
-                        return
-                    num_chars, num_tokens = len(text), len(request.token_ids)
-        finally:
-            self.abort(request.request_id)
+        deltas = self._deltas(request)
+        next(deltas)  # into its `try`, so that an iterator that is dropped unused aborts the request as well
+        return deltas
 
     def chat(self, messages: list[dict[str, str]], params: SamplingParams | None = None) -> RequestOutput:
         """The assistant's next message after `messages`, through the tokenizer's chat template."""
         if self.resolved.tokenizer is None:
             raise ValueError(f"{self.resolved.model_dir}: no tokenizer, so no chat template")
-        return self.generate(self.resolved.tokenizer.apply_chat_template(messages), params)[0]
+        return self.generate([self.resolved.tokenizer.apply_chat_template(messages)], params)[0]
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
         """Queues a prompt and returns the request's id. Raises ValueError for one that cannot run."""
@@ -176,9 +174,22 @@ class Engine:
 
     def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
         self._check_open()
-        request = self._intake.make_request(prompt, params)
-        self._core.scheduler.check_fits(request)
-        return request
+        return self._intake.make_request(prompt, params)
+
+    def _deltas(self, request: Request) -> Iterator[Delta]:
+        """What `stream` yields, after a first delta that is empty."""
+        num_chars, num_tokens = 0, request.num_prompt_tokens
+        try:
+            yield Delta("", [], None)
+            while True:
+                if self._step_for({request.request_id}) or request.finish_reason is not None:
+                    text, reason = request.text.text, request.finish_reason
+                    yield Delta(text[num_chars:], request.token_ids[num_tokens:], reason and reason.value)
+                    if reason is not None:
+                        return
+                    num_chars, num_tokens = len(text), len(request.token_ids)
+        finally:
+            self.abort(request.request_id)
 
     def _add(self, request: Request) -> None:
         self._core.scheduler.add(request)
@@ -202,6 +213,11 @@ class Engine:
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several: a text, or a sequence of numbers, is one."""
-    if isinstance(prompts, str) or (prompts and not any(isinstance(p, str | Sequence) for p in prompts)):
-        return [cast(Prompt, prompts)]
-    return [*cast(Sequence[Prompt], prompts)]
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        prompts = list(prompts)
+    except TypeError:
+        raise ValueError(f"prompts: expected texts or token ids, found {prompts!r}") from None
+    are_ids = [isinstance(prompt, numbers.Integral) for prompt in prompts]
+    return [cast(Prompt, prompts)] if prompts and all(are_ids) else cast(list[Prompt], prompts)

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+import numbers
+from collections.abc import Iterable, Iterator, Sequence
 
 from jaxinfer.generation_config import GenerationDefaults
 from jaxinfer.output_text import OutputText
@@ -64,31 +65,33 @@ class Intake:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the model has no tokenizer, so prompts must be token ids")
-            token_ids = self.tokenizer.encode(prompt) if prompt else []
-        else:
-            token_ids = list(prompt)
+            prompt = self.tokenizer.encode(prompt) if prompt else []
+        token_ids = self._token_ids("prompt", prompt)
         if not token_ids:
             raise ValueError("the prompt is empty; give at least one character or token id")
-        self._check_token_ids("prompt", token_ids)
         return token_ids
 
     def _stop_token_ids(self, params: SamplingParams) -> tuple[int, ...]:
         end = () if params.ignore_eos else self.generation.eos_token_ids
-        token_ids = tuple(dict.fromkeys((*end, *(params.stop_token_ids or ()))))
-        self._check_token_ids("stop_token_ids", token_ids)
+        own = self._token_ids("stop_token_ids", params.stop_token_ids or ())
+        token_ids = tuple(dict.fromkeys((*end, *own)))
         if len(token_ids) > MAX_STOP_TOKEN_IDS:
             raise ValueError(
                 f"{len(token_ids)} stop token ids, the model's {len(end)} included; at most {MAX_STOP_TOKEN_IDS}"
             )
         return token_ids
 
-    def _check_token_ids(self, what: str, token_ids: Sequence[int]) -> None:
-        """JAX would silently read another token's row, so the host checks every id."""
-        for token_id in token_ids:
-            if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
+    def _token_ids(self, what: str, values: Sequence[int]) -> list[int]:
+        """As plain ints, NumPy's too. JAX would silently read another token's row, so the host checks every id."""
+        if not isinstance(values, Iterable):
+            raise ValueError(f"{what}: {values!r} is neither a text nor token ids")
+        for value in values:
+            is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            if not is_integer or not 0 <= value < self.vocab_size:
                 raise ValueError(
-                    f"{what}: {token_id!r} is not a token id of the model; ids are integers in [0, {self.vocab_size})"
+                    f"{what}: {value!r} is not a token id of the model; ids are integers in [0, {self.vocab_size})"
                 )
+        return [int(value) for value in values]
 
 
 def _seed_of(engine_seed: int, number: int) -> int:

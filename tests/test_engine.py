@@ -1,6 +1,7 @@
 """The engine end to end on a tiny random model: same tokens whatever shares the batch, nothing compiled late."""
 
 import pathlib
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -41,10 +42,20 @@ def solo(engine: Engine, prompt: list[int], params: SamplingParams) -> list[int]
     return engine.generate(prompt, params)[0].outputs[0].token_ids
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_outputs_equal_solo_decoding(engine: Engine, temperature: float):
-    """Ten prompts of mixed lengths in four slots, prefilled in chunks of 64, against one at a time."""
-    each = [SamplingParams(temperature=temperature, seed=i, max_tokens=5 + 3 * i, top_p=0.9) for i in range(10)]
+def test_outputs_equal_solo_decoding(engine: Engine):
+    """Ten prompts of mixed lengths in four slots, prefilled in chunks, against one at a time. Greedy rows, rows that
+    draw and rows that truncate are neighbours."""
+    each = [
+        SamplingParams(
+            temperature=[0.0, 1.0, 0.7][i % 3],
+            top_k=[0, 5][i % 2],
+            top_p=[1.0, 0.9, 0.5, 1.0][i % 4],
+            min_p=[0.0, 0.0, 0.02][i % 3],
+            seed=i,
+            max_tokens=5 + 3 * i,
+        )
+        for i in range(10)
+    ]
     together = engine.generate(prompts(10), each)
     assert [len(o.prompt_token_ids) for o in together] == [len(p) for p in prompts(10)]
     for output, prompt, params in zip(together, prompts(10), each, strict=True):
@@ -53,9 +64,14 @@ def test_outputs_equal_solo_decoding(engine: Engine, temperature: float):
 
 
 def test_steps_per_dispatch_and_chunk_length_change_no_token(engine: Engine, model_dir: pathlib.Path):
-    expected = [o.outputs[0].token_ids for o in engine.generate(prompts(3), GREEDY)]
+    """With a stop string in the midst of a dispatch, too: tokens after it once came out."""
+    free = [o.outputs[0] for o in engine.generate(prompts(3), GREEDY)]
+    stopping = replace(GREEDY, stop=free[1].text[3:5])
+    stopped = engine.generate(prompts(3)[1], stopping)[0].outputs[0]
+    assert stopped.finish_reason == "stop" and 0 < len(stopped.token_ids) < len(free[1].token_ids)
     with Engine(str(model_dir), max_num_seqs=3, max_num_batched_tokens=200, decode_steps=1, page_size=8) as other:
-        assert [o.outputs[0].token_ids for o in other.generate(prompts(3), GREEDY)] == expected
+        assert [o.outputs[0] for o in other.generate(prompts(3), GREEDY)] == free
+        assert other.generate(prompts(3)[1], stopping)[0].outputs[0] == stopped
 
 
 def test_a_stop_token_ends_the_output_and_is_its_last_token(engine: Engine):
@@ -89,11 +105,27 @@ def test_leaving_a_stream_early_frees_its_pages(engine: Engine):
         break  # `nothing_leaks` looks at the pool
 
 
+def test_a_stream_refuses_and_queues_at_the_call(engine: Engine):
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        engine.stream("", GREEDY)
+    stream = engine.stream("abc", GREEDY)
+    assert engine.has_unfinished_requests
+    del stream  # never started; `nothing_leaks` looks at the pool
+
+
+def test_an_aborted_stream_ends(engine: Engine):
+    stream = engine.stream("abc", GREEDY)
+    next(stream)
+    (request_id,) = engine._unfinished
+    engine.abort(request_id)
+    assert [delta.finish_reason for delta in stream] == ["abort"]
+
+
 def test_requests_added_by_hand_come_out_of_step_even_if_generate_ran_meanwhile(engine: Engine):
-    ours = engine.add_request("abc", GREEDY)
+    engine.add_request("abc", GREEDY)
     engine.generate("something else", GREEDY)
     outputs = []
-    while not any(o.request_id == ours and o.finished for o in outputs):
+    while engine.has_unfinished_requests:
         outputs += engine.step()
     assert outputs[-1].prompt == "abc"
     assert outputs[-1].outputs[0].token_ids == solo(engine, outputs[-1].prompt_token_ids, GREEDY)
@@ -200,6 +232,7 @@ def test_thousand_random_requests_compile_nothing(engine: Engine):
         ([2**63], GREEDY, "is not a token id"),
         ([1.5], GREEDY, "1.5 is not a token id"),
         ([True], GREEDY, "True is not a token id"),
+        (None, GREEDY, "None is neither a text nor token ids"),
         ("a", SamplingParams(stop_token_ids=(999,)), "999 is not a token id"),
         ("a", SamplingParams(stop_token_ids=tuple(range(17))), "18 stop token ids, the model's 1 included; at most 16"),
     ],
@@ -235,6 +268,30 @@ def test_unknown_names_raise_with_the_closest_known_one():
         SamplingParams(temprature=0.5)  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError, match="has no field 'max_model_length'; did you mean 'max_model_len'"):
         Engine("anywhere", max_model_length=5)
+
+
+def test_prompts_may_be_numpy_and_generators(engine: Engine):
+    expected = [engine.generate(text, GREEDY)[0].outputs[0] for text in ("abc", "xyz")]
+    assert [o.outputs[0] for o in engine.generate((text for text in ("abc", "xyz")), GREEDY)] == expected
+    ids = np.array(engine.generate("abc", GREEDY)[0].prompt_token_ids)
+    assert engine.generate(ids, GREEDY)[0].outputs[0].token_ids == expected[0].token_ids
+    with pytest.raises(ValueError, match="prompts: expected texts or token ids, found 5"):
+        engine.generate(5, GREEDY)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_row_that_turns_not_finite_while_it_decodes_ends_alone(tmp_path: pathlib.Path):
+    """The embedding of a token that greedy decoding generates is NaN: what came before it stays."""
+    plain = tiny_model.make(tmp_path / "plain", tie_word_embeddings=False)
+    with Engine(str(plain), max_num_seqs=2, max_model_len=64) as engine:
+        free = solo(engine, [1, 2, 3], GREEDY)
+        position = next(i for i, token in enumerate(free) if i > 2 and token not in free[:i])
+        candidates = ((p, solo(engine, p, GREEDY)) for p in prompts(20, longest=20, seed=5))
+        neighbour, expected = next((p, tokens) for p, tokens in candidates if free[position] not in p + tokens)
+    poisoned = tiny_model.make(tmp_path / "bad", tie_word_embeddings=False, poisoned_token=free[position])
+    with Engine(str(poisoned), max_num_seqs=2, max_model_len=64) as engine:
+        bad, good = (o.outputs[0] for o in engine.generate([[1, 2, 3], neighbour], GREEDY))
+    assert bad.finish_reason == "error" and bad.token_ids == free[: position + 1]
+    assert good.finish_reason == "length" and good.token_ids == expected
 
 
 def test_a_row_that_is_not_finite_ends_alone(model_dir: pathlib.Path, tmp_path: pathlib.Path):

@@ -1,133 +1,211 @@
-"""Scheduler and page allocator: no page is ever lost, shared or handed out twice, whatever happens."""
+"""What runs next, what waits, and what is given back: by plans first, then with steps under way on the fake runner."""
 
-import itertools
 import random
 
 import pytest
 
-from jaxinfer.output_text import OutputText
-from jaxinfer.page_allocator import PageAllocator
-from jaxinfer.request import FinishReason, Request, SamplingParams
-from jaxinfer.scheduler import DecodePlan, PrefillPlan, Scheduler
+from jaxinfer.engine_core import EngineCore
+from jaxinfer.request import FinishReason, Request
+from jaxinfer.scheduler import Scheduler, StepPlan, StepResult
+from tests.fake_runner import make_core, make_request, run, solo
 
 
-def request(name: str, prompt_tokens: int, max_tokens: int) -> Request:
-    return Request(
-        request_id=name,
-        prompt=None,
-        prompt_token_ids=[1] * prompt_tokens,
-        params=SamplingParams(max_tokens=max_tokens),
-        stop_token_ids=(),
-        max_tokens=max_tokens,
-        seed=0,
-        text=OutputText(None, ()),
-    )
+def make_scheduler(**overrides: int) -> Scheduler:
+    return make_core(**{"page_size": 4, "pages_per_shard": 65, "slots_per_shard": 4, **overrides}).scheduler
 
 
-def scheduler(**overrides: int) -> Scheduler:
-    sizes = {"num_shards": 1, "pages_per_shard": 9, "page_size": 4, "slots_per_shard": 2, "chunk_tokens": 8}
-    return Scheduler(**{**sizes, **overrides})
+def add(scheduler: Scheduler, *sizes: tuple[int, int], priority: int = 0) -> list[Request]:
+    """Requests of (prompt tokens, max_tokens), which share no page."""
+    first = len(scheduler.waiting) + 100 * scheduler.num_running
+    requests = [
+        make_request(first + i, [first + i] * length, max_tokens, priority=priority)
+        for i, (length, max_tokens) in enumerate(sizes)
+    ]
+    for request in requests:
+        scheduler.add(request)
+    return requests
 
 
-def run_plan(s: Scheduler, plan: PrefillPlan | DecodePlan) -> list[Request]:
-    """Plays the device: every chunk is cached, every row gets a token. Returns the requests that finished."""
-    touched = []
-    if isinstance(plan, PrefillPlan):
-        for chunk in filter(None, plan.chunks):
-            chunk.request.num_cached = chunk.stop
-            if chunk.is_last:
-                chunk.request.append([7])
-                touched.append(chunk.request)
-    else:
-        for row in itertools.chain(*plan.rows):
-            row.num_cached += 1
-            row.append([7])
-            touched.append(row)
-    finished = [r for r in touched if r.finish_reason is not None]
-    for r in finished:
-        s.release(r)
-    return finished
+def commit(scheduler: Scheduler, plan: StepPlan, token: int = 7) -> list[Request]:
+    """Plays the devices: everyone gets `token`, as often as it may."""
+    rows = [
+        [[token] * min(plan.num_steps, r.max_num_cached - start) for r, start in zip(*shard, strict=True)]
+        for shard in zip(plan.rows, plan.starts, strict=True)
+    ]
+    finite = [[True] * len(shard) for shard in rows]
+    touched = scheduler.commit(plan, StepResult([token] * len(rows), [True] * len(rows), rows, finite))
+    scheduler.check()
+    return touched
 
 
-def test_prompts_run_in_chunks_and_in_order_of_arrival():
-    s = scheduler()
-    for name, length in (("a", 20), ("b", 3), ("c", 3)):
-        s.add(request(name, length, 4))
-    spans = []
-    while isinstance(plan := s.schedule(), PrefillPlan):
-        spans += [(c.request.request_id, c.start, c.stop) for c in plan.chunks if c]
-        run_plan(s, plan)
-    # c waits: there are two slots
-    assert spans == [("a", 0, 8), ("a", 8, 16), ("a", 16, 20), ("b", 0, 3)]
-    assert isinstance(plan, DecodePlan) and [r.request_id for r in plan.rows[0]] == ["a", "b"]
-    assert [r.request_id for r in s.waiting] == ["c"]
+def turns(scheduler: Scheduler, most: int = 1000) -> list[StepPlan]:
+    """Plans and commits until there is nothing to do."""
+    plans = []
+    while len(plans) < most and (plan := scheduler.schedule()):
+        scheduler.check()
+        commit(scheduler, plan)
+        plans.append(plan)
+    return plans
 
 
-def test_nobody_overtakes_a_request_that_waits_for_pages():
-    s = scheduler(slots_per_shard=3)
-    s.add(request("big", 20, 4))  # 6 of 8 pages
-    s.add(request("also big", 20, 4))
-    s.add(request("small", 1, 1))
-    s.schedule()
-    assert [r.request_id for r in s.waiting] == ["also big", "small"]
+def spans(plans: list[StepPlan]) -> list[tuple[int, int, int]]:
+    """(request, start, stop) of every chunk."""
+    return [(c.request.number, c.start, c.stop) for plan in plans for c in plan.chunks if c]
+
+
+def numbers(requests: list[Request]) -> list[int]:
+    return [request.number for request in requests]
+
+
+def free_pages(scheduler: Scheduler) -> int:
+    return sum(allocator.num_free for allocator in scheduler.allocators)
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_order_is_priority_then_arrival(slots: int):
+    scheduler = make_scheduler(slots_per_shard=slots, decode_steps=1)
+    requests = [make_request(i, [i] * 3, 8, priority=p) for i, p in enumerate([0, 0, -1, 1, -1])]
+    for request in random.Random(0).sample(requests, 5):
+        scheduler.add(request)
+    plans = turns(scheduler)
+    assert [number for number, _, _ in spans(plans)] == [2, 4, 0, 1, 3]
+    assert max((numbers(plan.rows[0]) for plan in plans), key=len) == [2, 4, 0, 1][:slots]
+
+
+def test_a_chunk_takes_what_the_rows_leave_of_the_budget():
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    add(scheduler, (20, 9), (3, 9), (9, 9))
+    assert spans(turns(scheduler)) == [(0, 0, 8), (0, 8, 16), (0, 16, 20), (1, 0, 3), (2, 0, 6), (2, 6, 9)]
+
+
+def test_rows_beyond_the_budget_leave_one_token_for_the_chunk():
+    scheduler = make_scheduler(max_num_batched_tokens=2)
+    add(scheduler, (1, 20), (1, 20), (1, 20), (3, 4))
+    plans = turns(scheduler)
+    assert spans(plans)[3:] == [(3, 0, 1), (3, 1, 2), (3, 2, 3)]
+    assert all(len(plan.rows[0]) == 3 for plan in plans if plan.chunks[0] and plan.chunks[0].request.number == 3)
+
+
+def test_each_shard_prefills_one_prompt_at_a_time():
+    scheduler = make_scheduler(num_shards=2, max_num_batched_tokens=8)
+    add(scheduler, *[(16, 2)] * 4)
+    plans = turns(scheduler)
+    assert [[c and c.request.number for c in plan.chunks] for plan in plans][:4] == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 
 def test_a_request_goes_to_the_shard_with_the_fewest_running():
-    s = scheduler(num_shards=2)
-    for name in "abc":
-        s.add(request(name, 3, 1))
-    s.schedule()
-    assert [[r.request_id for r in rows] for rows in s.running] == [["a", "c"], ["b"]]
+    scheduler = make_scheduler(num_shards=2)
+    add(scheduler, *[(3, 9)] * 3)
+    turns(scheduler, 2)
+    assert [numbers(rows) for rows in scheduler.running] == [[0, 2], [1]]
+    add(scheduler, (3, 9))
+    scheduler.schedule()
+    assert [len(rows) for rows in scheduler.running] == [2, 2]
+
+
+def test_rows_take_one_step_while_somebody_waits_and_many_when_not():
+    scheduler = make_scheduler(slots_per_shard=2, decode_steps=4)
+    add(scheduler, (3, 7), (3, 12), (3, 9))
+    assert [plan.num_steps for plan in turns(scheduler)] == [1] * 8 + [4, 4]
+
+
+def test_an_only_slot_takes_many_steps_whoever_waits():
+    """Nothing can join it, and no program of one step is compiled for it."""
+    scheduler = make_scheduler(slots_per_shard=1, decode_steps=4)
+    add(scheduler, (3, 9), (3, 9))
+    assert [plan.num_steps for plan in turns(scheduler)] == [1, 4, 4] * 2
+
+
+@pytest.mark.parametrize(("pages", "num_steps"), [(4, 4), (3, 1)])
+def test_many_steps_are_not_worth_a_preemption(pages: int, num_steps: int):
+    """Two rows at the end of their first page: four steps need a page each, and one step does as well with one."""
+    scheduler = make_scheduler(pages_per_shard=1 + pages, decode_steps=4)
+    add(scheduler, (2, 6), (3, 6))
+    turns(scheduler, 2)
+    plan = scheduler.schedule()
+    assert plan is not None and plan.num_steps == num_steps and scheduler.num_preemptions == 0
+    scheduler.check()
+
+
+def test_many_steps_take_no_page_beyond_the_last_token():
+    scheduler = make_scheduler(decode_steps=8)
+    add(scheduler, (3, 6))  # 8 tokens in the cache at most
+    turns(scheduler, 1)
+    scheduler.schedule()
+    assert len(scheduler.running[0][0].page_ids) == 2
+
+
+@pytest.mark.parametrize(("pages", "is_running"), [(7, True), (6, False)])
+def test_admission_waits_for_pages(pages: int, is_running: bool):
+    """The first has 3 pages and may need another; the second needs 3; nobody overtakes it."""
+    scheduler = make_scheduler(pages_per_shard=1 + pages)
+    add(scheduler, (8, 8), (10, 3), (1, 1))
+    turns(scheduler, 1)
+    scheduler.schedule()
+    assert numbers(scheduler.running[0]) == ([0, 1] if is_running else [0])
+    assert numbers(scheduler.waiting) == ([2] if is_running else [1, 2])
+
+
+def test_admission_waits_for_a_slot():
+    scheduler = make_scheduler(slots_per_shard=2)
+    add(scheduler, (3, 4), (3, 9), (3, 4))
+    for plan in iter(scheduler.schedule, None):
+        assert scheduler.num_running <= 2
+        commit(scheduler, plan)
+    assert not scheduler.has_work
+
+
+def test_a_cached_page_that_nobody_holds_is_shared_or_given_and_not_both():
+    """Of 7 pages, one row has 2 and 5 are cached: they are all that the next prompt shares, and it needs another."""
+    scheduler = make_scheduler(pages_per_shard=8)
+    scheduler.add(make_request(0, [*range(21)], 1))
+    turns(scheduler)
+    add(scheduler, (4, 5))
+    turns(scheduler, 1)
+    scheduler.add(make_request(1000, [*range(23)], 1))
+    plan = scheduler.schedule()
+    assert plan is not None and len(scheduler.running[0]) == 1 and free_pages(scheduler) == 5
+    commit(scheduler, plan)
+    turns(scheduler)
+    assert not scheduler.has_work
+
+
+def test_the_last_in_order_is_preempted_and_starts_over_from_its_output():
+    scheduler = make_scheduler(pages_per_shard=1 + 7, decode_steps=1, enable_prefix_caching=False)
+    first, last = add(scheduler, (4, 12), (4, 12))
+    (urgent,) = add(scheduler, (4, 12), priority=-1)
+    while not scheduler.num_preemptions:
+        turns(scheduler, 1)
+    assert scheduler.waiting == [last] and last.num_preemptions == 1 and not last.page_ids
+    num_tokens = len(last.token_ids)
+    assert num_tokens > 4 and last.num_cached == 0
+    plans = turns(scheduler)
+    assert (last.number, 0, num_tokens) in spans(plans) and last.num_prefill_tokens == num_tokens
+    assert [len(r.output_token_ids) for r in (urgent, first, last)] == [12] * 3
+    assert urgent.num_preemptions == 0 and free_pages(scheduler) == 7
 
 
 def test_what_can_never_fit_is_refused_at_once():
-    with pytest.raises(ValueError, match=r"needs 9 cache pages and the pool has 8; raise --kv_cache_bytes"):
-        scheduler().add(request("huge", 30, 4))
+    scheduler = make_scheduler(pages_per_shard=9)
+    message = (
+        "prompt of 30 tokens plus max_tokens 4 needs 9 cache pages and the pool has 8; "
+        "raise --kv_cache_bytes or lower max_tokens"
+    )
+    with pytest.raises(ValueError, match=message):
+        add(scheduler, (30, 4))
+    assert not scheduler.has_work
+    add(scheduler, (30, 3))  # the last token is never cached
+    assert len(turns(scheduler)) > 0 and not scheduler.has_work
 
 
-def test_random_schedules_lose_no_page():
-    """Random arrivals, lengths and aborts; invariants after every step; everything finishes and all pages return."""
-    rng = random.Random(0)
-    s = scheduler(num_shards=2, slots_per_shard=3, pages_per_shard=17)
-    requests, finished, steps = [], set(), 0
-    while len(finished) < 300:
-        steps += 1
-        if len(requests) < 300 and rng.random() < 0.5:
-            requests.append(request(str(len(requests)), rng.randint(1, 40), rng.randint(1, 24)))
-            s.add(requests[-1])
-        live = [r for r in requests if r.finish_reason is None]
-        if live and rng.random() < 0.05:
-            victim = rng.choice(live)
-            victim.finish(FinishReason.ABORT)
-            s.release(victim)
-            finished.add(victim.request_id)
-        if plan := s.schedule():
-            finished |= {r.request_id for r in run_plan(s, plan)}
-        s.check()
-    assert not s.has_work and steps < 20_000
-    assert all(a.num_free == a.num_usable_pages for a in s.allocators)
-
-
-def test_allocator_refuses_a_double_free_and_takes_nothing_then():
-    allocator = PageAllocator(5)
-    pages = allocator.allocate(3)
-    allocator.free(pages[:1])
-    with pytest.raises(RuntimeError, match="not all held"):
-        allocator.free(pages)
-    assert allocator.num_free == 2
-    allocator.check()
-
-
-def test_allocator_never_hands_out_the_scratch_page():
-    allocator = PageAllocator(5)
-    assert sorted(allocator.allocate(4)) == [1, 2, 3, 4]
-    with pytest.raises(RuntimeError, match="1 pages asked for, 0 free"):
-        allocator.allocate(1)
-
-
-def test_check_finds_a_lost_page():
-    """The twin of the checks above: an allocator that forgets a page is found out."""
-    allocator = PageAllocator(5)
-    allocator._held.remove(allocator.allocate(1)[0])
-    with pytest.raises(AssertionError, match="lost"):
-        allocator.check()
+def test_a_request_may_finish_while_it_is_preempted():
+    """Its last token was under way when it lost its pages: it must not be prefilled again."""
+    scheduler = make_scheduler(pages_per_shard=1 + 3, decode_steps=1)
+    first, last = add(scheduler, (4, 7), (2, 3))
+    turns(scheduler, 2)
+    under_way = scheduler.schedule()
+    assert under_way is not None and numbers(under_way.rows[0]) == [first.number, last.number]
+    while not scheduler.num_preemptions:
+        before, under_way = under_way, scheduler.schedule()
+        assert under_way is not None
+    assert scheduler.waiting == [last] and last.num_in_flight == 1
