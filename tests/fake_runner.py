@@ -34,11 +34,22 @@ def solo(prompt: list[int], max_tokens: int, stop_token_ids: tuple[int, ...] = (
     return output
 
 
+class Unreadable:
+    """The result of a step that failed on the devices."""
+
+    def __array__(self, *_):
+        raise RuntimeError("failed at read")
+
+
 class FakeRunner:
-    """Stands in for `Runner`. `memory` [D, P, page_size] holds token ids where the real one holds keys and values."""
+    """Stands in for `Runner`. `memory` [D, P, page_size] holds token ids where the real one holds keys and values.
+
+    `fail_at` "dispatch" or "read" makes the next step raise, when it is started or when its results are read.
+    """
 
     def __init__(self, buckets: Buckets, pages_per_shard: int):
         self.buckets = buckets
+        self.fail_at = ""
         self._shape = (buckets.num_shards, pages_per_shard, buckets.page_size)
         self.reset_cache()
 
@@ -52,6 +63,9 @@ class FakeRunner:
 
     def dispatch(self, shape: StepShape, batch: StepBatch) -> StepOutput:
         assert shape in self.buckets.shapes(), shape
+        fail_at, self.fail_at = self.fail_at, ""
+        if fail_at == "dispatch":
+            raise RuntimeError("failed at dispatch")
         assert batch.block_tables.shape == (self._shape[0], shape.rows + (shape.chunk_tokens > 0), shape.pages)
         counts, finite = np.zeros(batch.slots.shape, np.int32), np.ones(batch.slots.shape, bool)
         tokens = np.zeros((*batch.slots.shape, shape.num_steps), np.int32)
@@ -63,7 +77,7 @@ class FakeRunner:
             for shard, row, written, start in rows:
                 seen = self._read(shard, batch.block_tables[shard, row], start + len(written))
                 self._generate(shard, row, seen, batch, tokens, counts, finite, step)
-        return StepOutput(tokens, counts, finite)
+        return StepOutput(Unreadable() if fail_at == "read" else tokens, counts, finite)
 
     def _active_rows(self, shape: StepShape, batch: StepBatch, counts, finite, step: int):
         """(shard, row, tokens to write, position of the first) of each row that runs in this step."""

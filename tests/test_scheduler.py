@@ -1,13 +1,12 @@
-"""What runs next, what waits, and what is given back: by plans first, then with steps under way on the fake runner."""
+"""What runs next and what waits: the plans that a scheduler makes. What comes of them is in test_engine_core.py."""
 
 import random
 
 import pytest
 
-from jaxinfer.engine_core import EngineCore
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.scheduler import Scheduler, StepPlan, StepResult
-from tests.fake_runner import make_core, make_request, run, solo
+from tests.fake_runner import make_core, make_request
 
 
 def make_scheduler(**overrides: int) -> Scheduler:
@@ -171,7 +170,7 @@ def test_a_cached_page_that_nobody_holds_is_shared_or_given_and_not_both():
 
 
 def test_the_last_in_order_is_preempted_and_starts_over_from_its_output():
-    scheduler = make_scheduler(pages_per_shard=1 + 7, decode_steps=1, enable_prefix_caching=False)
+    scheduler = make_scheduler(pages_per_shard=1 + 9, decode_steps=1, enable_prefix_caching=False)
     first, last = add(scheduler, (4, 12), (4, 12))
     (urgent,) = add(scheduler, (4, 12), priority=-1)
     while not scheduler.num_preemptions:
@@ -182,7 +181,7 @@ def test_the_last_in_order_is_preempted_and_starts_over_from_its_output():
     plans = turns(scheduler)
     assert (last.number, 0, num_tokens) in spans(plans) and last.num_prefill_tokens == num_tokens
     assert [len(r.output_token_ids) for r in (urgent, first, last)] == [12] * 3
-    assert urgent.num_preemptions == 0 and free_pages(scheduler) == 7
+    assert urgent.num_preemptions == 0 and free_pages(scheduler) == 9
 
 
 def test_what_can_never_fit_is_refused_at_once():
@@ -198,14 +197,30 @@ def test_what_can_never_fit_is_refused_at_once():
     assert len(turns(scheduler)) > 0 and not scheduler.has_work
 
 
-def test_a_request_may_finish_while_it_is_preempted():
-    """Its last token was under way when it lost its pages: it must not be prefilled again."""
-    scheduler = make_scheduler(pages_per_shard=1 + 3, decode_steps=1)
-    first, last = add(scheduler, (4, 7), (2, 3))
-    turns(scheduler, 2)
+def preempted_in_flight() -> tuple[Scheduler, StepPlan, Request]:
+    """Two requests and four pages: the first takes a page of the last's whose last token is under way."""
+    scheduler = make_scheduler(pages_per_shard=1 + 4, decode_steps=1)
+    _, last = add(scheduler, (4, 12), (3, 4))
+    turns(scheduler, 4)
     under_way = scheduler.schedule()
-    assert under_way is not None and numbers(under_way.rows[0]) == [first.number, last.number]
-    while not scheduler.num_preemptions:
-        before, under_way = under_way, scheduler.schedule()
-        assert under_way is not None
-    assert scheduler.waiting == [last] and last.num_in_flight == 1
+    assert under_way is not None and last in under_way.rows[0]
+    plan = scheduler.schedule()
+    assert plan is not None and last not in plan.rows[0] and scheduler.waiting == [last] and last.num_in_flight == 1
+    scheduler.check()
+    return scheduler, under_way, last
+
+
+def test_a_request_may_finish_while_it_is_preempted():
+    """Once such a request would have been prefilled again and gone on past its end."""
+    scheduler, under_way, last = preempted_in_flight()
+    assert last in commit(scheduler, under_way)
+    assert last.finish_reason is FinishReason.LENGTH and not scheduler.waiting and len(last.output_token_ids) == 4
+
+
+def test_what_is_under_way_of_an_aborted_request_is_dropped():
+    scheduler, under_way, last = preempted_in_flight()
+    num_tokens = len(last.token_ids)
+    last.finish(FinishReason.ABORT)
+    scheduler.release(last)
+    assert last not in commit(scheduler, under_way)
+    assert len(last.token_ids) == num_tokens and not scheduler.waiting

@@ -1,0 +1,157 @@
+"""Requests that are aborted, preempted or failed while steps are under way: what they hold comes back, once."""
+
+import random
+
+import pytest
+
+from jaxinfer.engine_core import EngineCore
+from jaxinfer.request import FinishReason, Request
+from tests.fake_runner import FakeRunner, make_core, make_request, run, solo
+
+
+def crowded_core(num_done: int = 0) -> tuple[EngineCore, list[Request]]:
+    """Five requests that want three times the pages there are, after so many steps."""
+    core = make_core(page_size=4, pages_per_shard=17, slots_per_shard=3, max_num_batched_tokens=8)
+    requests = [make_request(i, [i] * 20, 30) for i in range(5)]
+    for request in requests:
+        core.scheduler.add(request)
+    for _ in range(num_done):
+        core.step()
+    return core, requests
+
+
+def free_pages(core: EngineCore) -> int:
+    return sum(allocator.num_free for allocator in core.scheduler.allocators)
+
+
+def expected(request: Request) -> list[int]:
+    """What it would have written alone; as much of that as it came to, if it was ended before its time."""
+    wanted = solo(request.prompt_token_ids, request.max_tokens)
+    return wanted if request.finish_reason is FinishReason.LENGTH else wanted[: len(request.output_token_ids)]
+
+
+@pytest.mark.parametrize("state", ["waiting", "prefilling", "decoding", "preempted"])
+def test_an_abort_frees_everything_at_once_and_once(state: str):
+    core, requests = crowded_core()
+    is_reached = {
+        "waiting": lambda r: not r.page_ids and not r.num_preemptions,
+        "prefilling": lambda r: 0 < r.num_cached < r.num_prefill_tokens and r.num_in_flight,
+        "decoding": lambda r: r.page_ids and len(r.output_token_ids) > 2 and r.num_in_flight,
+        "preempted": lambda r: not r.page_ids and r.num_preemptions,
+    }[state]
+    while not any(map(is_reached, requests)):
+        core.step()
+    victim = next(filter(is_reached, requests))
+    wanted_free, output = free_pages(core) + len(victim.page_ids), victim.output_token_ids
+    for _ in range(2):
+        core.abort(victim)
+        core.scheduler.check()
+        assert victim.finish_reason is FinishReason.ABORT and free_pages(core) == wanted_free
+        assert not victim.page_ids and victim not in core.scheduler.waiting
+    run(core, [])
+    assert victim.output_token_ids == output  # what was under way is dropped
+    assert [r.output_token_ids for r in requests] == [expected(r) for r in requests]
+    assert sum(r.finish_reason is FinishReason.LENGTH for r in requests) == 4
+
+
+def test_an_abort_of_the_only_request_leaves_nothing_to_wait_for():
+    core = make_core()
+    core.scheduler.add(request := make_request(0, [1, 2, 3], 9))
+    core.step()
+    core.abort(request)
+    assert core.has_work  # the step under way
+    assert core.step() == [] and not core.has_work
+    assert core.step() == []
+
+
+def test_an_abort_lets_the_next_one_in_within_two_steps():
+    core = make_core(slots_per_shard=2)
+    requests = [make_request(i, [i] * 5, 40) for i in range(3)]
+    for request in requests:
+        core.scheduler.add(request)
+    while len(requests[1].output_token_ids) < 5:
+        core.step()
+    core.abort(requests[0])
+    core.step()
+    assert requests[2].page_ids and requests[2].slot == requests[0].slot
+    core.step()
+    assert len(requests[2].output_token_ids) == 1
+    run(core, [])
+    assert [r.output_token_ids for r in requests] == [expected(r) for r in requests]
+
+
+def test_a_thousand_cancellations_leak_nothing():
+    core, rng = make_core(pages_per_shard=25, num_shards=2), random.Random(0)
+    requests: list[Request] = []
+    num_aborted = 0
+    while num_aborted < 1000:
+        live = [r for r in requests if r.finish_reason is None]
+        if len(live) < 12:
+            requests.append(make_request(len(requests), [rng.randrange(9)] * rng.randint(1, 40), rng.randint(1, 20)))
+            core.scheduler.add(requests[-1])
+        elif rng.random() < 0.5:
+            core.abort(rng.choice(live))
+            num_aborted += 1
+        else:
+            core.step()
+        core.scheduler.check()
+    run(core, [])
+    assert free_pages(core) == 48
+    assert [r.output_token_ids for r in requests] == [expected(r) for r in requests]
+
+
+def test_the_tokens_of_a_step_come_one_turn_later_and_once():
+    core = make_core(decode_steps=1)
+    core.scheduler.add(request := make_request(0, [1, 2, 3], 3))
+    lengths = []
+    while core.has_work:
+        touched = core.step()
+        lengths.append(len(request.output_token_ids))
+        assert touched == ([request] if lengths[-1] > (lengths[-2] if len(lengths) > 1 else 0) else [])
+    assert lengths == [0, 1, 2, 3] and request.finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("at", ["dispatch", "read"])
+def test_a_failed_step_ends_what_ran_and_keeps_what_waits(at: str):
+    """After any number of steps. Whoever was preempted in the step that failed must not wait for its last token."""
+    num_preempted = 0
+    for num_done in range(1, 40):
+        core, requests = crowded_core(num_done)
+        fail(core, at)
+        assert [r.finish_reason for r in core.scheduler.waiting] == [None] * len(core.scheduler.waiting)
+        num_preempted += any(r.num_preemptions for r in core.scheduler.waiting)
+        assert free_pages(core) == 16 and not core.scheduler.num_running
+        failed = [r for r in requests if r.finish_reason is FinishReason.ERROR]
+        assert failed and core.has_work and core.step()[: len(failed)] == failed
+        for _ in range(500):
+            core.step()
+            core.scheduler.check()
+        assert not core.has_work and free_pages(core) == 16
+        assert [r.output_token_ids for r in requests] == [expected(r) for r in requests]
+        assert all(r.finish_reason in (FinishReason.ERROR, FinishReason.LENGTH) for r in requests)
+    assert num_preempted > 0
+
+
+@pytest.mark.parametrize("at", ["dispatch", "read"])
+def test_no_page_is_found_again_after_a_failed_step(at: str):
+    core = make_core()
+    prompt = [*range(20)]
+    run(core, [done := make_request(0, prompt, 3)])
+    assert core.scheduler.allocators[0].num_cached(done.page_digests)[0] > 0
+    core.scheduler.add(make_request(1, prompt, 3))
+    fail(core, at)
+    assert core.scheduler.allocators[0].num_cached(done.page_digests)[0] == 0
+    before = core.stats.prefill_tokens
+    run(core, [again := make_request(2, prompt, 3)])
+    assert again.output_token_ids == expected(again) == done.output_token_ids
+    assert core.stats.prefill_tokens - before == 20
+
+
+def fail(core: EngineCore, at: str) -> None:
+    """Steps until the runner has raised."""
+    assert isinstance(core.runner, FakeRunner)
+    core.runner.fail_at = at
+    with pytest.raises(RuntimeError, match=f"failed at {at}"):
+        while core.has_work:
+            core.step()
+    core.scheduler.check()
