@@ -87,9 +87,10 @@ class FakeRunner:
                 length = batch.chunk.length[shard]
                 if length:
                     yield shard, row, batch.chunk.tokens[shard, :length].astype(np.int64), batch.chunk.start[shard]
-            elif slot >= 0 and finite[shard, row] and counts[shard, row] == step and not self.stopped[shard, slot]:
-                if batch.num_remaining[shard, row] > step:
-                    yield shard, row, self.last_tokens[shard, [slot]], batch.positions[shard, row] + step
+                continue
+            is_active = slot >= 0 and not self.stopped[shard, slot] and finite[shard, row]
+            if is_active and counts[shard, row] == step < batch.num_remaining[shard, row]:
+                yield shard, row, self.last_tokens[shard, [slot]], batch.positions[shard, row] + step
 
     def _write(self, shard: int, block_table: np.ndarray, start: int, tokens: np.ndarray) -> None:
         positions = np.arange(start, start + len(tokens))

@@ -152,6 +152,5 @@ def fail(core: EngineCore, at: str) -> None:
     assert isinstance(core.runner, FakeRunner)
     core.runner.fail_at = at
     with pytest.raises(RuntimeError, match=f"failed at {at}"):
-        while core.has_work:
-            core.step()
+        run(core, [])
     core.scheduler.check()

@@ -1,6 +1,7 @@
 """What runs next and what waits: the plans that a scheduler makes. What comes of them is in test_engine_core.py."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -9,8 +10,8 @@ from jaxinfer.scheduler import Scheduler, StepPlan, StepResult
 from tests.fake_runner import make_core, make_request
 
 
-def make_scheduler(**overrides: int) -> Scheduler:
-    return make_core(**{"page_size": 4, "pages_per_shard": 65, "slots_per_shard": 4, **overrides}).scheduler
+def make_scheduler(**overrides: Any) -> Scheduler:
+    return make_core(**overrides).scheduler
 
 
 def add(scheduler: Scheduler, *sizes: tuple[int, int], priority: int = 0) -> list[Request]:
