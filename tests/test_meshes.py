@@ -78,7 +78,7 @@ _COLLECTIVE = re.compile(
 
 
 @functools.cache
-def compile_step(num_layers: int, mesh: str, unsplit: str | None = None) -> Step:
+def compile_step(num_layers: int, mesh: str, unsplit: str | None = None, chunk_tokens: int = 0) -> Step:
     """`unsplit` is a logical axis that is left whole, against the mesh's strategy."""
     config = llama.parse_config(HFConfig(CONFIG | {"num_hidden_layers": num_layers}))
     partitioner = Partitioner.create(mesh)
@@ -87,7 +87,9 @@ def compile_step(num_layers: int, mesh: str, unsplit: str | None = None) -> Step
         partitioner = dataclasses.replace(partitioner, rules=rules)
     definition = ModelDefinition.create(config, partitioner, jnp.dtype("float32"))
     runner = driver.make_runner(definition, (), SHAPES)  # no weights: it is compiled and never run
-    compiled = runner.lowered(StepShape(0, SHAPES.rows, SHAPES.buckets().pages[0], SHAPES.num_steps)).compile()
+    compiled = runner.lowered(
+        StepShape(chunk_tokens, SHAPES.rows, SHAPES.buckets().pages[0], 1 if chunk_tokens else SHAPES.num_steps)
+    ).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert hlo is not None and memory is not None
     spec = driver.cache_spec(definition, SHAPES)
@@ -159,8 +161,10 @@ def test_collectives_of_a_decode_step(mesh: str):
     assert len(steps[4].collectives) - len(steps[2].collectives) == 2 * per_layer
 
 
+@pytest.mark.parametrize("chunk_tokens", [0, SHAPES.chunk], ids=["decode", "chunk"])
 @pytest.mark.parametrize("mesh", ["", *MESHES])
-def test_cache_is_written_in_place(mesh: str):
-    step = compile_step(2, mesh)
-    assert step.alias_bytes == step.cache_bytes
+def test_cache_is_written_in_place(mesh: str, chunk_tokens: int):
+    step = compile_step(2, mesh, chunk_tokens=chunk_tokens)
+    slot_bytes = SHAPES.rows * (4 + 1)  # a token and a flag each
+    assert step.alias_bytes == step.cache_bytes + slot_bytes
     assert not step.cache_copies

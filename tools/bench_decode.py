@@ -12,7 +12,7 @@ where an embedding that is not also the head does not count: one row of it is re
 same device between the rounds, because other programs may take a part of it.
 
 Only decoding is timed, from the first token on, the host's work between the steps included. Ours is the path that the
-engine takes: scheduler, batch, runner. The peer's is the usual loop over `model(token, past_key_values=cache)` with
+engine takes: scheduler, batch, runner, the host a step behind. The peer's is the usual loop over `model(token, past_key_values=cache)` with
 its default attention. Both have the same weights, prompts and dtype and choose greedily. Rounds alternate between
 them and the figure is the median of the rounds' ratios, which a busy machine moves less than either speed. On a busy
 machine torch can be several times faster with one thread than with its own choice, so it gets whichever is best.
@@ -39,16 +39,18 @@ from absl import app, flags
 
 from jaxinfer import kv_cache, models
 from jaxinfer.bandwidth import measure_read_bandwidth
-from jaxinfer.batch import Buckets, build_decode, build_prefill
+from jaxinfer.batch import Buckets
 from jaxinfer.checkpoint.hf_reader import load_weights
 from jaxinfer.checkpoint.hf_writer import write_model
+from jaxinfer.engine_core import EngineCore
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.output_text import OutputText
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.runner import Runner
-from jaxinfer.scheduler import DecodePlan, PrefillPlan, Scheduler
+from jaxinfer.scheduler import Scheduler
+from jaxinfer.stats import EngineStats
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -80,43 +82,50 @@ Generate = Callable[[list[list[int]]], tuple[list[list[int]], float]]
 
 
 def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch_size: int, num_steps: int) -> Generate:
-    """The engine's loop without text: one compiled shape per kind of step."""
-    max_tokens = 1 + _NEW_TOKENS.value  # 1: the token that prefill gives
+    """The engine without text: one compiled shape per kind of step."""
+    max_tokens = _NEW_TOKENS.value + batch_size  # the first of each, and those beside the prefill of the others
     page_size = 16 if jax.default_backend() == "cpu" else 64
     context = max(128, 1 << (_PROMPT_TOKENS.value + max_tokens - 1).bit_length())  # a bucket that the engine has
-    num_pages = context // page_size
-    pages_per_shard = 1 + batch_size * num_pages
-    buckets = Buckets((batch_size,), (num_pages,), (_PROMPT_TOKENS.value,), page_size)
-    sizes = {"pages_per_shard": pages_per_shard, "page_size": page_size}
+    pages = (context // page_size,)
+    pages_per_shard = 1 + batch_size * pages[0]
+    buckets = Buckets((batch_size,), pages, pages, (_PROMPT_TOKENS.value,), page_size, num_steps, num_shards=1)
     dtype = definition.params[0].dtype
-    cache = kv_cache.cache_spec(definition.config, definition.partitioner, **sizes, dtype=dtype)
-    runner = Runner(definition, weights, cache, buckets, num_steps=num_steps, backend=_ATTENTION.value)
+    cache = kv_cache.cache_spec(
+        definition.config, definition.partitioner, pages_per_shard=pages_per_shard, page_size=page_size, dtype=dtype
+    )
+    runner = Runner(definition, weights, cache, buckets, backend=_ATTENTION.value)
     runner.compile_all()
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
 
     def generate(prompts: list[list[int]]) -> tuple[list[list[int]], float]:
-        scheduler = Scheduler(num_shards=1, **sizes, slots_per_shard=batch_size, chunk_tokens=_PROMPT_TOKENS.value)
+        scheduler = Scheduler(
+            num_shards=1,
+            pages_per_shard=pages_per_shard,
+            page_size=page_size,
+            slots_per_shard=batch_size,
+            max_num_batched_tokens=_PROMPT_TOKENS.value + batch_size,
+            decode_steps=num_steps,
+            enable_prefix_caching=False,
+        )
+        core = EngineCore(scheduler, runner, stats := EngineStats())
         requests = [
-            Request(str(i), None, prompt, params, (), max_tokens, 0, OutputText(None, ()))
+            Request(
+                number=i,
+                prompt=None,
+                token_ids=[*prompt],
+                params=params,
+                stop_token_ids=(),
+                max_tokens=max_tokens - i,  # so that all have as many to go when the last is prefilled
+                seed=0,
+                text=OutputText(None, ()),
+            )
             for i, prompt in enumerate(prompts)
         ]
         for request in requests:
             scheduler.add(request)
-        while isinstance(plan := scheduler.schedule(), PrefillPlan):
-            first = runner.prefill(build_prefill(plan, buckets))
-            for chunk in filter(None, plan.chunks):
-                chunk.request.num_cached = chunk.stop
-                chunk.request.append([int(first.tokens[0])])
-        start = time.perf_counter()
-        while isinstance(plan := scheduler.schedule(), DecodePlan):
-            output = runner.decode(build_decode(plan, buckets, num_steps))
-            for row, request in enumerate(plan.rows[0]):
-                new = output.tokens[row, : output.counts[row]].tolist()
-                request.num_cached += len(new)
-                request.append(new)
-                if request.finish_reason is not None:
-                    scheduler.release(request)
-        return [request.output_token_ids for request in requests], time.perf_counter() - start
+        while core.has_work:
+            core.step()
+        return [request.output_token_ids[: 1 + _NEW_TOKENS.value] for request in requests], stats.decode_s
 
     return generate
 

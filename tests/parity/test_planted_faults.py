@@ -5,7 +5,7 @@ import pathlib
 import jax.numpy as jnp
 import pytest
 
-from jaxinfer import runner
+from jaxinfer import steps
 from tests.parity import driver, golden, recipe
 from tests.parity.faults import FAULTS, Fault
 
@@ -17,7 +17,7 @@ def test_fault_is_detected(fault: Fault, tmp_path: pathlib.Path, monkeypatch: py
     sequences = golden.load("llama", fault.config)
     fault.plant(monkeypatch)
     # No fault is in sampling, and without its branches a program compiles in half the time.
-    monkeypatch.setattr(runner, "sample", lambda logits, *_: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    monkeypatch.setattr(steps, "sample", lambda logits, *_: jnp.argmax(logits, axis=-1).astype(jnp.int32))
     ours = driver.continue_prompts(model_dir, [s.prompt for s in sequences], recipe.NUM_TOKENS)
     short, long = (
         golden.error_on_same_input(mine.tokens, mine.logits, theirs)
