@@ -112,13 +112,14 @@ def _chunks_one_late(build: Callable) -> Callable:
     return changed
 
 
-def _page_twice(tables: Callable) -> Callable:
+def _page_twice(build: Callable) -> Callable:
     """The second page of a sequence is its first one again."""
 
     def changed(*args):
-        table = tables(*args)
-        table[:, 1] = table[:, 0]
-        return table
+        built = build(*args)
+        tables = built.block_tables.copy()
+        tables[..., 1] = tables[..., 0]
+        return built._replace(block_tables=tables)
 
     return changed
 
@@ -161,5 +162,5 @@ FAULTS = [
     Fault("decode one position late", _wrap(batch, "build", _decode_one_late)),
     Fault("later chunks one position late", _wrap(batch, "build", _chunks_one_late), needs_long_prompt=True),
     Fault("mask shows the next token", _attention(lambda attend, q, positions: attend(q, positions + 1))),
-    Fault("block table names a page twice", _wrap(batch, "_block_tables", _page_twice)),
+    Fault("block table names a page twice", _wrap(batch, "build", _page_twice)),
 ]
