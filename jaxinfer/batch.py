@@ -15,6 +15,17 @@ from jaxinfer.request import MAX_STOP_TOKEN_IDS, Request
 from jaxinfer.sampling import SamplingArrays
 from jaxinfer.scheduler import Chunk, StepPlan, cdiv
 
+# What never changes of a row, packed: so a step joins bytes instead of asking every request for every parameter.
+_SAMPLING_COLUMNS = {
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "seed": np.uint32,
+}
+_CONSTANTS = np.dtype([*_SAMPLING_COLUMNS.items(), ("stop_token_ids", np.int32, MAX_STOP_TOKEN_IDS)])
+_PADDING = np.array((0.0, 0, 1.0, 0.0, 0, [-1] * MAX_STOP_TOKEN_IDS), _CONSTANTS).tobytes()
+
 Array = Any  # NumPy as built here, traced inside a program, abstract while it is compiled
 
 
@@ -125,40 +136,32 @@ class Buckets:
 def build(plan: StepPlan, shape: StepShape) -> StepBatch:
     """The arrays of a plan, whose shape is `Buckets.shape(plan)`."""
     has_chunk = shape.chunk_tokens > 0
-    num_shards, num_rows = len(plan.rows), shape.rows + has_chunk
     requests: list[Request | None] = []
-    for rows, chunk in zip(plan.rows, plan.chunks, strict=True):
-        requests += rows + [None] * (shape.rows - len(rows))
-        requests += [chunk.request if chunk else None] if has_chunk else []
-    positions, num_remaining = np.zeros((2, len(requests)), np.int32)
-    slots = np.full(len(requests), -1, np.int32)
-    stop_token_ids = np.full((len(requests), MAX_STOP_TOKEN_IDS), -1, np.int32)
-    block_tables = np.zeros((len(requests), shape.pages), np.int32)
-    for row, request in enumerate(requests):
-        if request is not None:
-            slots[row] = request.slot
-            stop_token_ids[row, : len(request.stop_token_ids)] = request.stop_token_ids
-            pages = request.page_ids[: shape.pages]
-            block_tables[row, : len(pages)] = pages
-    for shard, (rows, starts, chunk) in enumerate(zip(plan.rows, plan.starts, plan.chunks, strict=True)):
-        first = shard * num_rows
-        positions[first : first + len(rows)] = starts
-        limits = [request.max_num_cached for request in rows]
-        num_remaining[first : first + len(rows)] = np.array(limits, np.int32) - positions[first : first + len(rows)]
-        if chunk is not None:
-            positions[first + shape.rows] = chunk.stop - 1
-            num_remaining[first + shape.rows] = chunk.request.max_num_tokens - chunk.stop if chunk.is_last else 0
-
-    def by_shard(x: np.ndarray) -> np.ndarray:
-        return x.reshape(num_shards, num_rows, *x.shape[1:])
-
+    positions: list[int] = []
+    limits: list[int] = []  # of the positions at which a token may still be generated
+    for rows, starts, chunk in zip(plan.rows, plan.starts, plan.chunks, strict=True):
+        padding = shape.rows - len(rows)
+        requests += rows + [None] * padding
+        positions += starts + [0] * padding
+        limits += [request.max_num_cached for request in rows] + [0] * padding
+        if has_chunk:
+            last = chunk.stop - 1 if chunk else 0
+            requests.append(chunk.request if chunk else None)
+            positions.append(last)
+            limits.append(chunk.request.max_num_cached if chunk and chunk.is_last else last)
+    by_shard = (len(plan.rows), shape.rows + has_chunk)
+    num_bytes = 4 * shape.pages  # of a row's table; 4: int32
+    tables = [r.page_ids[: shape.pages].tobytes().ljust(num_bytes, b"\0") if r else bytes(num_bytes) for r in requests]
+    packed = [(r.constants or _constants(r)) if r else _PADDING for r in requests]
+    constants = np.frombuffer(b"".join(packed), _CONSTANTS)
+    position_array = np.array(positions, np.int32)
     return StepBatch(
-        slots=by_shard(slots),
-        positions=by_shard(positions),
-        num_remaining=by_shard(num_remaining),
-        stop_token_ids=by_shard(stop_token_ids),
-        block_tables=by_shard(block_tables),
-        sampling=_sampling(requests),
+        slots=np.array([r.slot if r else -1 for r in requests], np.int32).reshape(by_shard),
+        positions=position_array.reshape(by_shard),
+        num_remaining=(np.array(limits, np.int32) - position_array).reshape(by_shard),
+        stop_token_ids=constants["stop_token_ids"].reshape(*by_shard, MAX_STOP_TOKEN_IDS),
+        block_tables=np.frombuffer(b"".join(tables), np.int32).reshape(*by_shard, shape.pages),
+        sampling=_sampling(constants),
         chunk=_chunk_arrays(plan.chunks, shape.chunk_tokens) if has_chunk else None,
     )
 
@@ -173,22 +176,21 @@ def _chunk_arrays(chunks: list[Chunk | None], num_tokens: int) -> ChunkArrays:
     return ChunkArrays(tokens, start, length)
 
 
-def _sampling(rows: list[Request | None]) -> SamplingArrays:
-    params = [request.params if request else None for request in rows]
-    temperature = np.array([p.temperature if p else 0.0 for p in params], np.float32)
-    top_k = np.array([max(p.top_k, 0) if p else 0 for p in params], np.int32)
-    top_p = np.array([p.top_p if p else 1.0 for p in params], np.float32)
-    min_p = np.array([p.min_p if p else 0.0 for p in params], np.float32)
-    return SamplingArrays(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=np.array([request.seed if request else 0 for request in rows], np.uint32),
-        # Decided here, because on a mesh with `data` asking every row would be an all-reduce per token.
-        draws=np.array(np.any(temperature > 0)),
-        truncates=np.array(np.any((top_k > 0) | (top_p < 1) | (min_p > 0))),
-    )
+def _constants(request: Request) -> bytes:
+    """One item of `_CONSTANTS`, which the request keeps."""
+    params, num_unused = request.params, MAX_STOP_TOKEN_IDS - len(request.stop_token_ids)
+    stop_token_ids = [*request.stop_token_ids, *[-1] * num_unused]
+    values = (params.temperature, max(params.top_k, 0), params.top_p, params.min_p, request.seed, stop_token_ids)
+    request.constants = np.array(values, _CONSTANTS).tobytes()
+    return request.constants
+
+
+def _sampling(constants: np.ndarray) -> SamplingArrays:
+    columns = {name: np.ascontiguousarray(constants[name]) for name in _SAMPLING_COLUMNS}
+    # Decided here, because on a mesh with `data` asking every row would be an all-reduce per token.
+    draws = np.any(columns["temperature"] > 0)
+    truncates = np.any((columns["top_k"] > 0) | (columns["top_p"] < 1) | (columns["min_p"] > 0))
+    return SamplingArrays(**columns, draws=np.array(draws), truncates=np.array(truncates))
 
 
 def _powers(first: int, last: int, factor: int) -> tuple[int, ...]:

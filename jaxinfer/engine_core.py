@@ -101,7 +101,8 @@ def step_result(plan: StepPlan, tokens: np.ndarray, counts: np.ndarray, finite: 
         chunk_tokens=tokens[:, -1, 0].tolist() if has_chunk else [0 for _ in shards],
         chunk_is_finite=finite[:, -1].tolist() if has_chunk else [True for _ in shards],
         row_tokens=[
-            [tokens[d, row, : counts[d, row]].tolist() for row in range(len(plan.rows[d]))] for d in shards
+            [row[:count] for row, count in zip(tokens[d, :n].tolist(), counts[d, :n].tolist(), strict=True)]
+            for d, n in enumerate(map(len, plan.rows))
         ],
         row_is_finite=[finite[d, : len(plan.rows[d])].tolist() for d in shards],
     )

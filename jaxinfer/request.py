@@ -1,5 +1,6 @@
 """What goes into the engine and what comes out. Host only."""
 
+import array
 import dataclasses
 import enum
 import math
@@ -95,10 +96,13 @@ class Request:
       num_prefill_tokens: how many are prefilled; the prompt, and after a preemption the output so far as well.
       num_cached: tokens whose keys and values are in the cache when the steps under way are done.
       num_in_flight: steps under way that it takes part in.
-      page_ids: its pages, in order of position; local to `shard`.
+      page_ids: its pages, in order of position; local to `shard`. An array, because every step copies it.
       page_digests: what its full pages hold, as far as it has been computed.
       num_published: how many of its pages the allocator knows the content of.
       shard, slot: the data shard that runs it, and its place there.
+      max_num_tokens: prompt and output at most.
+      max_num_cached: tokens in the cache at most: the last one is never read.
+      constants: what `batch` makes of what never changes.
     """
 
     number: int
@@ -116,7 +120,7 @@ class Request:
     num_cached: int = 0
     num_in_flight: int = 0
     num_preemptions: int = 0
-    page_ids: list[int] = dataclasses.field(default_factory=list)
+    page_ids: "array.array[int]" = dataclasses.field(default_factory=lambda: array.array("i"))
     page_digests: list[bytes] = dataclasses.field(default_factory=list)
     num_published: int = 0
     shard: int = 0
@@ -125,9 +129,12 @@ class Request:
     arrival_time: float = dataclasses.field(default_factory=time.perf_counter)
     first_token_time: float | None = None
     finish_time: float | None = None
+    constants: bytes = b""
 
     def __post_init__(self):
         self.num_prompt_tokens = self.num_prefill_tokens = len(self.token_ids)
+        self.max_num_tokens = self.num_prompt_tokens + self.max_tokens
+        self.max_num_cached = self.max_num_tokens - 1
 
     @property
     def request_id(self) -> str:
@@ -151,33 +158,22 @@ class Request:
         return self.num_cached >= self.num_prefill_tokens
 
     @property
-    def max_num_tokens(self) -> int:
-        """Prompt and output at most."""
-        return self.num_prompt_tokens + self.max_tokens
-
-    @property
-    def max_num_cached(self) -> int:
-        """Tokens in the cache at most: the last one is never read."""
-        return self.max_num_tokens - 1
-
-    @property
     def can_decode(self) -> bool:
         """Whether it generates another token after the steps under way, unless one of those ends it."""
-        return self.is_prefilled and self.num_cached < self.max_num_cached
+        return self.num_prefill_tokens <= self.num_cached < self.max_num_cached
 
     def append(self, token_ids: Sequence[int]) -> None:
         """Takes generated tokens in, up to the one that ends the request."""
+        if token_ids and self.first_token_time is None:
+            self.first_token_time = time.perf_counter()
         for token_id in token_ids:
-            self.first_token_time = self.first_token_time or time.perf_counter()
             self.token_ids.append(token_id)
-            if token_id in self.stop_token_ids:  # it ends the text before itself
-                self.finish(FinishReason.STOP)
-            elif self.text.add([token_id]):  # a stop string
-                self.finish(FinishReason.STOP)
-            elif len(self.token_ids) == self.max_num_tokens:
-                self.finish(FinishReason.LENGTH)
-            if self.finish_reason is not None:
-                return
+            # A stop token ends the text before itself.
+            if token_id in self.stop_token_ids or self.text.add([token_id]):
+                return self.finish(FinishReason.STOP)
+            if len(self.token_ids) == self.max_num_tokens:
+                return self.finish(FinishReason.LENGTH)
+        return None
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the request; the first reason stays."""

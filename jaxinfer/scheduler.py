@@ -17,6 +17,7 @@ devices do nothing for it.
 import dataclasses
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 
 from jaxinfer.page_allocator import PageAllocator, extend_digests
 from jaxinfer.request import FinishReason, Request
@@ -126,8 +127,8 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step; None if there is nothing to do before the step under way is committed."""
-        for shard, rows in enumerate(self.running):
-            self._grow(shard, rows)
+        for allocator, rows in zip(self.allocators, self.running, strict=True):
+            self._grow(allocator, rows)
         self._admit()
         chunks = [self._next_chunk(rows) for rows in self.running]
         rows = [[r for r in rows if r.can_decode] for rows in self.running]
@@ -139,7 +140,7 @@ class Scheduler:
         for chunk in filter(None, chunks):
             chunk.request.num_cached = chunk.stop
             chunk.request.num_in_flight += 1
-        for request in (r for requests in rows for r in requests):
+        for request in chain.from_iterable(rows):
             request.num_cached = min(request.num_cached + num_steps, request.max_num_cached)
             request.num_in_flight += 1
         return plan
@@ -194,30 +195,31 @@ class Scheduler:
         assert self.waiting == sorted(self.waiting, key=lambda r: r.order)
         assert not any(request.page_ids for request in self.waiting)
 
-    def _grow(self, shard: int, rows: list[Request]) -> None:
+    def _grow(self, allocator: PageAllocator, rows: list[Request]) -> None:
         """Gives each row a page for its next token, preempting the last in order where there is none."""
-        allocator, i = self.allocators[shard], 0
-        while i < len(rows):
-            missing = self._num_missing_pages(rows[i], 1) if rows[i].can_decode else 0
-            if missing > allocator.num_free:
+        for request in [r for r in rows if r.num_cached == len(r.page_ids) * self.page_size and r.can_decode]:
+            while request.page_ids and not allocator.num_free:
                 self._preempt(rows[-1])
-                continue
-            rows[i].page_ids += allocator.allocate(missing)
-            i += 1
+            if request.page_ids:  # it was not preempted itself
+                request.page_ids.extend(allocator.allocate(1))
 
     def _grow_for_more_steps(self, rows: list[list[Request]]) -> bool:
         """Gives each row pages for `decode_steps` tokens; False, and nothing done, where that takes a preemption."""
-        missing = [[self._num_missing_pages(r, self.decode_steps) for r in requests] for requests in rows]
-        if any(sum(m) > a.num_free for m, a in zip(missing, self.allocators, strict=True)):
+        missing = [[(r, n) for r in requests if (n := self._num_missing_pages(r))] for requests in rows]
+        totals = [sum(count for _, count in of_shard) for of_shard in missing]
+        if any(total > a.num_free for total, a in zip(totals, self.allocators, strict=True)):
             return False
-        for requests, counts, allocator in zip(rows, missing, self.allocators, strict=True):
-            for request, count in zip(requests, counts, strict=True):
-                request.page_ids += allocator.allocate(count)
+        for of_shard, total, allocator in zip(missing, totals, self.allocators, strict=True):
+            pages = iter(allocator.allocate(total))
+            for request, count in of_shard:
+                request.page_ids.extend(islice(pages, count))
         return True
 
-    def _num_missing_pages(self, request: Request, num_steps: int) -> int:
-        num_tokens = min(request.num_cached + num_steps, request.max_num_cached)
-        return max(0, cdiv(num_tokens, self.page_size) - len(request.page_ids))
+    def _num_missing_pages(self, request: Request) -> int:
+        num_tokens, num_pages = request.num_cached + self.decode_steps, len(request.page_ids)
+        if num_tokens <= num_pages * self.page_size:
+            return 0
+        return cdiv(min(num_tokens, request.max_num_cached), self.page_size) - num_pages
 
     def _preempt(self, request: Request) -> None:
         self._stop(request)
@@ -229,7 +231,8 @@ class Scheduler:
         self.running[request.shard].remove(request)
         self._free_slots[request.shard].append(request.slot)
         self.allocators[request.shard].free(request.page_ids)
-        request.page_ids, request.num_cached, request.num_published = [], 0, 0
+        del request.page_ids[:]
+        request.num_cached = request.num_published = 0
 
     def _admit(self) -> None:
         """Starts waiting requests, in order, while there is room; at most one per shard is being prefilled."""
@@ -259,12 +262,12 @@ class Scheduler:
 
     def _start(self, request: Request, shard: int) -> None:
         allocator = self.allocators[shard]
-        request.page_ids = allocator.share(self._usable_digests(request))
+        request.page_ids.extend(allocator.share(self._usable_digests(request)))
         request.num_cached = len(request.page_ids) * self.page_size
         request.num_published = len(request.page_ids)
         request.num_prefill_tokens = len(request.token_ids)
         num_pages = cdiv(len(request.token_ids), self.page_size)
-        request.page_ids += allocator.allocate(num_pages - len(request.page_ids))
+        request.page_ids.extend(allocator.allocate(num_pages - len(request.page_ids)))
         request.shard, request.slot = shard, self._free_slots[shard].pop()
         insort(self.running[shard], request, key=lambda r: r.order)
 
@@ -278,12 +281,13 @@ class Scheduler:
 
     def _publish(self, request: Request, num_cached: int) -> None:
         """Lets others share the pages that are full by now."""
-        if not self.enable_prefix_caching:
+        num_known = min(num_cached, len(request.token_ids))  # a stop string may have cut what the devices went on with
+        num_full = num_known // self.page_size
+        if not self.enable_prefix_caching or num_full <= request.num_published:
             return
         extend_digests(request.page_digests, request.token_ids, self.page_size, request.cache_salt)
         allocator = self.allocators[request.shard]
-        num_known = min(num_cached, len(request.token_ids))  # a stop string may have cut what the devices went on with
-        while request.num_published < num_known // self.page_size:
+        while request.num_published < num_full:
             page = request.num_published
             allocator.publish(request.page_ids[page], request.page_digests[page])
             request.num_published += 1
