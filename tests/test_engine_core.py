@@ -6,7 +6,7 @@ import pytest
 
 from jaxinfer.engine_core import EngineCore
 from jaxinfer.request import FinishReason, Request
-from tests.fake_runner import FakeRunner, make_core, make_request, run, solo
+from tests.fake_runner import POISON, FakeRunner, make_core, make_request, run, solo
 
 
 def crowded_core(num_done: int = 0) -> tuple[EngineCore, list[Request]]:
@@ -109,6 +109,21 @@ def test_the_tokens_of_a_step_come_one_turn_later_and_once():
         lengths.append(len(request.output_token_ids))
         assert touched == ([request] if lengths[-1] > (lengths[-2] if len(lengths) > 1 else 0) else [])
     assert lengths == [0, 1, 2, 3] and request.finish_reason is FinishReason.LENGTH
+
+
+def test_a_piece_of_a_prompt_gives_nobody_a_token_and_an_error_is_reported():
+    core = make_core(max_num_batched_tokens=8)
+    good, bad = make_request(0, [*range(20)], 1), make_request(1, [POISON], 5)
+    core.scheduler.add(good)
+    assert [core.step() for _ in range(4)] == [[], [], [], [good]]
+    core.scheduler.add(bad)
+    assert [core.step() for _ in range(2)] == [[], [bad]] and bad.finish_reason is FinishReason.ERROR
+
+
+def test_the_cache_is_not_forgotten_under_who_relies_on_it():
+    core, _ = crowded_core(3)
+    with pytest.raises(AssertionError, match="running requests rely on the cache"):
+        core.scheduler.forget_cache()
 
 
 @pytest.mark.parametrize("at", ["dispatch", "read"])

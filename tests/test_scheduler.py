@@ -116,6 +116,12 @@ def test_an_only_slot_takes_many_steps_whoever_waits():
     assert [plan.num_steps for plan in turns(scheduler)] == [1, 4, 4] * 2
 
 
+def test_two_shards_of_one_slot_take_one_step_while_somebody_waits():
+    scheduler = make_scheduler(num_shards=2, slots_per_shard=1, decode_steps=4)
+    add(scheduler, (3, 5), (3, 9), (3, 9))
+    assert [plan.num_steps for plan in turns(scheduler, 6)] == [1] * 6
+
+
 @pytest.mark.parametrize(("pages", "num_steps"), [(4, 4), (3, 1)])
 def test_many_steps_are_not_worth_a_preemption(pages: int, num_steps: int):
     """Two rows at the end of their first page: four steps need a page each, and one step does as well with one."""
@@ -150,7 +156,7 @@ def test_admission_waits_for_a_slot():
     scheduler = make_scheduler(slots_per_shard=2)
     add(scheduler, (3, 4), (3, 9), (3, 4))
     for plan in iter(scheduler.schedule, None):
-        assert scheduler.num_running <= 2
+        assert scheduler.num_running <= 2 and scheduler.has_work
         commit(scheduler, plan)
     assert not scheduler.has_work
 
