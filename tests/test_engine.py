@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import Engine, SamplingParams
+from jaxinfer.batch import StepShape
 from tests import tiny_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
@@ -268,6 +269,37 @@ def test_unknown_names_raise_with_the_closest_known_one():
         SamplingParams(temprature=0.5)  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError, match="has no field 'max_model_length'; did you mean 'max_model_len'"):
         Engine("anywhere", max_model_length=5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_dtype_runs_in_batches(model_dir: pathlib.Path, dtype: str):
+    """bfloat16 attention over several sequences once was a product that XLA:CPU does not have."""
+    with Engine(str(model_dir), dtype=dtype, max_num_seqs=2, max_model_len=64) as engine:
+        outputs = engine.generate([[1, 2, 3], [4, 5]], GREEDY)
+    assert [o.outputs[0].finish_reason for o in outputs] == ["length"] * 2
+
+
+def test_a_model_without_a_tokenizer_runs_on_token_ids(tmp_path: pathlib.Path):
+    bare = tiny_model.make(tmp_path / "bare", with_tokenizer=False)
+    with Engine(str(bare), max_num_seqs=1, max_model_len=32) as engine:
+        output = engine.generate([1, 2, 3], GREEDY)[0].outputs[0]
+        assert len(output.token_ids) == 20 and output.text == ""
+        with pytest.raises(ValueError, match="the model has no tokenizer, so prompts must be token ids"):
+            engine.generate("abc", GREEDY)
+        with pytest.raises(ValueError, match="stop strings need a tokenizer"):
+            engine.generate([1], replace(GREEDY, stop="x"))
+        with pytest.raises(ValueError, match="no tokenizer, so no chat template"):
+            engine.chat([{"role": "user", "content": "hello"}])
+
+
+def test_as_many_params_as_prompts_or_one(engine: Engine):
+    with pytest.raises(ValueError, match="2 prompts but 3 sampling params"):
+        engine.generate([[1], [2]], [GREEDY] * 3)
+
+
+def test_a_shape_that_was_not_compiled_is_an_error(engine: Engine):
+    with pytest.raises(RuntimeError, match=r"StepShape\(chunk_tokens=5, .*\) is not a compiled shape"):
+        engine._core.runner.dispatch(StepShape(5, 4, 8, 1), None)  # pyright: ignore[reportArgumentType]
 
 
 def test_prompts_may_be_numpy_and_generators(engine: Engine):

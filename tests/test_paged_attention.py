@@ -1,12 +1,15 @@
 """Every attention backend against NumPy in float64, on the same specs."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxinfer import kv_cache
+from jaxinfer.attention import causal_attention
 from pallas_kernels.paged_attention import AttentionSpec, backend, backends
 
 
@@ -79,14 +82,52 @@ def reference(case: Case, q, k_pages, v_pages, block_tables, positions) -> np.nd
     return out
 
 
+TOLERANCES = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 2e-2}  # a few roundings of the result
+
+
 @pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_formula_and_never_reads_what_is_masked(name: str, case: Case):
+def test_matches_the_formula_and_never_reads_what_is_masked(name: str, dtype: str, case: Case):
     """Unused slots hold NaN, so that reading one shows."""
-    arrays = make(case)
-    module = backend(name, case.spec)
-    out = module.paged_attention(**{k: jnp.array(v) for k, v in arrays.items()}, spec=case.spec)
-    np.testing.assert_allclose(out, reference(case, **arrays), rtol=2e-5, atol=2e-6)
+    arrays = {k: jnp.array(v) for k, v in make(case).items()}
+    arrays |= {k: arrays[k].astype(dtype) for k in ("q", "k_pages", "v_pages")}
+    out = jax.jit(functools.partial(backend(name, case.spec).paged_attention, spec=case.spec))(**arrays)
+    assert out.dtype == dtype
+    expected = reference(
+        case, **{k: np.asarray(v, v.dtype if v.dtype == np.int32 else np.float64) for k, v in arrays.items()}
+    )
+    rtol = TOLERANCES[dtype]
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=rtol, atol=rtol * np.abs(expected).max() / 8)
+
+
+def test_causal_attention_is_paged_attention_over_a_whole_prompt():
+    """What trains the demonstration model against what serves it."""
+    case = Case(8, 2, 16, 4, 12, (12, 12))
+    arrays = {k: jnp.array(v) for k, v in make(case).items()}
+    pages = arrays["block_tables"][:, :3]  # 12 tokens
+
+    def contiguous(pool: jax.Array) -> jax.Array:
+        return pool[pages].swapaxes(2, 3).reshape(2, 12, 2, 16)
+
+    q, k, v = arrays["q"], contiguous(arrays["k_pages"]), contiguous(arrays["v_pages"])
+    served = backend("xla", case.spec).paged_attention(**arrays, spec=case.spec)
+    np.testing.assert_allclose(causal_attention(q, k, v, case.spec.scale), served, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("key", ["k_pages", "v_pages", "block_tables", "positions"])
+def test_wrong_dtypes_are_refused(name: str, key: str):
+    case = CASES[0]
+    arrays = {k: jnp.array(v) for k, v in make(case).items()}
+    arrays[key] = arrays[key].astype("bfloat16" if "pages" in key else "int16")
+    with pytest.raises(ValueError, match=f"{key} is "):
+        backend(name, case.spec).paged_attention(**arrays, spec=case.spec)
+
+
+def test_heads_that_cannot_be_grouped_are_refused():
+    with pytest.raises(ValueError, match="num_q_heads 6 is not a multiple of num_kv_heads 4"):
+        AttentionSpec(num_q_heads=6, num_kv_heads=4, head_dim=8, page_size=4, scale=1.0)
 
 
 @pytest.mark.parametrize("name", backends())
