@@ -41,7 +41,9 @@ def sample(
         return truncate(drop_unlikely(gather(scaled), params.min_p), params.top_k, params.top_p)
 
     def draw() -> jax.Array:
-        scaled = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
+        # Below the maximum, so that a temperature near 0 drives all others to -inf and none to inf.
+        scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
+        scaled /= jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
         scaled = lax.cond(params.truncates, keep_likely, lambda x: x, scaled)
         noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(params.seed, positions, logits.shape[-1])
         drawn = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)  # Gumbel-max: an exact draw from softmax(scaled)
@@ -71,7 +73,8 @@ def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
     def keep_likeliest(i: jax.Array, logits: jax.Array) -> jax.Array:
         """Turn 0 counts tokens, turn 1 adds up the probabilities of those that turn 0 kept."""
         weights = jnp.where(i == 0, jnp.ones_like(logits), jax.nn.softmax(logits, axis=-1))
-        target = jnp.where(i == 0, top_k.astype(jnp.float32), top_p)
+        # At least 1e-30: to a target that rounds to 0 even nothing would be enough.
+        target = jnp.where(i == 0, top_k.astype(jnp.float32), jnp.maximum(top_p, 1e-30))
         keep = order >= _largest_threshold(order, weights, target)[:, None]
         keep |= ((i == 1) & (top_p >= 1))[:, None]
         return jnp.where(keep, logits, -jnp.inf)

@@ -8,11 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from jaxinfer.batch import Buckets, build_decode
-from jaxinfer.output_text import OutputText
-from jaxinfer.request import Request, SamplingParams
+from jaxinfer import batch
+from jaxinfer.batch import StepShape
+from jaxinfer.request import SamplingParams
 from jaxinfer.sampling import SamplingArrays, drop_unlikely, sample, truncate
-from jaxinfer.scheduler import DecodePlan
+from jaxinfer.scheduler import StepPlan
+from tests.fake_runner import make_request
 
 VOCAB = 50
 NUM_DRAWS = 20_000
@@ -94,6 +95,13 @@ def test_truncation_with_negative_zero_and_infinite_logits():
     x = np.array([[-0.0, 0.0, -np.inf, 5.0, -7.0, 3e38]], np.float32)
     kept = np.isfinite(truncate(jnp.array(x), jnp.array([4], jnp.int32), jnp.array([1.0], jnp.float32)))
     assert kept.tolist() == [[True, True, False, True, False, True]]
+
+
+@pytest.mark.parametrize("extreme", [{"temperature": 1e-37}, {"top_p": 1e-40}, {"min_p": 1.0}, {"top_k": 1}], ids=str)
+def test_extreme_parameters_give_the_likeliest(extreme: dict):
+    x = logits(8)
+    out = sample(jnp.array(x), arrays(8, **extreme), jnp.zeros(8, jnp.int32))
+    assert np.asarray(out).tolist() == x.argmax(-1).tolist()
 
 
 def test_temperature_zero_is_the_argmax_even_beside_rows_that_draw():
@@ -195,13 +203,14 @@ def test_greedy_batches_generate_no_noise():
 def test_min_p_reaches_the_device_and_alone_asks_for_truncation():
     """A parameter that only one row uses, and no other one, must still switch the truncation on."""
 
-    def request(min_p: float) -> Request:
-        params, text = SamplingParams(min_p=min_p), OutputText(None, ())
-        return Request("r", None, [1], params, (), max_tokens=4, seed=0, text=text, output_token_ids=[2], num_cached=1)
+    def sampling(*min_p: float) -> SamplingArrays:
+        requests = [make_request(i, [1], 4) for i in range(len(min_p))]
+        for request, value in zip(requests, min_p, strict=True):
+            request.params = SamplingParams(min_p=value)
+        plan = StepPlan([None], [requests], [[1] * len(requests)], 1)
+        return batch.build(plan, StepShape(0, len(requests), 1, 1)).sampling
 
-    buckets = Buckets.create(max_rows=4, max_model_len=128, max_chunk=32, page_size=16)
-    plain = build_decode(DecodePlan([[request(0.0), request(0.0)]]), buckets, 1).sampling
-    mixed = build_decode(DecodePlan([[request(0.0), request(0.25)]]), buckets, 1).sampling
+    plain, mixed = sampling(0.0, 0.0), sampling(0.0, 0.25)
     assert not plain.truncates and mixed.truncates
     assert mixed.min_p.tolist() == [0.0, 0.25] and mixed.min_p.dtype == np.float32
 
