@@ -35,12 +35,12 @@ class EngineCore:
         self.runner = runner
         self.stats = stats
         self._under_way: _StepUnderWay | None = None
-        self._ended: list[Request] = []  # by a failed step, not yet returned
+        self._told: list[Request] = []  # got tokens or ended, and were not returned yet
         self._last_commit_time = 0.0
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._under_way is not None or bool(self._ended)
+        return self.scheduler.has_work or self._under_way is not None or bool(self._told)
 
     def abort(self, request: Request) -> None:
         """Ends a request and frees what it holds. Does nothing if it has finished."""
@@ -57,12 +57,13 @@ class EngineCore:
         try:
             plan = self.scheduler.schedule()
             before, self._under_way = self._under_way, None if plan is None else self._start(plan)
-            touched = [] if before is None else self._commit(before)
+            if before is not None:
+                self._commit(before)
         except BaseException:
             self._recover()
             raise
-        ended, self._ended = self._ended, []
-        return ended + touched
+        told, self._told = self._told, []
+        return told
 
     def close(self) -> None:
         """Frees the device memory."""
@@ -74,13 +75,13 @@ class EngineCore:
         shape = self.runner.buckets.shape(plan)
         return _StepUnderWay(plan, self.runner.dispatch(shape, batches.build(plan, shape)), start_time)
 
-    def _commit(self, step: _StepUnderWay) -> list[Request]:
+    def _commit(self, step: _StepUnderWay) -> None:
         tokens, counts, finite = (np.asarray(x) for x in jax.device_get(tuple(step.output)))
         now = time.perf_counter()
         seconds, self._last_commit_time = now - max(step.start_time, self._last_commit_time), now
         result = step_result(step.plan, tokens, counts, finite)
         self.stats.add_step(step.plan, result, seconds)
-        return self.scheduler.commit(step.plan, result)
+        self.scheduler.commit(step.plan, result, self._told)
 
     def _recover(self) -> None:
         """A step that failed took the donated cache with it."""
@@ -88,7 +89,7 @@ class EngineCore:
         for request in [r for rows in self.scheduler.running for r in rows]:
             request.finish(FinishReason.ERROR)
             self.scheduler.release(request)
-            self._ended.append(request)
+            self._told.append(request)
         self.scheduler.forget_cache()
         self.runner.reset_cache()
 

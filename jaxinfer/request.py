@@ -170,10 +170,11 @@ class Request:
             self.token_ids.append(token_id)
             # A stop token ends the text before itself.
             if token_id in self.stop_token_ids or self.text.add([token_id]):
-                return self.finish(FinishReason.STOP)
-            if len(self.token_ids) == self.max_num_tokens:
-                return self.finish(FinishReason.LENGTH)
-        return None
+                self.finish(FinishReason.STOP)
+            elif len(self.token_ids) == self.max_num_tokens:
+                self.finish(FinishReason.LENGTH)
+            if self.finish_reason is not None:
+                return
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the request; the first reason stays."""

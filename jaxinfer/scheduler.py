@@ -145,9 +145,11 @@ class Scheduler:
             request.num_in_flight += 1
         return plan
 
-    def commit(self, plan: StepPlan, result: StepResult) -> list[Request]:
-        """Takes in what a step did, and lets go of what ended. Returns the requests that got tokens or ended."""
-        touched = []
+    def commit(self, plan: StepPlan, result: StepResult, touched: list[Request]) -> None:
+        """Takes in what a step did, and lets go of what ended.
+
+        Adds to `touched` who got tokens or ended: the first of them also if the text of another raises.
+        """
         for request, num_cached, tokens, is_finite in _outcomes(plan, result):
             request.num_in_flight -= 1
             if request.finish_reason is not None:
@@ -161,7 +163,6 @@ class Scheduler:
                 self.release(request)
             if tokens or not is_finite:
                 touched.append(request)
-        return touched
 
     def release(self, request: Request) -> None:
         """Takes a finished request out and frees what it holds. Once per request."""

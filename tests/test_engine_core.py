@@ -5,6 +5,7 @@ import random
 import pytest
 
 from jaxinfer.engine_core import EngineCore
+from jaxinfer.output_text import OutputText
 from jaxinfer.request import FinishReason, Request
 from tests.fake_runner import POISON, FakeRunner, make_core, make_request, run, solo
 
@@ -145,6 +146,28 @@ def test_a_failed_step_ends_what_ran_and_keeps_what_waits(at: str):
         assert [r.output_token_ids for r in requests] == [expected(r) for r in requests]
         assert all(r.finish_reason in (FinishReason.ERROR, FinishReason.LENGTH) for r in requests)
     assert num_preempted > 0
+
+
+class FailingText(OutputText):
+    """A text whose second token cannot be decoded."""
+
+    def add(self, token_ids: list[int]) -> bool:
+        if self.text:
+            raise ValueError("no text")
+        self.text = "first"
+        return False
+
+
+def test_who_ended_before_another_ones_text_failed_is_reported():
+    """Both in the same step: the first had ended and was forgotten, and whoever waited for it waited for ever."""
+    core = make_core(decode_steps=1)
+    first, second = make_request(0, [1] * 4, 3), make_request(1, [2] * 4, 9)
+    second.text = FailingText(None, ())
+    with pytest.raises(ValueError, match="no text"):
+        run(core, [first, second])
+    assert core.step() == [first, second]
+    assert [first.finish_reason, second.finish_reason] == [FinishReason.LENGTH, FinishReason.ERROR]
+    assert not core.has_work and free_pages(core) == 64
 
 
 @pytest.mark.parametrize("at", ["dispatch", "read"])

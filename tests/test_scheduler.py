@@ -33,7 +33,8 @@ def commit(scheduler: Scheduler, plan: StepPlan, token: int = 7) -> list[Request
         for shard in zip(plan.rows, plan.starts, strict=True)
     ]
     finite = [[True] * len(shard) for shard in rows]
-    touched = scheduler.commit(plan, StepResult([token] * len(rows), [True] * len(rows), rows, finite))
+    touched: list[Request] = []
+    scheduler.commit(plan, StepResult([token] * len(rows), [True] * len(rows), rows, finite), touched)
     scheduler.check()
     return touched
 

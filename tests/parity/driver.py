@@ -118,7 +118,7 @@ def generate(
         shape = runner.buckets.shape(plan)
         output = jax.device_get(tuple(runner.dispatch(shape, batch.build(plan, shape))))
         observe(plan)
-        scheduler.commit(plan, step_result(plan, *output))
+        scheduler.commit(plan, step_result(plan, *output), [])
     return [request.output_token_ids for request in requests]
 
 
