@@ -1,0 +1,109 @@
+"""Every way to schedule on every kind of mesh gives the tokens of one request alone on one device.
+
+One set of programs per mesh; the schedulers are swapped over it.
+"""
+
+import itertools
+import pathlib
+import random
+
+import jax
+import pytest
+
+from jaxinfer import Engine, SamplingParams, batch
+from jaxinfer.engine_core import EngineCore, step_result
+from jaxinfer.request import Request
+from jaxinfer.scheduler import Scheduler
+from tests import tiny_model
+
+MESHES = ("", "tensor:2", "data:2", "data:2,tensor:2")
+MAX_MODEL_LEN = 64
+COMBINATIONS = [
+    {"chunk": chunk, "prefix": prefix, "starved": starved, "overlap": overlap, "decode_steps": decode_steps}
+    for chunk, prefix, starved, overlap, decode_steps in itertools.product(
+        (7, 32), (False, True), (False, True), (False, True), (1, 4)
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tiny_model.make(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def make_engine(model_dir: pathlib.Path, mesh: str) -> Engine:
+    sizes = {"max_num_seqs": 4, "max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": 32, "decode_steps": 4}
+    return Engine(str(model_dir), mesh=mesh, page_size=4, **sizes)
+
+
+def load(engine: Engine) -> list[Request]:
+    """Twelve requests, half of which start alike; greedy rows beside rows that draw and truncate."""
+    rng = random.Random(0)
+    stem = [rng.randrange(256) for _ in range(24)]
+    requests = []
+    for i in range(12):
+        prompt = [rng.randrange(256) for _ in range(rng.randint(1, 40))]
+        params = SamplingParams(
+            temperature=rng.choice([0.0, 0.8]),
+            top_k=rng.choice([0, 5]),
+            top_p=rng.choice([1.0, 0.9]),
+            seed=i,
+            max_tokens=rng.randint(1, 20),
+            ignore_eos=True,
+        )
+        requests.append(engine._intake.make_request((stem + prompt)[:40] if i % 2 else prompt, params))
+    return requests
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: pathlib.Path) -> list[list[int]]:
+    with make_engine(model_dir, "") as engine:
+        engine._core.scheduler.enable_prefix_caching = False
+        return [
+            engine.generate(request.prompt_token_ids, request.params)[0].outputs[0].token_ids
+            for request in load(engine)
+        ]
+
+
+def run(
+    engine: Engine, *, chunk: int, prefix: bool, starved: bool, overlap: bool, decode_steps: int
+) -> tuple[list[list[int]], int]:
+    """Tokens of `load`, and preemptions, by a new scheduler over the engine's programs."""
+    runner, resolved = engine._core.runner, engine.resolved
+    num_shards = runner.buckets.num_shards
+    scheduler = Scheduler(
+        num_shards=num_shards,
+        pages_per_shard=1 + MAX_MODEL_LEN // 4 if starved else resolved.memory.num_pages,
+        page_size=4,
+        slots_per_shard=4 // num_shards,
+        max_num_batched_tokens=chunk,
+        decode_steps=decode_steps,
+        enable_prefix_caching=prefix,
+    )
+    core = EngineCore(scheduler, runner, engine.stats)
+    requests = load(engine)
+    for request in requests:
+        scheduler.add(request)
+    if overlap:
+        while core.has_work:
+            core.step()
+            scheduler.check()
+    else:
+        while (plan := scheduler.schedule()) is not None:
+            shape = runner.buckets.shape(plan)
+            output = jax.device_get(tuple(runner.dispatch(shape, batch.build(plan, shape))))
+            scheduler.commit(plan, step_result(plan, *output), [])
+            scheduler.check()
+    return [request.output_token_ids for request in requests], scheduler.num_preemptions
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_schedules_equal_solo(mesh: str, model_dir: pathlib.Path, expected: list[list[int]]):
+    with make_engine(model_dir, mesh) as engine:
+        num_preemptions = {False: 0, True: 0}
+        for combination in COMBINATIONS:
+            tokens, count = run(engine, **combination)
+            assert tokens == expected, combination
+            num_preemptions[combination["starved"]] += count
+    print(f"{mesh or 'one device'}: {len(COMBINATIONS)} combinations, preemptions {num_preemptions[True]}")
+    assert num_preemptions[True] > 0 and num_preemptions[False] == 0
