@@ -1,7 +1,8 @@
 """Reads generation_config.json by our own code: the sampling that a model's makers recommend, and its end tokens.
 
-Keys that are present replace neutral defaults, as in vLLM; transformers would add top_k 50 to a file that samples
-and does not mention it. What we cannot do is reported, never dropped.
+End tokens belong to the model and are read in any case; the sampling can be left out. Keys that are present replace
+neutral defaults, as in vLLM; transformers would add top_k 50 to a file that samples and does not mention it. What we
+cannot do is reported, never dropped.
 """
 
 import dataclasses
@@ -9,6 +10,8 @@ import json
 import math
 import pathlib
 from typing import Any
+
+from jaxinfer.request import MAX_STOP_TOKEN_IDS
 
 # About speed, storage, training, beam search's bookkeeping or what `generate` returns: not about the next token.
 # max_length counts prompt and output together; --max_model_len does that here.
@@ -21,6 +24,8 @@ _IRRELEVANT = frozenset(
     prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values renormalize_logits return_dict_in_generate
     speculation_type target_lookbehind transformers_version use_cache use_mtp""".split()
 )
+# Keys of that kind that old models have in config.json.
+CONFIG_JSON_KEYS = frozenset("bad_words_ids begin_suppress_tokens forced_bos_token_id forced_eos_token_id".split())
 # Keys that change the text, and the value at which they do not. Null, false and empty are neutral for every key.
 _NEUTRAL = {
     "encoder_repetition_penalty": 1,
@@ -54,15 +59,25 @@ class GenerationDefaults:
     ignored: tuple[str, ...] = ()
 
 
-def read_generation_config(model_dir: pathlib.Path) -> GenerationDefaults:
-    """The file's defaults, neutral ones where there is no file; end tokens may come from config.json instead.
+def read_generation_config(
+    model_dir: pathlib.Path, *, vocab_size: int, tokenizer_eos: int | None = None, sampling: bool = True
+) -> GenerationDefaults:
+    """The file's defaults, neutral ones where there is no file.
 
-    Raises ValueError for a file that is not JSON and for a value out of range.
+    End tokens come from generation_config.json, else from config.json, else they are the tokenizer's one.
+    `sampling=False` reads nothing but them. Raises ValueError for a file that is not JSON, for a value out of
+    range, and for end tokens that are outside the vocabulary or too many for a request.
     """
-    path = model_dir / "generation_config.json"
-    values = _read_object(path)
-    eos_source = path if values.get("eos_token_id") is not None else model_dir / "config.json"
-    eos_values = values if eos_source == path else _read_object(eos_source)
+    path, config_path = model_dir / "generation_config.json", model_dir / "config.json"
+    values, config = _read_object(path), _read_object(config_path)
+    if (eos := values.get("eos_token_id")) is not None:
+        eos_token_ids = _end_tokens(eos, vocab_size, path)
+    elif (eos := config.get("eos_token_id")) is not None:
+        eos_token_ids = _end_tokens(eos, vocab_size, config_path)
+    else:
+        eos_token_ids = _end_tokens([] if tokenizer_eos is None else tokenizer_eos, vocab_size, model_dir)
+    if not sampling:
+        return GenerationDefaults(eos_token_ids=eos_token_ids)
     temperature = _number(values, "temperature", 1.0, path)
     top_p = _number(values, "top_p", 1.0, path)
     if not 0 < top_p <= 1:
@@ -72,8 +87,8 @@ def read_generation_config(model_dir: pathlib.Path) -> GenerationDefaults:
         top_k=_count(values, "top_k", path) or 0,
         top_p=top_p,
         max_new_tokens=_count(values, "max_new_tokens", path),
-        eos_token_ids=_token_ids(eos_values.get("eos_token_id"), eos_source),
-        ignored=_ignored(values),
+        eos_token_ids=eos_token_ids,
+        ignored=_ignored({key: config.get(key) for key in CONFIG_JSON_KEYS} | values),
     )
 
 
@@ -109,11 +124,20 @@ def _count(values: dict[str, Any], key: str, path: pathlib.Path) -> int | None:
     return value if value > 0 else None
 
 
-def _token_ids(value: Any, path: pathlib.Path) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+def _end_tokens(value: Any, vocab_size: int, source: pathlib.Path) -> tuple[int, ...]:
+    """The ids without repetitions. JAX would take one outside the vocabulary for another, or for none."""
+    ids = value if isinstance(value, list) else [value]
     if any(type(token_id) is not int or token_id < 0 for token_id in ids):
-        raise ValueError(f"{path}: eos_token_id is {value!r}; expected a token id or a list of them")
-    return tuple(dict.fromkeys(ids))
+        raise ValueError(f"{source}: eos_token_id is {value!r}; expected a token id or a list of them")
+    ids = tuple(dict.fromkeys(ids))
+    if outside := [token_id for token_id in ids if token_id >= vocab_size]:
+        raise ValueError(
+            f"{source}: eos_token_id names {outside[:5]}, but the model's ids end at {vocab_size - 1} "
+            f"(config.json's vocab_size {vocab_size})"
+        )
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise ValueError(f"{source}: eos_token_id names {len(ids)} end tokens; at most {MAX_STOP_TOKEN_IDS}")
+    return ids
 
 
 def _ignored(values: dict[str, Any]) -> tuple[str, ...]:

@@ -7,22 +7,24 @@ file is ever imported.
 
 import json
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from jaxinfer.config import RopeConfig
+from jaxinfer.generation_config import CONFIG_JSON_KEYS
 
 T = TypeVar("T")
 
-# Keys about training, storage, tokens or the program that wrote the file.
-_IRRELEVANT = frozenset(
-    """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout auto_map
-    bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward decoder_start_token_id dtype
-    embd_pdrop eos_token_id finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing
-    hidden_dropout id2label initializer_range is_decoder label2id mlp_dropout model_type output_attentions
-    output_hidden_states pad_token_id prefix pretraining_tp problem_type resid_pdrop return_dict sep_token_id
-    task_specific_params tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache
-    use_return_dict""".split()
+# Keys about training, storage, tokens or the program that wrote the file. `generation_config` reports those of
+# CONFIG_JSON_KEYS, which are about sampling.
+_IRRELEVANT = CONFIG_JSON_KEYS | frozenset(
+    """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id
+    chunk_size_feed_forward decoder_start_token_id dtype embd_pdrop eos_token_id finetuning_task
+    gradient_checkpointing hidden_dropout id2label initializer_range is_decoder label2id mlp_dropout
+    output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type resid_pdrop return_dict
+    sep_token_id task_specific_params tokenizer_class torch_dtype torchscript transformers_version use_bfloat16
+    use_cache use_return_dict""".split()
 )
 
 
@@ -40,13 +42,13 @@ class HFConfig:
     def read(cls, model_dir: pathlib.Path) -> "HFConfig":
         path = model_dir / "config.json"
         try:
-            return cls(json.loads(path.read_text()), str(path))
+            return cls(json.loads(path.read_text(encoding="utf-8")), str(path))
         except FileNotFoundError:
             raise ValueError(
                 f"{model_dir}: no config.json there; --model takes a Hugging Face model directory"
             ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not readable JSON: {error}") from None
 
     @property
     def architecture(self) -> str:
@@ -56,17 +58,22 @@ class HFConfig:
         return names[0]
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """The value of `key`, which must be of type `kind`; null counts as absent. Required without a default."""
+        """The value of `key`, which must be of type `kind`; null counts as absent. Required without a default.
+
+        Numbers must be positive and finite: they are sizes, counts and a small constant under a root.
+        """
         self._read.add(key)
         value = self._values.get(key)
         if value is None:
             if default is None:
                 raise ValueError(f"{self.source}: {key} is missing")
             return default
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and _is_positive(value):
             value = float(value)
         if type(value) is not kind:
             raise ValueError(f"{self.source}: {key} is {value!r}; expected {kind.__name__}")
+        if kind in (int, float) and not _is_positive(value):
+            raise ValueError(f"{self.source}: {key} is {value!r}; expected a positive number")
         return value
 
     def expect(self, key: str, *implemented: Any) -> Any:
@@ -81,6 +88,7 @@ class HFConfig:
 
     def check_all_read(self) -> None:
         """Raises ValueError for keys that are neither read nor irrelevant (null values aside)."""
+        self._check_auto_map()
         unread = {k for k, v in self._values.items() if v is not None} - self._read - _IRRELEVANT
         if unread:
             raise ValueError(
@@ -88,18 +96,32 @@ class HFConfig:
                 f"remove those that do not"
             )
 
-    def rope(self) -> RopeConfig:
-        """Rotary embedding from either shape: `rope_theta` + `rope_scaling`, or transformers 5's `rope_parameters`."""
+    def _check_auto_map(self) -> None:
+        """A model class in the directory's own files defines the mathematics, whatever `architectures` says."""
+        self._read.add("auto_map")
+        auto_map = self._mapping("auto_map", self._values.get("auto_map"))
+        if models := {key: value for key, value in auto_map.items() if key.startswith("AutoModel")}:
+            raise ValueError(
+                f"{self.source}: auto_map={models} puts the model's mathematics into the directory's own code, which "
+                f"is never run; remove auto_map if the model is a plain {self.architecture}"
+            )
+
+    def rope(self, default_theta: float | None = None) -> RopeConfig:
+        """Rotary embedding from either shape: `rope_theta` + `rope_scaling`, or transformers 5's `rope_parameters`.
+
+        `default_theta` is for a family whose first configs had no key for it. It counts only where the file has
+        neither `rope_theta` nor `rope_parameters`.
+        """
         old_theta, old_scaling = self._values.get("rope_theta"), self._values.get("rope_scaling")
         new = self._values.get("rope_parameters")
         self._read |= {"rope_theta", "rope_scaling", "rope_parameters"}
         if new is None:
             values = dict(self._mapping("rope_scaling", old_scaling))
-            if old_theta is None:
+            values["rope_theta"] = default_theta if old_theta is None else old_theta
+            if values["rope_theta"] is None:
                 raise ValueError(
                     f"{self.source}: neither rope_theta nor rope_parameters is given; there is no safe default"
                 )
-            values["rope_theta"] = old_theta
         else:
             values = dict(self._mapping("rope_parameters", new))
             for key, old in (("rope_theta", old_theta), *self._mapping("rope_scaling", old_scaling).items()):
@@ -115,6 +137,11 @@ class HFConfig:
         return value or {}
 
 
+def _is_positive(value: Any) -> bool:
+    """Whether it is a number that a float can hold, and neither zero, negative, infinite nor NaN."""
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
+
+
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
@@ -123,8 +150,10 @@ _ROPE_KEYS = {
 
 
 def _rope_config(values: dict[str, Any], source: str) -> RopeConfig:
-    scaling = values.pop("rope_type", None) or values.get("type") or "default"
-    values.pop("type", None)
+    named = [name for name in (values.pop("rope_type", None), values.pop("type", None)) if name is not None]
+    if len(set(map(repr, named))) > 1:
+        raise ValueError(f"{source}: rope_type is {named[0]!r} and type is {named[1]!r}; they mean the same")
+    scaling = named[0] if named else "default"
     if scaling not in _ROPE_KEYS:
         raise ValueError(f"{source}: rope_type {scaling!r} is not implemented; implemented: {', '.join(_ROPE_KEYS)}")
     keys = ("rope_theta", *_ROPE_KEYS[scaling])
@@ -133,7 +162,7 @@ def _rope_config(values: dict[str, Any], source: str) -> RopeConfig:
     if unknown := sorted(set(values) - set(keys)):
         raise ValueError(f"{source}: rope_type {scaling!r} does not know {unknown}")
     for key in keys:
-        if type(values[key]) not in (int, float) or not 0 < values[key] < float("inf"):
+        if not _is_positive(values[key]):
             raise ValueError(f"{source}: {key} is {values[key]!r}; expected a positive number")
     return RopeConfig(
         theta=float(values["rope_theta"]),

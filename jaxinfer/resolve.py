@@ -56,6 +56,12 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
             f"{model_dir}: the tokenizer has {tokenizer.vocab_size} tokens and config.json's vocab_size is "
             f"{model.vocab_size}; the tokenizer belongs to another model"
         )
+    generation = read_generation_config(
+        model_dir,
+        vocab_size=model.vocab_size,
+        tokenizer_eos=tokenizer and tokenizer.eos_token_id,
+        sampling=config.generation_config == "auto",
+    )
     partitioner = Partitioner.create(config.mesh, config.sharding)
     on_cpu = partitioner.mesh.devices.flat[0].platform == "cpu"
     dtype = jnp.dtype(("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype)
@@ -77,7 +83,7 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
         model_dir=model_dir,
         definition=definition,
         tokenizer=tokenizer,
-        generation=read_generation_config(model_dir),
+        generation=generation,
         max_model_len=max_model_len,
         slots_per_shard=slots_per_shard,
         cache_spec=cache_spec(model, partitioner, pages_per_shard=memory.num_pages, page_size=page_size, dtype=dtype),

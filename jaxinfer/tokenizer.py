@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaxinfer.chat_template import ChatTemplate
+
 # Any of these means that the directory wants to have a tokenizer.
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -23,6 +25,7 @@ class Tokenizer:
     def __init__(self, tokenizer: Any, source: str):
         self._tokenizer = tokenizer
         self._source = source
+        self._chat_template = ChatTemplate(tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the tokenizer puts around a text."""
@@ -36,7 +39,7 @@ class Tokenizer:
         )
 
     def stream(self, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> "TextStream":
-        """A decoder for tokens that arrive one by one, following the tokens `after`."""
+        """A decoder for tokens that arrive one by one, following the tokens `after`: a prompt or its end."""
         return TextStream(functools.partial(self.decode, skip_special_tokens=skip_special_tokens), after)
 
     @functools.cached_property
@@ -51,11 +54,9 @@ class Tokenizer:
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next message begins.
 
-        `messages` are {"role": ..., "content": ...}. Raises ValueError if the model has no template or the
-        template refuses them.
+        `messages` are {"role": ..., "content": ...}, in which the spelling of a special token is text. Raises
+        ValueError if the model has no template or the template refuses them.
         """
-        import jinja2
-
         if not self._tokenizer.chat_template:
             raise ValueError(f"{self._source}: the model has no chat template; give a plain prompt")
         for i, message in enumerate(messages):
@@ -63,10 +64,8 @@ class Tokenizer:
                 raise ValueError(f"messages[{i}]: expected text under role and content, found {dict(message)!r}")
             _encodable(message["content"])
         try:
-            return self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
-            )
-        except jinja2.TemplateError as error:
+            return self._chat_template.encode(messages)
+        except Exception as error:  # a template is a program: it can raise anything
             raise ValueError(f"{self._source}: the chat template refuses the messages: {_one_line(error)}") from None
 
 
@@ -80,14 +79,16 @@ class TextStream:
       window       tokens of the last piece, tokens held back, the new token
       window text  the last piece's text   , new piece; nothing yet while it ends in half a character
 
-    The window does not grow with the text, so a token's cost does not either.
+    The window does not grow with the text, so a token's cost does not either. The first "piece" is the end of the
+    prompt, from the beginning of a character on.
     """
 
     _MAX_HELD = 16  # tokens; a character has at most 4 bytes, so by then the bytes are no character
+    _CONTEXT = (4, 16)  # least and most tokens of the prompt; its last word and character are within them
 
     def __init__(self, decode: Callable[[list[int]], str], after: Sequence[int] = ()):
         self._decode = decode
-        self._window = list(after)
+        self._window = self._context(after)
         self._num_read = len(self._window)  # tokens at the window's start whose text was handed out
         self._read_text = decode(self._window) if after else ""  # and that text
 
@@ -97,7 +98,7 @@ class TextStream:
 
     def finish(self) -> str:
         """The text that was held back: no more tokens will come."""
-        text = self._decode(self._window)[len(self._read_text) :]
+        text = self._unread(self._decode(self._window))[1]
         self._window, self._num_read, self._read_text = [], 0, ""
         return text
 
@@ -107,13 +108,33 @@ class TextStream:
         text = self._decode(self._window)
         if text.endswith(_REPLACEMENT) and not must_release:
             return ""
-        new = text[len(self._read_text) :]
+        start, new = self._unread(text)
         if new:
-            self._window = self._window[self._num_read :]
+            self._window = self._window[start:]
             self._num_read, self._read_text = len(self._window), self._decode(self._window)
         elif must_release:  # special tokens, skipped
             del self._window[self._num_read :]
         return new
+
+    def _unread(self, text: str) -> tuple[int, str]:
+        """The part of `text`, the window's, that was not handed out, and the token that it begins with."""
+        start, whole = self._num_read, self._read_text
+        # Where the two part, the last tokens that were read turned out to begin a character: it is still to come.
+        while start and not (text.startswith(whole) and (start == self._num_read or not whole.endswith(_REPLACEMENT))):
+            start -= 1
+            whole = self._decode(self._window[:start])
+        return start, text[len(whole) :]
+
+    def _context(self, token_ids: Sequence[int]) -> list[int]:
+        """The last of `token_ids`: so many that they begin where a character does, though they may end within one."""
+        least, most = self._CONTEXT
+        for size in range(least, most):
+            context = list(token_ids[-size:])
+            for num_bytes in range(4):  # of a character, which are not enough for it
+                text = self._decode(context[: len(context) - num_bytes])
+                if not text.startswith(_REPLACEMENT) and not text.endswith(_REPLACEMENT):
+                    return context
+        return list(token_ids[-most:])
 
 
 def load_tokenizer(model_dir: pathlib.Path) -> Tokenizer | None:

@@ -7,17 +7,22 @@ from typing import Any
 import pytest
 
 from jaxinfer.generation_config import GenerationDefaults, read_generation_config
+from jaxinfer.request import MAX_STOP_TOKEN_IDS
+
+VOCAB_SIZE = 100
 
 
-def read(directory: pathlib.Path, values: Any, config: Any = None) -> GenerationDefaults:
-    (directory / "generation_config.json").write_text(json.dumps(values))
+def read(directory: pathlib.Path, values: Any, config: Any = None, **settings: Any) -> GenerationDefaults:
+    (directory / "generation_config.json").write_text(json.dumps(values), encoding="utf-8")
     if config is not None:
-        (directory / "config.json").write_text(json.dumps(config))
-    return read_generation_config(directory)
+        (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return read_generation_config(directory, vocab_size=VOCAB_SIZE, **settings)
 
 
 def test_no_file_is_neutral(tmp_path: pathlib.Path):
-    assert read_generation_config(tmp_path) == GenerationDefaults(temperature=1.0, top_k=0, top_p=1.0)
+    assert read_generation_config(tmp_path, vocab_size=VOCAB_SIZE) == GenerationDefaults(
+        temperature=1.0, top_k=0, top_p=1.0
+    )
 
 
 def test_keys_replace_neutral_defaults(tmp_path: pathlib.Path):
@@ -52,6 +57,41 @@ def test_end_tokens_fall_back_to_config_json(
     tmp_path: pathlib.Path, values: dict[str, Any], config: dict[str, Any], expected: tuple[int, ...]
 ):
     assert read(tmp_path, values, config).eos_token_ids == expected
+    assert read(tmp_path, values, config, tokenizer_eos=50).eos_token_ids == (expected or (50,))
+    assert read(tmp_path, values, config, sampling=False).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    ("eos", "message"),
+    [
+        (VOCAB_SIZE, r"names \[100\], but the model's ids end at 99 \(config.json's vocab_size 100\)"),
+        ([1, 2**40], rf"names \[{2**40}\], but"),
+        (list(range(MAX_STOP_TOKEN_IDS + 1)), "names 17 end tokens; at most 16"),
+    ],
+)
+def test_end_tokens_that_no_request_could_have_are_refused(tmp_path: pathlib.Path, where: str, eos: Any, message: str):
+    files = {"generation_config.json": {}, "config.json": {}} | {where: {"eos_token_id": eos}}
+    with pytest.raises(ValueError, match=f"/{where}: eos_token_id {message}"):
+        read(tmp_path, *files.values())
+
+
+def test_as_many_end_tokens_as_a_request_may_have(tmp_path: pathlib.Path):
+    ids = [*range(MAX_STOP_TOKEN_IDS), 0, 1]
+    assert len(read(tmp_path, {"eos_token_id": ids}).eos_token_ids) == MAX_STOP_TOKEN_IDS
+
+
+def test_without_sampling_only_end_tokens_are_read(tmp_path: pathlib.Path):
+    values = {"temperature": "hot", "top_p": 7, "top_k": -5, "min_p": 0.1, "eos_token_id": 5}
+    assert read(tmp_path, values, sampling=False) == GenerationDefaults(eos_token_ids=(5,))
+
+
+def test_what_config_json_asks_for_is_reported_too(tmp_path: pathlib.Path):
+    config = {"bad_words_ids": [[3]], "forced_bos_token_id": 7, "begin_suppress_tokens": [], "hidden_size": 8}
+    assert read(tmp_path, {"forced_bos_token_id": 8}, config).ignored == (
+        "bad_words_ids=[[3]]",
+        "forced_bos_token_id=8",
+    )
 
 
 def test_what_would_change_the_text_is_reported(tmp_path: pathlib.Path):
@@ -93,6 +133,6 @@ def test_bad_values_are_named(tmp_path: pathlib.Path, values: Any, message: str)
 
 
 def test_a_file_that_is_not_json_is_named(tmp_path: pathlib.Path):
-    (tmp_path / "generation_config.json").write_text("{")
+    (tmp_path / "generation_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"generation_config\.json: not readable JSON"):
-        read_generation_config(tmp_path)
+        read_generation_config(tmp_path, vocab_size=VOCAB_SIZE)

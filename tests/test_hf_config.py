@@ -38,6 +38,20 @@ def test_tiny_configs_are_of_their_family(family: str):
 def test_defaults_of_absent_keys():
     config = llama.parse_config(HFConfig(llama.TINY_CONFIGS["llama2"]))
     assert (config.num_kv_heads, config.head_dim, config.tie_embeddings) == (8, 8, False)
+    assert config.rope == RopeConfig(10000.0)
+
+
+def test_llama2_as_it_was_published():
+    """Its config.json has no rope_theta, and a rope_scaling that is null; so have those of its longer finetunes."""
+    assert parse(rope_theta=None, rope_scaling=None).rope == RopeConfig(10000.0)
+    linear = parse(rope_theta=None, rope_scaling={"type": "linear", "factor": 4.0})
+    assert linear.rope == RopeConfig(10000.0, "linear", 4.0)
+
+
+def test_theta_without_a_familys_default_is_required():
+    with pytest.raises(ValueError, match="neither rope_theta nor rope_parameters is given; there is no safe default"):
+        HFConfig(BASE | NO_THETA).rope()
+    assert HFConfig(BASE).rope(default_theta=5e5).theta == 10000.0
 
 
 def test_null_counts_as_absent():
@@ -46,6 +60,10 @@ def test_null_counts_as_absent():
 
 def test_keys_without_influence_are_accepted():
     assert parse(torch_dtype="bfloat16", bos_token_id=1, use_cache=True, pretraining_tp=1) == parse()
+    assert parse(auto_map={"AutoTokenizer": "tokenizer.Mine"}, bad_words_ids=[[1]]) == parse()
+    assert parse(rope_scaling={"type": "linear", "rope_type": "linear", "factor": 2}) == parse(
+        rope_scaling={"type": "linear", "factor": 2.0}
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,11 +76,27 @@ def test_keys_without_influence_are_accepted():
         ({"vocab_size": None}, "m/config.json: vocab_size is missing"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; expected bool"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented; implemented: 'silu'"),
-        ({"num_hidden_layers": 0}, "num_layers is 0; it must be at least 1"),
+        ({"num_hidden_layers": 0}, "m/config.json: num_hidden_layers is 0; expected a positive number"),
+        ({"num_attention_heads": -8}, "num_attention_heads is -8; expected a positive number"),
+        ({"rms_norm_eps": 0.0}, "m/config.json: rms_norm_eps is 0.0; expected a positive number"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05; expected a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a positive number"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; expected a positive number"),
+        ({"rms_norm_eps": 10**400}, "; expected float"),
+        ({"rope_theta": 10**400}, "; expected a positive number"),
+        ({"model_type": "mistral"}, "m/config.json: model_type='mistral' is not implemented; implemented: 'llama'"),
+        (
+            {"auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.Model"}},
+            "m/config.json: auto_map={'AutoModelForCausalLM': 'm.Model'} puts the model's mathematics into",
+        ),
+        ({"auto_map": "m.Model"}, "auto_map is 'm.Model'; expected an object"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "llama3", "factor": 2.0}},
+            "m/config.json: rope_type is 'llama3' and type is 'linear'; they mean the same",
+        ),
         ({"num_key_value_heads": 3}, "num_attention_heads 8 is not a multiple of num_key_value_heads 3"),
         ({"head_dim": 15}, "head_dim 15 is odd"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0; expected a positive number"),
-        (NO_THETA, "m/config.json: neither rope_theta nor rope_parameters is given; there is no safe default"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected an object"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
@@ -116,7 +150,11 @@ def test_architectures_must_be_one_name(architectures: Any):
 def test_unreadable_files(tmp_path: pathlib.Path):
     with pytest.raises(ValueError, match=r"no config.json there; --model takes a Hugging Face model directory"):
         HFConfig.read(tmp_path)
-    for text, message in (("{", "not valid JSON"), ("[]", "expected a JSON object, found list")):
-        (tmp_path / "config.json").write_text(text)
+    for text, message in (
+        ("{", "not readable JSON"),
+        ("[" * 100_000, "not readable JSON"),
+        ("[]", "expected a JSON object, found list"),
+    ):
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             HFConfig.read(tmp_path)

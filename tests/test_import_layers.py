@@ -18,6 +18,7 @@ LAYERS = {
     "sharding_rules": 0,
     "pallas_kernels": 0,
     # Host only: never jax.
+    "jaxinfer.chat_template": 1,
     "jaxinfer.config": 1,
     "jaxinfer.engine_config": 1,
     "jaxinfer.generation_config": 1,

@@ -7,6 +7,8 @@ from jaxinfer import Engine, SamplingParams
 
 PROMPTS = ("Once upon a time", "The old woman", '"Where are you going?" asked the fox.')
 
+_SAMPLING = {"temperature": 0.7, "max_tokens": 100, "seed": 0}
+
 _CARD = """---
 license: apache-2.0
 language: en
@@ -28,17 +30,17 @@ views of people.
 
 ## Recipe
 
-`tools/train_demo_model.py`: a byte-level BPE of 4,096 tokens; {steps:,} steps of 4,096 tokens ({epochs:.1f} epochs) in
-float32; Muon for hidden matrices and AdamW for the rest; windows of 128 tokens, at the end of 512; a constant
-learning rate that falls to zero over the last part. Stored in bfloat16.
+`tools/train_demo_model.py`: a byte-level BPE of {vocab_size:,} tokens; {steps:,} steps of {batch_tokens:,} tokens
+({epochs:.1f} epochs) in float32; Muon for hidden matrices and AdamW for the rest; windows of {short_window} tokens,
+at the end of {context}; a constant learning rate that falls to zero over the last part. Stored in {dtype}.
 
 ## Held-out perplexity
 
-{perplexity:.1f} per token, in windows of 512 tokens, on stories that it never saw.
+{perplexity:.1f} per token, in windows of {context} tokens, on stories that it never saw; of the weights in {dtype}.
 
 ## Samples
 
-At temperature 0.7, 100 tokens, seed 0, not selected:
+At temperature {temperature}, {max_tokens} tokens, seed {seed}, not selected:
 
 {samples}
 """
@@ -47,11 +49,11 @@ At temperature 0.7, 100 tokens, seed 0, not selected:
 def samples(model_dir: pathlib.Path) -> list[str]:
     """What the model in `model_dir` writes after each of `PROMPTS`."""
     with Engine(str(model_dir), max_num_seqs=len(PROMPTS)) as engine:
-        outputs = engine.generate(PROMPTS, SamplingParams(temperature=0.7, max_tokens=100, seed=0, ignore_eos=True))
+        outputs = engine.generate(PROMPTS, SamplingParams(**_SAMPLING, ignore_eos=True))
     return [f"{output.prompt}{output.outputs[0].text}" for output in outputs]
 
 
 def render(facts: dict[str, Any], texts: list[str]) -> str:
     """The card in Markdown, with the facts that `train_demo_model` measured."""
     quoted = ["\n".join(f"> {line}".rstrip() for line in text.splitlines()) for text in texts]
-    return _CARD.format(**facts, samples="\n\n---\n\n".join(quoted))
+    return _CARD.format(**facts, **_SAMPLING, samples="\n\n---\n\n".join(quoted))

@@ -1,46 +1,67 @@
-"""Writes the README's tables: what works, from the code that makes it work, and how fast, from docs/benchmarks.
+"""Writes the README's generated parts: what works, from the code and tests that make it work; how fast, from
+docs/benchmarks; and what the first command prints, from running it.
 
-python tools/readme_tables.py            # prints the README as it should be
-python tools/readme_tables.py --update   # puts the tables between its markers
+python tools/readme_tables.py              # prints the README as it should be
+python tools/readme_tables.py --update     # puts the tables between their markers
+python tools/readme_tables.py --first_run  # runs the first command and puts its output between its markers
 """
 
+import argparse
+import ast
+import dataclasses
 import json
+import os
 import pathlib
 import re
+import subprocess
 import sys
+import tempfile
+import textwrap
 
 import sharding_rules
-from jaxinfer import models
+from jaxinfer import Engine, SamplingParams, models
+from jaxinfer.checkpoint.hf_index import INDEX_FILE, SINGLE_FILE
 from pallas_kernels import paged_attention
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 COMMAND = "python tools/readme_tables.py --update"
-
-_MESHES = {
-    "replicated": "one device",
-    "data_parallel": "`data:2`, `data:8`",
-    "tensor_parallel": "`tensor:2`, `tensor:4`, `tensor:8`",
-    "data_and_tensor": "`data:2,tensor:4`",
-}
+FIRST_RUN_COMMAND = "python tools/readme_tables.py --first_run"
+_WIDTH = 118  # of the lines of the first command's output
+_MOST_LINES = 3  # that one line of it is folded into
 
 
 def support() -> str:
-    """Markdown: every family, strategy and kernel that the code finds."""
+    """Markdown: every family, strategy and kernel that the code finds, and the public names of the rest."""
     rows = ["| what | which | shown by |", "|---|---|---|"]
     for name in models.families():
         family = models.get(name)
         configs = ", ".join(config.replace("_", " ") for config in family.TINY_CONFIGS)
         rows.append(f"| model family | {', '.join(family.ARCHITECTURES)} ({configs}) | `tests/parity` |")
+    meshes = tested_meshes()
     rows += [
-        f"| sharding | `{name}`: {_MESHES.get(name, 'no test yet')} | `tests/test_meshes.py` |"
+        f"| sharding | `{name}`: {', '.join(meshes.get(name, ['no test yet']))} | `tests/test_meshes.py` |"
         for name in sharding_rules.strategies()
     ]
     rows += [f"| paged attention | `{name}` | `tests/test_paged_attention.py` |" for name in paged_attention.backends()]
-    rows.append("| weights | Hugging Face safetensors, one file or index and shards | `tests/test_hf_reader.py` |")
-    rows.append("| sampling | greedy, temperature, top-k, top-p, seed per request | `tests/test_sampling.py` |")
-    rows.append("| engine | `generate`, `stream`, `chat`, `add_request`/`step`/`abort` | `tests/test_engine.py` |")
+    rows.append(f"| weights | safetensors: `{SINGLE_FILE}`, or `{INDEX_FILE}` and shards | `tests/test_hf_reader.py` |")
+    parameters = ", ".join(f"`{field.name}`" for field in dataclasses.fields(SamplingParams))
+    rows.append(f"| sampling | {parameters} | `tests/test_sampling.py`, `tests/test_engine.py` |")
+    methods = ", ".join(f"`{name}`" for name, value in vars(Engine).items() if name[0] != "_" and callable(value))
+    rows.append(f"| engine | {methods} | `tests/test_engine.py` |")
     return "\n".join(rows)
+
+
+def tested_meshes() -> dict[str, list[str]]:
+    """The meshes of tests/test_meshes.py by the strategy that runs them; all are compared with one device."""
+    tree = ast.parse((ROOT / "tests" / "test_meshes.py").read_text(encoding="utf-8"))
+    assignments = [node for node in tree.body if isinstance(node, ast.Assign)]
+    (meshes,) = (node.value for node in assignments if ast.unparse(node.targets[0]) == "MESHES")
+    by_strategy = {sharding_rules.strategy_for(()).name: ["one device"]}
+    for mesh in ast.literal_eval(meshes):
+        strategy = sharding_rules.strategy_for(tuple(axis.split(":")[0] for axis in mesh.split(",")))
+        by_strategy.setdefault(strategy.name, []).append(f"`{mesh}`")
+    return by_strategy
 
 
 def speed() -> str:
@@ -50,7 +71,7 @@ def speed() -> str:
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for path in sorted((ROOT / "docs" / "benchmarks").glob("decode_*.json")):
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
         model = f"{report['num_params'] / 1e6:,.0f} M Llama, {report['dtype']}"
         device = f"{report['machine']['cores']} cores, {report['machine']['device']}"
         for result in report["results"]:
@@ -63,24 +84,59 @@ def speed() -> str:
     return "\n".join(rows)
 
 
+def first_run(text: str) -> str:
+    """Markdown: what the first command in the README `text` prints with nothing compiled before, lines folded."""
+    match = re.search(r"&& (run_inference .*)", text)
+    if match is None:
+        raise ValueError("README.md has no line with `&& run_inference ...`")
+    command = f'"{sys.executable}" -m jaxinfer.{match[1]} 2>&1'
+    with tempfile.TemporaryDirectory() as empty:
+        # Compiled programs are kept under the home directory.
+        environment = os.environ | {"HOME": empty, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(command, shell=True, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return f"```text\n{fold(result.stdout)}\n```"
+
+
+def fold(output: str) -> str:
+    """Lines of at most `_WIDTH` characters, long ones cut after a few; of a progress bar its last state."""
+    lines = [line.rstrip().rpartition("\r")[2] for line in output.split("\n")]
+    folded = [textwrap.wrap(line, _WIDTH, max_lines=_MOST_LINES, placeholder=" [...]") for line in lines]
+    return "\n".join("\n".join(parts) for parts in folded).strip()
+
+
 TABLES = {"support": support, "speed": speed}
 
 
-def with_tables(text: str) -> str:
-    """`text` with each table between its markers. Raises ValueError for a table that has no markers."""
-    for name, table in TABLES.items():
-        begin, end = f"<!-- {name}: {COMMAND} -->", f"<!-- end of {name} -->"
-        text, count = re.subn(
-            f"({re.escape(begin)}\n).*?({re.escape(end)})", rf"\g<1>{table()}\n\g<2>", text, flags=re.DOTALL
-        )
-        if count != 1:
-            raise ValueError(f"README.md needs {begin} and {end} once, found them {count} times")
+def with_block(text: str, name: str, command: str, block: str) -> str:
+    """`text` with `block` between the markers of `name`. Raises ValueError unless they are there once."""
+    begin, end = f"<!-- {name}: {command} -->", f"<!-- end of {name} -->"
+    pattern = f"({re.escape(begin)}\n).*?({re.escape(end)})"
+    text, count = re.subn(pattern, lambda match: f"{match[1]}{block}\n{match[2]}", text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"README.md needs {begin} and {end} once, found them {count} times")
     return text
 
 
-if __name__ == "__main__":
-    updated = with_tables(README.read_text())
-    if sys.argv[1:] == ["--update"]:
-        README.write_text(updated)
+def with_tables(text: str) -> str:
+    """`text` with each table between its markers."""
+    for name, table in TABLES.items():
+        text = with_block(text, name, COMMAND, table())
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="rewrite README.md's tables")
+    parser.add_argument("--first_run", action="store_true", help="rewrite README.md's tables and first output")
+    options = parser.parse_args()
+    text = with_tables(README.read_text(encoding="utf-8"))
+    if options.first_run:
+        text = with_block(text, "first run", FIRST_RUN_COMMAND, first_run(text))
+    if options.update or options.first_run:
+        README.write_text(text, encoding="utf-8")
     else:
-        print(updated)
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

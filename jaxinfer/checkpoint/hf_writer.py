@@ -1,17 +1,24 @@
-"""Writes weights as a Hugging Face directory."""
+"""Writes weights as a Hugging Face directory, tensor by tensor.
+
+Sizes are known beforehand, so the header of the safetensors file can be written first. Host memory holds one
+tensor at a time, whatever the size of the model.
+"""
 
 import json
-import os
+import math
 import pathlib
-import shutil
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from jaxinfer.checkpoint.layout import stored_shape
-from jaxinfer.parameters import ModelDefinition
+from jaxinfer.checkpoint.replacement import replaced
+from jaxinfer.parameters import ModelDefinition, ParamSpec
+from sharding_rules import axes as ax
+
+_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # safetensors' spelling
+_ALIGNMENT = 8  # bytes, of where the first tensor begins
 
 
 def write_model(
@@ -19,20 +26,48 @@ def write_model(
 ) -> None:
     """config.json and model.safetensors into `directory`, which appears whole or not at all.
 
-    `arrays` are in the order of `definition.params`, on a mesh that repeats no KV head. Their dtype is kept.
+    `arrays` are in the order of `definition.params`, on any mesh. Their dtype is kept. Raises ValueError for a
+    `directory` that exists and is not an earlier model. Around `write_files`, `replaced` lets a caller add files.
     """
+    with replaced(directory) as partial:
+        write_files(partial, hf_config, definition, arrays)
+
+
+def write_files(
+    directory: pathlib.Path, hf_config: dict[str, Any], definition: ModelDefinition, arrays: tuple[jax.Array, ...]
+) -> None:
+    """As `write_model`, straight into a directory that exists."""
+    (directory / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+    num_kv_heads = definition.config.num_kv_heads
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(_header(definition, arrays))
+        for spec, array in zip(definition.params, arrays, strict=True):
+            file.write(_stored(spec, array, num_kv_heads).reshape(-1).view(np.uint8).data)
+
+
+def _header(definition: ModelDefinition, arrays: tuple[jax.Array, ...]) -> bytes:
+    """Length, then JSON: of each tensor its dtype, its shape and where it lies behind the header."""
     names = definition.family.weight_names(definition.config)
-    tensors = {}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
     for spec, array in zip(definition.params, arrays, strict=True):
         shape = stored_shape(spec.shape, spec.axes, definition.config.num_kv_heads)
-        tensors[names[spec.path]] = np.ascontiguousarray(np.asarray(array).reshape(shape))
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-    weights = partial / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod((partial / "config.json").stat().st_mode)  # the library makes it private
-    if directory.exists():
-        shutil.rmtree(directory)
-    os.rename(partial, directory)
+        stop = start + math.prod(shape) * array.dtype.itemsize
+        dtype = _DTYPE_NAMES[array.dtype.name]
+        header[names[spec.path]] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _stored(spec: ParamSpec, array: jax.Array, num_kv_heads: int) -> np.ndarray:
+    """The parameter on the host as the file has it: one copy of each KV head, heads merged."""
+    # A jax.Array keeps the host copy that NumPy asks it for; this one, over the same shards, is soon forgotten.
+    shards = [shard.data for shard in array.addressable_shards]
+    data = np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
+    one_copy = tuple(
+        slice(None, None, size // num_kv_heads if axis == ax.KV_HEADS else 1)
+        for size, axis in zip(spec.shape, spec.axes, strict=True)
+    )
+    return np.ascontiguousarray(data[one_copy]).reshape(stored_shape(spec.shape, spec.axes, num_kv_heads))

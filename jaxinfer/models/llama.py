@@ -15,6 +15,7 @@ from jaxinfer.partitioning import Partitioner
 from sharding_rules import axes as ax
 
 ARCHITECTURES = ("LlamaForCausalLM",)
+_LLAMA2_THETA = 10000.0  # a constant of the code, with no key in the file, when Llama 2 was published
 
 # Few KV heads, a head_dim that is not hidden / heads, and sizes that divide over eight devices.
 _TINY = {
@@ -54,7 +55,7 @@ TINY_CONFIGS = {
     "odd_vocab": _TINY | {"vocab_size": 131},
     "tied": _TINY | {"tie_word_embeddings": True},
     "biases": _TINY | {"attention_bias": True, "mlp_bias": True},
-    "llama2": _without("num_key_value_heads", "head_dim", "tie_word_embeddings"),
+    "llama2": _without("num_key_value_heads", "head_dim", "tie_word_embeddings", "rope_theta"),
     "linear_rope": _TINY | {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama3_rope": _TINY | {"rope_scaling": _LLAMA3},
     "new_config_shape": _without("rope_theta") | {"rope_parameters": {"rope_theta": 500000.0, **_LLAMA3}},
@@ -65,6 +66,7 @@ TINY_CONFIGS = {
 
 def parse_config(hf: HFConfig) -> ModelConfig:
     """The model that config.json describes; ValueError where it asks for something we do not compute."""
+    hf.expect("model_type", "llama")  # others borrow the architecture's name, with windows or biases of their own
     embed_dim, num_q_heads = hf.get("hidden_size", int), hf.get("num_attention_heads", int)
     config = ModelConfig(
         family="llama",
@@ -73,11 +75,11 @@ def parse_config(hf: HFConfig) -> ModelConfig:
         num_layers=hf.get("num_hidden_layers", int),
         num_q_heads=num_q_heads,
         num_kv_heads=hf.get("num_key_value_heads", int, num_q_heads),
-        head_dim=hf.get("head_dim", int, embed_dim // max(num_q_heads, 1)),
+        head_dim=hf.get("head_dim", int, embed_dim // num_q_heads),
         mlp_dim=hf.get("intermediate_size", int),
         max_position=hf.get("max_position_embeddings", int),
         norm_eps=hf.get("rms_norm_eps", float),
-        rope=hf.rope(),
+        rope=hf.rope(default_theta=_LLAMA2_THETA),
         activation=hf.expect("hidden_act", "silu"),
         tie_embeddings=hf.get("tie_word_embeddings", bool, False),
         attention_bias=hf.get("attention_bias", bool, False),

@@ -1,0 +1,55 @@
+"""The tools start, from a checkout and as modules of the installed package, and their parts do what they say."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROGRAMS = [path.stem for path in sorted((ROOT / "tools").glob("*.py")) if "__main__" in path.read_text("utf-8")]
+
+
+def run(directory: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Python program, started where nothing but an install of this checkout (or its stand-in) is in sight."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_there_are_programs():
+    assert {"bench_decode", "readme_tables", "train_demo_model"} <= set(PROGRAMS)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("way", ["script", "module"])
+def test_help(tmp_path: pathlib.Path, name: str, way: str):
+    if name == "train_demo_model":
+        pytest.importorskip("optax", reason='needs pip install -e ".[train]"')
+    start = [str(ROOT / "tools" / f"{name}.py")] if way == "script" else ["-m", f"jaxinfer.tools.{name}"]
+    result = run(tmp_path, *start, "--help")
+    assert f"{name}.py" in result.stdout and "Traceback" not in result.stderr, result.stderr
+
+
+def test_a_schedule_needs_steps_to_rise_and_fall(tmp_path: pathlib.Path):
+    pytest.importorskip("optax", reason='needs pip install -e ".[train]"')
+    flags = ["--text=t", "--output=o", "--work_dir=w", "--steps=549", "--decay_steps=500"]
+    result = run(tmp_path, "-m", "jaxinfer.tools.train_demo_model", *flags)
+    assert result.returncode != 0 and "--steps must be at least --decay_steps + 50" in result.stderr
+
+
+def test_the_card_has_the_facts_that_were_measured():
+    from jaxinfer.tools import demo_model_card
+
+    facts = {"num_params": 1, "vocab_size": 2222, "context": 333, "short_window": 44, "steps": 5, "batch_tokens": 6666}
+    facts |= {"epochs": 7.0, "train_tokens": 8, "held_out_tokens": 9, "dtype": "int3", "perplexity": 10.0}
+    card = demo_model_card.render(facts, ["Once\n\nupon"])
+    for text in (
+        "2,222 tokens",
+        "steps of 6,666 tokens",
+        "44 tokens,\nat the end of 333",
+        "Stored in int3",
+        "> Once\n>\n",
+    ):
+        assert text in card
