@@ -19,6 +19,7 @@ LAYERS = {
     "pallas_kernels": 0,
     # Host only: never jax.
     "jaxinfer.config": 1,
+    "jaxinfer.config_file": 1,
     "jaxinfer.engine_config": 1,
     "jaxinfer.generation_config": 1,
     "jaxinfer.hf_config": 1,
@@ -37,6 +38,7 @@ LAYERS = {
     # Arrays.
     "jaxinfer.bandwidth": 2,
     "jaxinfer.batch": 2,
+    "jaxinfer.compilation_cache": 2,
     "jaxinfer.devices": 2,
     "jaxinfer.kv_cache": 2,
     "jaxinfer.partitioning": 2,
@@ -54,6 +56,7 @@ LAYERS = {
     "jaxinfer.transfer": 5,
     "jaxinfer.engine": 6,
     # Programs.
+    "jaxinfer.cli_output": 7,
     "jaxinfer.run_inference": 7,
     "jaxinfer.server": 7,
     "tools": 7,
