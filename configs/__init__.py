@@ -1,1 +1,1 @@
-"""Settings for `run_inference --config`, as TOML."""
+"""Examples for `run_inference --config=configs/NAME.toml`: flags by name. Flags on the command line override them."""

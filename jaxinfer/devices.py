@@ -19,6 +19,12 @@ def set_num_cpu_devices(count: int) -> None:
     os.environ.setdefault("PJRT_NPROC", str(max(32, 4 * count)))
 
 
+def prefer_cpu() -> None:
+    """Makes JAX run on the CPU, unless JAX_PLATFORMS says otherwise. Call before jax is imported."""
+    if not os.environ.get("JAX_PLATFORMS"):  # JAX takes an empty one for none
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
 def check_accelerator(allow_cpu: bool) -> None:
     """Raises RuntimeError when an NVIDIA GPU is here but JAX would run on the CPU, unless `allow_cpu`."""
     import jax
@@ -48,5 +54,8 @@ def free_bytes(device) -> int | None:
     meminfo = pathlib.Path("/proc/meminfo")
     if device.platform != "cpu" or not meminfo.exists():
         return None
-    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+    lines = meminfo.read_text(encoding="utf-8").splitlines()
+    available = next((line for line in lines if line.startswith("MemAvailable:")), None)
+    if available is None:
+        return None
     return int(available.split()[1]) * 1024 // device.client.device_count()

@@ -1,15 +1,29 @@
 """What a user may choose about an engine. Names follow vLLM's where the meaning is the same."""
 
 import dataclasses
+import typing
 
 from jaxinfer.unknown_names import StrictFields
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+NOT_FLAGS = frozenset({"show_progress"})  # run_inference always shows it
+
+_KINDS = {str: "text", int: "an integer", float: "a number", bool: "True or False", type(None): "None"}
+_AT_LEAST = {
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "decode_steps": 1,
+    "max_model_len": 2,  # a prompt of one token, and one that is generated
+    "page_size": 1,
+    "kv_cache_bytes": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig(StrictFields):
-    """Each field is a keyword of `Engine` and, with the same name, a flag of `run_inference`.
+    """Each field is a keyword of `Engine` and, `NOT_FLAGS` excepted, a flag of `run_inference` with the same name.
+
+    Raises ValueError, naming the flag, for a value of another type or out of range.
 
     Attributes:
       model: model directory; None for the demonstration model.
@@ -49,21 +63,23 @@ class EngineConfig(StrictFields):
     show_progress: bool = False
 
     def __post_init__(self):
-        for name in (
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "decode_steps",
-            "max_model_len",
-            "page_size",
-            "kv_cache_bytes",
-        ):
+        for field in dataclasses.fields(self):
+            self._check_type(field)
+        for name, low in _AT_LEAST.items():
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"--{name}={value}: must be an integer of at least 1")
+            if value is not None and value < low:
+                raise ValueError(f"--{name}={value}: must be an integer of at least {low}")
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"--memory_fraction={self.memory_fraction}: must be above 0 and at most 1")
         for name, legal in (("dtype", DTYPES), ("generation_config", ("auto", "none"))):
             if getattr(self, name) not in legal:
                 raise ValueError(f"--{name}={getattr(self, name)}: unknown; known: {', '.join(legal)}")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+        if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed={self.seed}: must be an integer in [0, 2**32)")
+
+    def _check_type(self, field: dataclasses.Field) -> None:
+        """Exact types, for True is an int to isinstance, and a numpy integer would overflow in byte arithmetic."""
+        value, kinds = getattr(self, field.name), typing.get_args(field.type) or (field.type,)
+        if type(value) not in kinds and not (float in kinds and type(value) is int):
+            wanted = " or ".join(_KINDS[kind] for kind in kinds)
+            raise ValueError(f"--{field.name}={value!r}: must be {wanted}")

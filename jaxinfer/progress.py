@@ -22,26 +22,35 @@ class Progress:
 
     @contextlib.contextmanager
     def phase(self, title: str, unit: str) -> Iterator[Advance]:
-        """Yields a function to call with (done, total); ends with a line that says how much and how long."""
+        """Yields a function to call with (done, total); ends with a line that says how much and how long.
+
+        Without a terminal a line says when the phase begins, for it may take minutes. After an exception the bar
+        stays as it was, on a line of its own.
+        """
         start = time.perf_counter()
         last = (0, 0)
+        has_bar = self._enabled and sys.stderr.isatty()
 
         def advance(done: int, total: int) -> None:
             nonlocal last
             last = (done, total)
-            if self._enabled and sys.stderr.isatty():
-                print(
-                    f"\r{title}: {_amount(done, unit)} of {_amount(total, unit)}\033[K",
-                    end="",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            if has_bar:
+                done_text = format_bytes(done) if unit == "bytes" else str(done)
+                bar = f"\r{title}: {done_text} of {_amount(total, unit)}\033[K"
+                print(bar, end="", file=sys.stderr, flush=True)
 
-        yield advance
+        if not has_bar:
+            self.line(f"{title} ...")
+        finished = False
+        try:
+            yield advance
+            finished = True
+        finally:
+            if has_bar and last[1]:
+                print("\r\033[K" if finished else "\n", end="", file=sys.stderr, flush=True)
         seconds = time.perf_counter() - start
         rate = f", {last[0] / 1e9 / seconds:.2f} GB/s" if unit == "bytes" else ""
-        clear = "\r\033[K" if sys.stderr.isatty() else ""
-        self.line(f"{clear}{title}: {_amount(last[0], unit)} in {seconds:.1f} s{rate}")
+        self.line(f"{title}: {_amount(last[0], unit)} in {seconds:.1f} s{rate}")
 
 
 def _amount(value: int, unit: str) -> str:

@@ -20,6 +20,7 @@ LAYERS = {
     # Host only: never jax.
     "jaxinfer.chat_template": 1,
     "jaxinfer.config": 1,
+    "jaxinfer.config_file": 1,
     "jaxinfer.engine_config": 1,
     "jaxinfer.generation_config": 1,
     "jaxinfer.hf_config": 1,
@@ -38,6 +39,7 @@ LAYERS = {
     # Arrays.
     "jaxinfer.bandwidth": 2,
     "jaxinfer.batch": 2,
+    "jaxinfer.compilation_cache": 2,
     "jaxinfer.devices": 2,
     "jaxinfer.kv_cache": 2,
     "jaxinfer.partitioning": 2,
@@ -57,6 +59,7 @@ LAYERS = {
     "jaxinfer.engine": 6,
     "jaxinfer.engine_core": 6,
     # Programs.
+    "jaxinfer.cli_output": 7,
     "jaxinfer.run_inference": 7,
     "jaxinfer.server": 7,
     "tools": 7,

@@ -1,27 +1,21 @@
 """The command line: real output, and each mistake one clear line, exit code 1, no traceback."""
 
+import io
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 
+import numpy as np
 import pytest
-from absl import flags as flags_module
-from absl.testing import flagsaver
+import safetensors.numpy
 
-from jaxinfer import run_inference
+from jaxinfer import devices
 from tests import tiny_model
-
-COMMAND = [sys.executable, "-m", "jaxinfer.run_inference", "--compilation_cache_dir="]
-
-
-def run(*flags: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
-    return subprocess.run(
-        [*COMMAND, *flags], capture_output=True, text=True, input=stdin, env=env, timeout=300, check=False
-    )
+from tests.command_line import run, run_here
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +68,6 @@ def test_a_traceback_only_with_verbosity_1(model_dir: pathlib.Path):
     assert "Traceback" in run(f"--model={model_dir}", "--prompt=a", "--mesh=tensor:2", "--verbosity=1").stderr
 
 
-def run_here(*flags: str) -> int:
-    """The exit code of the command in this process, which has eight virtual devices. Much faster than `run`."""
-    with flagsaver.flagsaver():
-        arguments = flags_module.FLAGS(["run_inference", "--compilation_cache_dir=", *flags])
-        return run_inference.main(arguments)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -96,8 +83,16 @@ def run_here(*flags: str) -> int:
         (["--temperature=-1"], "--temperature=-1.0: must be a number in [0, 10000]"),
         (["--model=/nowhere"], "--model=/nowhere: no such directory"),
         (["--attention_backend=magic"], "--attention_backend=magic: no such backend; known: xla"),
-        (["--prompts_file=/nowhere.txt"], "--prompts_file=/nowhere.txt: no such file"),
+        (["--prompts_file=/nowhere.txt"], "--prompts_file=/nowhere.txt: No such file or directory"),
         (["stray"], "unexpected argument 'stray'"),
+        (["--max_num_seqs=0"], "--max_num_seqs=0: must be an integer of at least 1"),
+        (["--max_tokens=many"], "flag --max_tokens=many: invalid literal"),
+        (["--num_cpu_devices=0"], "flag --num_cpu_devices=0: 0 is not a positive integer"),
+        (["--dtype=int8"], "flag --dtype=int8: value should be one of <auto|float32"),
+        (["--max_tokns=5"], "Unknown command line flag 'max_tokns'. Did you mean: max_tokens"),
+        (["--output_file=/nowhere/out.jsonl"], "--output_file=/nowhere/out.jsonl: there is no directory /nowhere"),
+        (["--output_file=/"], "--output_file=/: is a directory; name a file in it"),
+        (["--num_cpu_devices=2"], "set_num_cpu_devices must be called before jax is imported"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -128,6 +123,44 @@ def test_a_directory_without_config_says_so(broken_dir: pathlib.Path, capsys):
     assert "no config.json there" in capsys.readouterr().err
 
 
+def test_no_prompt_says_how_to_give_one(model_dir: pathlib.Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n  \n"))
+    assert run_here(f"--model={model_dir}") == 1
+    assert 'error: no prompt; give --prompt="Once upon a time", --prompts_file, or lines' in capsys.readouterr().err
+
+
+def change_weights(model_dir: pathlib.Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    weights = safetensors.numpy.load_file(model_dir / "model.safetensors")
+    change(weights)
+    safetensors.numpy.save_file(weights, model_dir / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda weights: weights.pop("model.norm.weight"), "model.norm.weight"),
+        (lambda weights: weights.update(stray=np.zeros(3, np.float32)), "stray"),
+        (lambda weights: weights.update({"model.norm.weight": np.zeros(3, np.float32)}), "model.norm.weight"),
+    ],
+    ids=["missing tensor", "extra tensor", "wrong shape"],
+)
+def test_weights_that_are_not_the_models_are_one_line(broken_dir: pathlib.Path, capsys, change, name: str):
+    change_weights(broken_dir, change)
+    assert run_here(f"--model={broken_dir}", "--prompt=abc") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("run_inference: error: ") and name in last
+
+
+def test_a_missing_shard_is_one_line(broken_dir: pathlib.Path, capsys):
+    names = safetensors.numpy.load_file(broken_dir / "model.safetensors")
+    (broken_dir / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (broken_dir / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert run_here(f"--model={broken_dir}", "--prompt=abc") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("run_inference: error: ") and "model-00001-of-00001.safetensors" in last
+
+
 def test_truncated_weights_are_one_line_too(broken_dir: pathlib.Path, capsys):
     weights = broken_dir / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -139,3 +172,54 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path: pathlib.P
     small = tiny_model.make(tmp_path / "small", vocab_size=128, eos_token_id=5)
     assert run_here(f"--model={small}", "--prompt=abc") == 1
     assert "the tokenizer has 257 tokens and config.json's vocab_size is 128" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "platforms"),
+    [
+        ((), None),
+        (("--allow_cpu",), "cpu"),
+        (("--num_cpu_devices=8",), "cpu"),
+        (("--num_cpu_devices=8", "--allow_cpu"), "cpu"),
+    ],
+)
+def test_what_asks_for_the_cpu_gets_it_beside_a_gpu(
+    model_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], platforms: str | None
+):
+    """--allow_cpu only silenced the check, and took from --num_cpu_devices what it does to run on the CPU."""
+
+    def stop(allow_cpu: bool) -> None:
+        raise RuntimeError("far enough")
+
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(devices, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(devices, "set_num_cpu_devices", lambda count: None)
+    monkeypatch.setattr(devices, "check_accelerator", stop)
+    assert run_here(f"--model={model_dir}", "--prompt=abc", *flags) == 1
+    assert os.environ.get("JAX_PLATFORMS") == platforms
+
+
+def test_a_gpu_that_jax_cannot_use_is_one_line(model_dir: pathlib.Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(devices, "has_nvidia_gpu", lambda: True)
+    assert run_here(f"--model={model_dir}", "--prompt=abc") == 1
+    assert "error: an NVIDIA GPU is present but JAX runs on the CPU" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_models_wishes_are_told_and_can_be_left_aside(broken_dir: pathlib.Path, capsys):
+    wishes = {"temperature": 0.5, "top_p": 0.25, "num_beams": 4}
+    (broken_dir / "generation_config.json").write_text(json.dumps(wishes), encoding="utf-8")
+    flags = (f"--model={broken_dir}", "--prompt=abc", "--max_tokens=2", "--decode_steps=1", "--max_model_len=32")
+    assert run_here(*flags) == 0
+    err = capsys.readouterr().err
+    assert "temperature=0.5, top_k=0, top_p=0.25" in err
+    assert "generation_config.json asks for more, not applied: num_beams=4\n" in err
+    assert run_here(*flags, "--generation_config=none") == 0
+    err = capsys.readouterr().err
+    assert "temperature=1.0, top_k=0, top_p=1.0" in err and "asks for more" not in err
+
+
+def test_the_console_scripts_help_shows_the_flags():
+    """absl's --help shows the flags of the file that runs, and that is another one than where ours are."""
+    script = "from jaxinfer.run_inference import cli; cli()"
+    result = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=False)
+    assert "--prompts_file:" in result.stdout and "--memory_fraction:" in result.stdout
