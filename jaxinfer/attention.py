@@ -99,7 +99,7 @@ class PagedAttention:
         return out
 
     def _attend_local(self, q, k, v, k_pages, v_pages, segments: tuple[Segment, ...]):
-        """Of one shard: the first dimension is 1. All is written before anything is read, so that pages stay in place."""
+        """Of one shard: the first dimension is 1. All is written before anything is read: pages stay in place."""
         segments = tuple(Segment(*(x[0] for x in segment)) for segment in segments)
         sizes = [segment.positions.size for segment in segments]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]

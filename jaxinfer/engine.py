@@ -7,7 +7,7 @@ to one thread.
 """
 
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -94,7 +94,7 @@ class Engine:
         return params if defaults.max_new_tokens is None else replace(params, max_tokens=defaults.max_new_tokens)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """Outputs in the order of `prompts`, which are texts or token ids; more than there are slots may be given.
 
@@ -211,13 +211,13 @@ class Engine:
             raise RuntimeError("the engine is closed; make a new one")
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """One prompt or several: a text, or a sequence of numbers, is one."""
     if isinstance(prompts, str):
         return [prompts]
     try:
-        prompts = list(prompts)
+        several = cast(list[Prompt], list(prompts))
     except TypeError:
         raise ValueError(f"prompts: expected texts or token ids, found {prompts!r}") from None
-    are_ids = [isinstance(prompt, numbers.Integral) for prompt in prompts]
-    return [cast(Prompt, prompts)] if prompts and all(are_ids) else cast(list[Prompt], prompts)
+    are_ids = [isinstance(prompt, numbers.Integral) for prompt in several]
+    return [cast(Prompt, several)] if several and all(are_ids) else several

@@ -4,16 +4,16 @@ import dataclasses
 import hashlib
 import itertools
 import numbers
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from jaxinfer.generation_config import GenerationDefaults
 from jaxinfer.output_text import OutputText
 from jaxinfer.request import MAX_STOP_TOKEN_IDS, Request, SamplingParams
 from jaxinfer.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Iterable[int]
 
-_CONTEXT_TOKENS = 4  # of the prompt, so that the first word of the output keeps its leading space
+_CONTEXT_TOKENS = 16  # of the prompt, for the first word of the output: its leading space, its first bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Intake:
                 f"prompt of {len(token_ids)} tokens leaves no room to generate within --max_model_len="
                 f"{self.max_model_len}; shorten it to {self.max_model_len - 1} tokens or raise --max_model_len"
             )
-        if params.stop and self.tokenizer is None:
+        if params.stop_strings and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer and the model has none; use stop_token_ids")
         stop_token_ids = self._stop_token_ids(params)
         number = next(self._numbers)
@@ -58,7 +58,7 @@ class Intake:
             stop_token_ids=stop_token_ids,
             max_tokens=min(params.max_tokens, self.max_model_len - len(token_ids)),
             seed=_seed_of(self.seed, number) if params.seed is None else params.seed,
-            text=OutputText(stream, params.stop),
+            text=OutputText(stream, params.stop_strings),
         )
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -81,10 +81,11 @@ class Intake:
             )
         return token_ids
 
-    def _token_ids(self, what: str, values: Sequence[int]) -> list[int]:
+    def _token_ids(self, what: str, values: Iterable[int]) -> list[int]:
         """As plain ints, NumPy's too. JAX would silently read another token's row, so the host checks every id."""
         if not isinstance(values, Iterable):
             raise ValueError(f"{what}: {values!r} is neither a text nor token ids")
+        values = list(values)
         for value in values:
             is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
             if not is_integer or not 0 <= value < self.vocab_size:

@@ -1,9 +1,9 @@
 """The paged cache of keys and values: allocated once, donated to every step, written in place.
 
 Per layer two arrays [num_pages, num_kv_heads, page_size, head_dim], so that one (page, head) tile is
-contiguous. Page 0 is the scratch page: padding writes there, and what is read there counts for nothing; hence no page id is ever
-negative or out of range (JAX would scatter at -1 into the last page). With `data` in the mesh the pages are
-divided among its shards; page ids in block tables are local to a shard, and each has a scratch page.
+contiguous. Page 0 is the scratch page: padding writes there, and what is read there counts for nothing; hence no
+page id is ever negative or out of range (JAX would scatter at -1 into the last page). With `data` in the mesh the
+pages are divided among its shards; page ids in block tables are local to a shard, and each has a scratch page.
 """
 
 import dataclasses

@@ -6,6 +6,7 @@ import enum
 import math
 import time
 from collections.abc import Sequence
+from typing import cast
 
 from jaxinfer.output_text import OutputText
 from jaxinfer.unknown_names import StrictFields
@@ -53,8 +54,12 @@ class SamplingParams(StrictFields):
         self._check_integer("max_tokens", 1, 2**31 - 1)
         if self.seed is not None:
             self._check_integer("seed", 0, 2**32 - 1)
-        if not all(isinstance(s, str) and s for s in self.stop):
+        if not all(isinstance(s, str) and s for s in self.stop_strings):
             raise ValueError(f"stop={self.stop!r}: expected non-empty strings")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return cast(tuple[str, ...], self.stop)  # which the constructor made one
 
     def _check_number(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)

@@ -53,12 +53,13 @@ flags.DEFINE_enum("dtype", _DEFAULTS.dtype, DTYPES, "Of weights and cache.")
 flags.DEFINE_integer("max_model_len", None, "Longest prompt plus output, in tokens.")
 flags.DEFINE_integer("max_num_seqs", None, "Sequences decoded together. Default: as many as prompts, at most 8.")
 flags.DEFINE_integer(
-    "max_num_batched_tokens", _DEFAULTS.max_num_batched_tokens, "Longest piece of a prompt that is prefilled at once."
+    "max_num_batched_tokens", _DEFAULTS.max_num_batched_tokens, "Most tokens of a step, prefilled and decoded."
 )
 flags.DEFINE_integer("page_size", None, "Tokens per cache page.")
 flags.DEFINE_integer("kv_cache_bytes", None, "Cache size per device in bytes.")
 flags.DEFINE_float("memory_fraction", _DEFAULTS.memory_fraction, "Share of free memory to use.")
-flags.DEFINE_integer("decode_steps", _DEFAULTS.decode_steps, "Tokens per sequence and dispatch.")
+flags.DEFINE_integer("decode_steps", _DEFAULTS.decode_steps, "Tokens per sequence and dispatch when nobody waits.")
+flags.DEFINE_bool("enable_prefix_caching", _DEFAULTS.enable_prefix_caching, "Prefill what prompts have in common once.")
 flags.DEFINE_integer("seed", _DEFAULTS.seed, "Seed of sampling.")
 flags.DEFINE_string("attention_backend", _DEFAULTS.attention_backend, "Kernel, or auto.")
 flags.DEFINE_string(

@@ -4,14 +4,14 @@ Every array of a batch starts with the data shard, [D, ...]; the model sees the 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.attention import PagedAttention, Segment, attention_spec
-from jaxinfer.batch import ChunkArrays, StepBatch
+from jaxinfer.batch import Array, ChunkArrays, StepBatch
 from jaxinfer.kv_cache import Cache
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.sampling import SamplingArrays, sample
@@ -24,8 +24,8 @@ Arrays = tuple[jax.Array, ...]
 class SlotState(NamedTuple):
     """What a row's next step needs of its last, so that the host need not know it yet."""
 
-    tokens: jax.Array  # int32 [D, slots]; the last token
-    stopped: jax.Array  # bool [D, slots]; whether it ended the sequence
+    tokens: Array  # int32 [D, slots]; the last token
+    stopped: Array  # bool [D, slots]; whether it ended the sequence
 
     def put(self, slots: jax.Array, tokens: jax.Array, stopped: jax.Array) -> "SlotState":
         """Of rows, all [D, R]; a slot of -1 is nobody's. Written as a mask: a scatter would not stay in its shard."""
@@ -39,9 +39,9 @@ class SlotState(NamedTuple):
 class StepOutput(NamedTuple):
     """Of each row: int32 `tokens` [D, R, num_steps], of which the first `counts` int32 [D, R] were generated."""
 
-    tokens: Any
-    counts: Any
-    finite: Any  # bool [D, R]; whether all its logits were
+    tokens: Array
+    counts: Array
+    finite: Array  # bool [D, R]; whether all its logits were
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

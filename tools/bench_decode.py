@@ -12,10 +12,11 @@ where an embedding that is not also the head does not count: one row of it is re
 same device between the rounds, because other programs may take a part of it.
 
 Only decoding is timed, from the first token on, the host's work between the steps included. Ours is the path that the
-engine takes: scheduler, batch, runner, the host a step behind. The peer's is the usual loop over `model(token, past_key_values=cache)` with
-its default attention. Both have the same weights, prompts and dtype and choose greedily. Rounds alternate between
-them and the figure is the median of the rounds' ratios, which a busy machine moves less than either speed. On a busy
-machine torch can be several times faster with one thread than with its own choice, so it gets whichever is best.
+engine takes: scheduler, batch, runner, the host a step behind. The peer's is the usual loop over
+`model(token, past_key_values=cache)` with its default attention. Both have the same weights, prompts and dtype and
+choose greedily. Rounds alternate between them and the figure is the median of the rounds' ratios, which a busy machine
+moves less than either speed. On a busy machine torch can be several times faster with one thread than with its own
+choice, so it gets whichever is best.
 """
 
 import functools

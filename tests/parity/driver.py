@@ -44,7 +44,8 @@ class Shapes:
 
     def buckets(self, num_shards: int = 1) -> batch.Buckets:
         pages = -(-self.max_len // self.page_size)
-        return batch.Buckets((self.rows,), (pages,), (pages,), (self.chunk,), self.page_size, self.num_steps, num_shards)
+        sizes = ((self.rows,), (pages,), (pages,), (self.chunk,))
+        return batch.Buckets(*sizes, self.page_size, self.num_steps, num_shards)
 
     @property
     def pages_per_shard(self) -> int:
@@ -182,7 +183,8 @@ class LogitsRecorder:
         jax.effects_barrier()
         (chunk,), (rows,) = plan.chunks, plan.rows  # one device, one shard
         for row, request in enumerate(rows):
-            self._take(request, np.stack([step[0, row] for step in self._steps])[: _num_left(request, plan.starts[0][row])])
+            num_left = _num_left(request, plan.starts[0][row])
+            self._take(request, np.stack([step[0, row] for step in self._steps])[:num_left])
         if chunk is not None:
             (step,) = self._steps
             end = step.shape[1] - self._chunk_tokens
