@@ -22,7 +22,12 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def start(flags: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([*COMMAND, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    # A shell's background job, as CI may be, ignores interrupts, and the program would inherit that.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen([*COMMAND, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_an_interrupt_ends_in_a_line_and_keeps_what_is_finished(flags: list[str], tmp_path: pathlib.Path):
