@@ -10,11 +10,12 @@ import random
 
 import pytest
 
-from jaxinfer.engine_core import EngineCore
 from jaxinfer.request import FinishReason, Request
+from tests.campaign import campaign, report
 from tests.fake_runner import POISON, VOCAB_SIZE, make_core, make_request, run, solo
 
-NUM_STEPS = int(os.environ.get("JAXINFER_TEST_STEPS", "600"))
+NUM_STEPS = int(os.environ.get("JAXINFER_TEST_STEPS", "1200"))
+LONGEST = 64  # tokens of prompt and output
 
 
 def random_request(rng: random.Random, number: int, longest: int, stem: list[int]) -> Request:
@@ -32,69 +33,44 @@ def expected(request: Request) -> list[int]:
     return solo(request.prompt_token_ids, request.max_tokens, request.stop_token_ids)
 
 
-def campaign(core: EngineCore, rng: random.Random, num_steps: int, longest: int) -> dict[str, int]:
-    """Random arrivals and aborts for `num_steps`, then until all is done; what happened, by name."""
-    stem = [rng.randrange(VOCAB_SIZE) for _ in range(longest)]
-    requests: list[Request] = []
-    steps = 0
-    while steps < num_steps or core.has_work:
-        if steps < num_steps and rng.random() < 0.3:
-            requests.append(random_request(rng, len(requests), longest, stem))
-            core.scheduler.add(requests[-1])
-        if requests and rng.random() < 0.02:
-            core.abort(rng.choice(requests))
-        core.step()
-        core.scheduler.check()
-        steps += 1
-        assert steps < 100 * num_steps, "no progress"
-    mismatches = finished = 0
-    for request in requests:
-        output, wanted = request.output_token_ids, expected(request)
-        if request.finish_reason is FinishReason.ABORT:
-            wanted = wanted[: len(output)]
-        else:
-            finished += 1
-        mismatches += output != wanted
-    leaked = sum(a.num_usable_pages - a.num_free for a in core.scheduler.allocators)
-    return {
-        "steps": steps,
-        "finished": finished,
-        "tokens": sum(len(r.output_token_ids) for r in requests),
-        "preemptions": core.scheduler.num_preemptions,
-        "mismatching requests": mismatches,
-        "leaked pages": leaked,
-    }
-
-
+@pytest.mark.parametrize("preempt_every", [0, 3])
 @pytest.mark.parametrize("enable_prefix_caching", [False, True], ids=["cold", "prefix"])
 @pytest.mark.parametrize("num_shards", [1, 2])
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 @pytest.mark.parametrize("decode_steps", [1, 4])
 def test_random_schedules_equal_solo(
-    enable_prefix_caching: bool, num_shards: int, page_size: int, chunk: int, decode_steps: int
+    preempt_every: int, enable_prefix_caching: bool, num_shards: int, page_size: int, chunk: int, decode_steps: int
 ):
     """A pool of a sequence and a half for four slots: preemption is the rule, not the exception."""
     core = make_core(
         num_shards=num_shards,
         page_size=page_size,
-        pages_per_shard=1 + 96 // page_size,
+        pages_per_shard=1 + LONGEST * 3 // 2 // page_size,
         max_num_batched_tokens=chunk,
         decode_steps=decode_steps,
         enable_prefix_caching=enable_prefix_caching,
     )
     rng = random.Random(f"{num_shards} {page_size} {chunk} {decode_steps}")
-    result = campaign(core, rng, NUM_STEPS // 10, longest=64)
+    stem = [rng.randrange(VOCAB_SIZE) for _ in range(LONGEST)]
+    requests = campaign(
+        core,
+        rng,
+        NUM_STEPS // 20,
+        lambda number: random_request(rng, number, LONGEST, stem),
+        preempt_every=preempt_every,
+    )
+    result = report(core, requests, expected)
     print(result)
     assert result["mismatching requests"] == 0 and result["leaked pages"] == 0
-    assert result["finished"] > 0
+    assert result["finished"] > 0 and (result["preemptions"] > 0 or not preempt_every)
 
 
 def test_a_starved_pool_finishes_everything():
     """A pool of one longest sequence, 500 requests: preempted often, never stuck, first come first done."""
     core = make_core(page_size=4, pages_per_shard=17, slots_per_shard=8, max_num_batched_tokens=32)
     rng = random.Random(0)
-    requests = [random_request(rng, i, 64, []) for i in range(500)]
+    requests = [random_request(rng, i, LONGEST, []) for i in range(500)]
     for request in requests:
         request.priority = 0
     run(core, requests)
