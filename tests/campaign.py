@@ -42,17 +42,19 @@ def campaign(
 
 def report(core: EngineCore, requests: list[Request], solo: Callable[[Request], list[int]]) -> dict[str, int]:
     """What happened, by name. `solo` gives the output of a request that is alone."""
-    mismatches = finished = 0
+    mismatches = finished = errors = 0
     for request in requests:
         output, wanted = request.output_token_ids, solo(request)
-        if request.finish_reason is FinishReason.ABORT:
+        if request.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
             wanted = wanted[: len(output)]
+            errors += request.finish_reason is FinishReason.ERROR
         else:
             finished += 1
         mismatches += output != wanted
     return {
         "steps": core.stats.steps,
         "finished": finished,
+        "errors": errors,
         "tokens": sum(len(r.output_token_ids) for r in requests),
         "preemptions": core.scheduler.num_preemptions,
         "mismatching requests": mismatches,

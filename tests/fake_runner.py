@@ -45,11 +45,13 @@ class FakeRunner:
     """Stands in for `Runner`. `memory` [D, P, page_size] holds token ids where the real one holds keys and values.
 
     `fail_at` "dispatch" or "read" makes the next step raise, when it is started or when its results are read.
+    `spoil_next` makes the next row that runs write poison in place of its tokens.
     """
 
     def __init__(self, buckets: Buckets, pages_per_shard: int):
         self.buckets = buckets
         self.fail_at = ""
+        self.spoil_next = False
         self._shape = (buckets.num_shards, pages_per_shard, buckets.page_size)
         self.reset_cache()
 
@@ -72,6 +74,9 @@ class FakeRunner:
         # As on a device, all rows of a step are written before any is read.
         for step in range(shape.num_steps):
             rows = [*self._active_rows(shape, batch, counts, finite, step)]
+            if rows and self.spoil_next:
+                self.spoil_next = False
+                rows[0][2][:] = POISON
             for shard, row, written, start in rows:
                 self._write(shard, batch.block_tables[shard, row], start, written)
             for shard, row, written, start in rows:

@@ -127,6 +127,7 @@ def test_random_engine_steps_equal_solo(
             )
             result = report(core, requests, lambda request, drawn=drawn: solo[drawn[request]])
             assert result["mismatching requests"] == 0 and result["leaked pages"] == 0, (chunk, prefix, preempt_every)
+            assert result["errors"] == 0, "somebody read a free page"
             totals = {name: totals.get(name, 0) + count for name, count in result.items()}
     print(f"page size {page_size}: {totals}")
     assert totals["finished"] > 0 and totals["preemptions"] > 0
