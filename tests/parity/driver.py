@@ -137,11 +137,13 @@ class Continuation:
     logits: np.ndarray
 
 
-def continue_prompts(model_dir: pathlib.Path, prompts: list[list[int]], num_tokens: int) -> list[Continuation]:
+def continue_prompts(
+    model_dir: pathlib.Path, prompts: list[list[int]], num_tokens: int, chunk: int = 256
+) -> list[Continuation]:
     """Runs all prompts in one batch on one device, chunk by chunk, and records every logit."""
     definition, weights = load(model_dir)
     longest = max(map(len, prompts)) + num_tokens
-    shapes = Shapes(rows=len(prompts), max_len=longest, chunk=256)
+    shapes = Shapes(rows=len(prompts), max_len=longest, chunk=chunk)
     runner, recorder = make_runner(definition, weights, shapes), LogitsRecorder(shapes.chunk)
     with recorder.recording(definition.family.Model):
         runner.compile_all()
