@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxinfer.integers import cdiv
 from jaxinfer.request import MAX_STOP_TOKEN_IDS, Request
 from jaxinfer.sampling import SamplingArrays
-from jaxinfer.scheduler import Chunk, StepPlan, cdiv
+from jaxinfer.scheduler import Chunk, StepPlan
 
 # What never changes of a row, packed: so a step joins bytes instead of asking every request for every parameter.
 _SAMPLING_COLUMNS = {

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jaxinfer.integers import cdiv
+
 GIB = 2**30
 MIB = 2**20
 KIB = 2**10
@@ -56,7 +58,7 @@ class MemoryPlan:
     @property
     def max_concurrency(self) -> int:
         """Sequences of max_model_len tokens that fit at once."""
-        return self.num_shards * ((self.num_pages - 1) // pages_per_sequence(self.max_model_len, self.page_size))
+        return self.num_shards * ((self.num_pages - 1) // cdiv(self.max_model_len, self.page_size))
 
     def __str__(self) -> str:
         free = "unknown" if self.free_bytes is None else format_bytes(self.free_bytes)
@@ -67,10 +69,6 @@ class MemoryPlan:
             f"{self.page_size}, {format_bytes(self.page_bytes / self.page_size)} per token; "
             f"{self.max_concurrency} sequences of {self.max_model_len} tokens at once"
         )
-
-
-def pages_per_sequence(num_tokens: int, page_size: int) -> int:
-    return -(-num_tokens // page_size)
 
 
 def plan_memory(
@@ -95,7 +93,7 @@ def plan_memory(
             f"weights of {format_bytes(weights_bytes)} per device do not fit: {format_bytes(free_bytes or 0)} are free "
             f"and --memory_fraction={memory_fraction} allows {format_bytes(budget)}; split them with --mesh=tensor:N"
         )
-    per_sequence = pages_per_sequence(max_model_len, page_size)
+    per_sequence = cdiv(max_model_len, page_size)
     num_pages = 1 + sequences_per_shard * per_sequence  # 1: the scratch page
     if kv_cache_bytes is not None:
         num_pages = min(num_pages, kv_cache_bytes // page_bytes)

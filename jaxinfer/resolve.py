@@ -16,6 +16,7 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.generation_config import GenerationDefaults, read_generation_config
 from jaxinfer.hf_config import HFConfig
+from jaxinfer.integers import cdiv
 from jaxinfer.kv_cache import CacheSpec, cache_spec
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
@@ -72,7 +73,7 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
     if config.max_num_seqs % num_shards:
         raise ValueError(
             f"--max_num_seqs={config.max_num_seqs} does not divide over data:{num_shards}; "
-            f"use {-(-config.max_num_seqs // num_shards) * num_shards}"
+            f"use {cdiv(config.max_num_seqs, num_shards) * num_shards}"
         )
     slots_per_shard = config.max_num_seqs // num_shards
     backend = "xla" if config.attention_backend == "auto" else config.attention_backend

@@ -20,6 +20,7 @@ from jaxinfer import devices
 from jaxinfer.cli_output import Printer, Prompt, RecordFile, print_summary, run_in_order, say
 from jaxinfer.config_file import read_config_file
 from jaxinfer.engine_config import DTYPES, NOT_FLAGS, EngineConfig
+from jaxinfer.integers import cdiv
 from jaxinfer.prompts import read_prompts_file
 from jaxinfer.request import SamplingParams
 
@@ -143,7 +144,7 @@ def _default_num_seqs(num_prompts: int) -> int:
     from jaxinfer.partitioning import parse_mesh
 
     data = parse_mesh(_MESH.value).get("data", 1)
-    return -(-min(num_prompts, max(8, data)) // data) * data
+    return cdiv(min(num_prompts, max(8, data)), data) * data
 
 
 def _read_prompts() -> list[Prompt]:

@@ -19,6 +19,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
+from jaxinfer.integers import cdiv
 from jaxinfer.page_allocator import PageAllocator, extend_digests
 from jaxinfer.request import FinishReason, Request
 
@@ -68,10 +69,6 @@ class StepResult:
     chunk_is_finite: Sequence[bool]
     row_tokens: Sequence[Sequence[Sequence[int]]]
     row_is_finite: Sequence[Sequence[bool]]
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 class Scheduler:

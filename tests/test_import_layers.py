@@ -25,6 +25,7 @@ LAYERS = {
     "jaxinfer.generation_config": 1,
     "jaxinfer.hf_config": 1,
     "jaxinfer.intake": 1,
+    "jaxinfer.integers": 1,
     "jaxinfer.metrics": 1,
     "jaxinfer.output_text": 1,
     "jaxinfer.page_allocator": 1,

@@ -10,6 +10,7 @@ import pytest
 
 from jaxinfer import kv_cache
 from jaxinfer.attention import causal_attention
+from jaxinfer.integers import cdiv
 from pallas_kernels.paged_attention import AttentionSpec, backend, backends
 
 
@@ -48,7 +49,7 @@ CASES = [
 def make(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
     """Random queries and a pool whose unused slots are NaN; pages are shuffled."""
     rng = np.random.default_rng(seed)
-    batch, pages_each = len(case.lengths), -(-max(case.lengths) // case.page_size) + 1
+    batch, pages_each = len(case.lengths), cdiv(max(case.lengths), case.page_size) + 1
     num_pages = 1 + batch * pages_each
     pool = (num_pages, case.num_kv_heads, case.page_size, case.head_dim)
     arrays = {
@@ -60,7 +61,7 @@ def make(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
     }
     free = iter(rng.permutation(np.arange(1, num_pages)))
     for row, length in enumerate(case.lengths):
-        for i in range(-(-length // case.page_size)):
+        for i in range(cdiv(length, case.page_size)):
             page = arrays["block_tables"][row, i] = next(free)
             used = min(case.page_size, length - i * case.page_size)
             for pages in (arrays["k_pages"], arrays["v_pages"]):

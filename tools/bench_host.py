@@ -24,9 +24,10 @@ from absl import app, flags
 
 from jaxinfer.batch import Buckets, StepBatch, StepShape
 from jaxinfer.engine_core import EngineCore
+from jaxinfer.integers import cdiv
 from jaxinfer.output_text import OutputText
 from jaxinfer.request import Request, SamplingParams
-from jaxinfer.scheduler import Scheduler, cdiv
+from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
 from jaxinfer.steps import StepOutput
 

@@ -14,6 +14,7 @@ from jaxinfer.checkpoint.hf_reader import load_weights
 from jaxinfer.config import ModelConfig
 from jaxinfer.engine_core import step_result
 from jaxinfer.hf_config import HFConfig
+from jaxinfer.integers import cdiv
 from jaxinfer.output_text import OutputText
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
@@ -43,7 +44,7 @@ class Shapes:
     num_steps: int = 16
 
     def buckets(self, num_shards: int = 1) -> batch.Buckets:
-        pages = -(-self.max_len // self.page_size)
+        pages = cdiv(self.max_len, self.page_size)
         sizes = ((self.rows,), (pages,), (pages,), (self.chunk,))
         return batch.Buckets(*sizes, self.page_size, self.num_steps, num_shards)
 
