@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxinfer import kv_cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.kv_cache import Cache
-from jaxinfer.layers.linear import matmul_precision
 from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
 from pallas_kernels.paged_attention import AttentionSpec
+from pallas_kernels.precision import matmul_precision
 from sharding_rules import axes as ax
 
 

@@ -82,10 +82,15 @@ class ModelDefinition:
         """Random weights, created already sharded."""
 
         def make() -> tuple[jax.Array, ...]:
-            model = self.family.Model(self.config, self.partitioner, dtype=self.params[0].dtype, rngs=nnx.Rngs(seed))
+            model = self.family.Model(self.config, self.partitioner, dtype=self.dtype, rngs=nnx.Rngs(seed))
             return tuple(jax.tree.leaves(nnx.state(model, nnx.Param)))
 
         return jax.jit(make, out_shardings=tuple(spec.sharding for spec in self.params))()
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of every parameter."""
+        return self.params[0].dtype
 
     @property
     def weight_bytes(self) -> int:

@@ -137,7 +137,7 @@ def _plan_memory(
             num_kv_heads=num_kv_heads,
             page_size=page_size,
             head_dim=model.head_dim,
-            itemsize=definition.params[0].dtype.itemsize,
+            itemsize=definition.dtype.itemsize,
         ),
         page_size=page_size,
         max_model_len=max_model_len,

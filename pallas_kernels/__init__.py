@@ -1,4 +1,5 @@
 """Operations with several implementations: one folder per operation, one file per backend.
 
-In each folder `xla.py` is the reference that every other backend is tested against.
+`precision.py` is what they share. In each folder `xla.py` is the reference that every other backend is tested
+against.
 """

@@ -90,9 +90,12 @@ def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch
     pages = (context // page_size,)
     pages_per_shard = 1 + batch_size * pages[0]
     buckets = Buckets((batch_size,), pages, pages, (_PROMPT_TOKENS.value,), page_size, num_steps, num_shards=1)
-    dtype = definition.params[0].dtype
     cache = kv_cache.cache_spec(
-        definition.config, definition.partitioner, pages_per_shard=pages_per_shard, page_size=page_size, dtype=dtype
+        definition.config,
+        definition.partitioner,
+        pages_per_shard=pages_per_shard,
+        page_size=page_size,
+        dtype=definition.dtype,
     )
     runner = Runner(definition, weights, cache, buckets, backend=_ATTENTION.value)
     runner.compile_all()

@@ -9,19 +9,18 @@ from flax import nnx
 from jax import lax
 
 from jaxinfer.layers.param import Axes, param
+from pallas_kernels.precision import matmul_precision
 
 # On CPU, up to this many rows the product is written weight @ x.T: XLA reads a float32 weight two to three times as
 # fast as in x @ weight.T at 2 to 16 rows, and half as fast again at 32.
 _MAX_ROWS_WEIGHT_STATIONARY = 64
 
 
-def matmul_precision(dtype: jnp.dtype) -> lax.Precision | None:
-    """Full precision for float32, so that a GPU does not round its operands to TF32."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
 def contract(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """x [..., I] times weight [O, I] -> [..., O], summed in float32, returned in `out_dtype` (default x's)."""
+    """x [..., I] times weight [O, I] -> [..., O], summed in float32 and rounded once to `out_dtype` (default x's).
+
+    Where a mesh splits I, each device rounds the sum of its part, and these are added in `out_dtype`.
+    """
     rows = x.reshape(-1, x.shape[-1])
     dot = functools.partial(
         lax.dot_general,

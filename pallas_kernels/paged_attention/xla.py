@@ -15,9 +15,9 @@ columns as the longest sequence uses, rounded up to a bucket.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.paged_attention.spec import AttentionSpec
+from pallas_kernels.precision import matmul_precision
 
 
 def unsupported(spec: AttentionSpec) -> str | None:
@@ -47,7 +47,7 @@ def paged_attention(
     )  # [B, S]; the rest may be stale, so 0 * NaN must not happen
     values = jnp.where(readable[:, None, :, None], values, jnp.zeros((), values.dtype))
 
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    precision = matmul_precision(q.dtype)
     grouped = (q * jnp.asarray(spec.scale, q.dtype)).reshape(b, t, num_kv_heads, group, head_dim)
     scores = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, precision=precision, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None, None], scores, jnp.float32(-jnp.inf))

@@ -77,7 +77,7 @@ def cache_spec(definition: ModelDefinition, shapes: Shapes) -> kv_cache.CacheSpe
         definition.partitioner,
         pages_per_shard=shapes.pages_per_shard,
         page_size=shapes.page_size,
-        dtype=jnp.dtype("float32"),
+        dtype=definition.dtype,
     )
 
 

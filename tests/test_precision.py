@@ -1,0 +1,40 @@
+"""How exactly matrices are multiplied: float32 in full, and what is shorter summed in float32."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer.hf_config import HFConfig
+from jaxinfer.layers.linear import contract
+from jaxinfer.models import llama
+from jaxinfer.parameters import ModelDefinition
+from jaxinfer.partitioning import Partitioner
+from tests.parity import driver
+
+SHAPES = driver.Shapes(rows=2, max_len=32, chunk=16, num_steps=2)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST, HIGHEST"), ("bfloat16", "DEFAULT, DEFAULT")])
+def test_every_product_of_a_float32_step_is_full(dtype: str, precision: str):
+    """A GPU would round the operands to TF32, of ten bits."""
+    config = llama.parse_config(HFConfig(llama.TINY_CONFIGS["gqa"]))
+    definition = ModelDefinition.create(config, Partitioner.create(), jnp.dtype(dtype))
+    runner = driver.make_runner(definition, definition.init(), SHAPES)
+    for shape in runner.buckets.shapes():
+        text = runner.lowered(shape).as_text()
+        products = re.findall(r"dot_general .* precision = \[(\w+, \w+)\]", text)
+        assert len(products) == text.count("dot_general") > 2 * 9  # two layers: four projections, attention, the MLP
+        assert set(products) == {precision}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("rows", [1, 64, 65])  # the last is written the other way round
+def test_a_product_is_rounded_once(dtype: jnp.dtype, rows: int):
+    """To within half a unit in the last place. A sum of 4096 terms in bfloat16 would be off by tens of them."""
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((rows, 4096), (32, 4096)))
+    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    error = np.abs(np.asarray(contract(x, weight), np.float64) - exact)
+    assert (error <= np.abs(exact) * float(jnp.finfo(dtype).eps) / 2 + 1e-3).all()  # 1e-3: of the sum in float32
