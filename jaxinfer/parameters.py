@@ -36,6 +36,13 @@ class ParamSpec:
     axes: ax.LogicalAxes
     sharding: NamedSharding
 
+    def repeat_kv_heads(self, array: jax.Array) -> jax.Array:
+        """The parameter from `array`, which has every KV head once: its heads in groups of equal neighbours."""
+        if ax.KV_HEADS not in self.axes:
+            return array
+        axis = self.axes.index(ax.KV_HEADS)
+        return jnp.repeat(array, self.shape[axis] // array.shape[axis], axis)
+
     @property
     def num_bytes(self) -> int:
         return jax.ShapeDtypeStruct(self.shape, self.dtype).size * self.dtype.itemsize
@@ -79,11 +86,12 @@ class ModelDefinition:
         return nnx.merge(self._graph, jax.tree.unflatten(self._treedef, arrays))
 
     def init(self, seed: int = 0) -> tuple[jax.Array, ...]:
-        """Random weights, created already sharded."""
+        """Random weights, created already sharded: the same model on every mesh."""
 
         def make() -> tuple[jax.Array, ...]:
-            model = self.family.Model(self.config, self.partitioner, dtype=self.dtype, rngs=nnx.Rngs(seed))
-            return tuple(jax.tree.leaves(nnx.state(model, nnx.Param)))
+            model = self.family.Model(self.config, Partitioner.create(), dtype=self.dtype, rngs=nnx.Rngs(seed))
+            whole = jax.tree.leaves(nnx.state(model, nnx.Param))
+            return tuple(spec.repeat_kv_heads(array) for spec, array in zip(self.params, whole, strict=True))
 
         return jax.jit(make, out_shardings=tuple(spec.sharding for spec in self.params))()
 

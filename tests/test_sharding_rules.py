@@ -8,6 +8,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import sharding_rules
@@ -91,6 +92,18 @@ def test_arrays_are_created_as_the_text_says():
     assert shards["layers/1/mlp/down/weight"] == (64, 24)
     assert shards["embedding/table"] == (32, 64)
     assert shards["norm/scale"] == (64,)
+
+
+@pytest.mark.parametrize(("mesh", "repeats"), [("tensor:8", 4), ("data:2,tensor:4", 2)])
+def test_random_weights_are_one_model_on_every_mesh(mesh: str, repeats: int):
+    """Two KV heads: the copies of one, which stand for it on several devices, once were random each."""
+    config = models.get("llama").parse_config(HFConfig(models.get("llama").TINY_CONFIGS["biases"]))
+    alone = ModelDefinition.create(config, Partitioner.create(), jnp.dtype("float32")).init(seed=3)
+    definition = ModelDefinition.create(config, Partitioner.create(mesh), jnp.dtype("float32"))
+    for spec, array, whole in zip(definition.params, definition.init(seed=3), alone, strict=True):
+        copies = repeats if ax.KV_HEADS in spec.axes else 1
+        assert array.sharding == spec.sharding
+        np.testing.assert_array_equal(array, np.repeat(whole, copies, axis=0), spec.path)
 
 
 def test_unknown_strategy_lists_the_known():
