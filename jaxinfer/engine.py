@@ -164,13 +164,9 @@ class Engine:
     def decode_bytes_per_device(self) -> int:
         """Bytes that the decode steps so far had to read on one device: weights once a step, and the cache in use."""
         memory = self.resolved.memory
-        embedding_bytes = 0  # an embedding that is not also the head is read a row at a time
-        if not self.resolved.definition.config.tie_embeddings:
-            embedding = next(p for p in self.resolved.definition.params if p.path == "embedding/table")
-            embedding_bytes = embedding.num_bytes // self.resolved.definition.partitioner.num_shards(ax.VOCAB)
         token_bytes = memory.page_bytes // memory.page_size
         cache_bytes = self.stats.decode_context_tokens * token_bytes // memory.num_shards
-        return self.stats.decode_steps * (memory.weights_bytes - embedding_bytes) + cache_bytes
+        return self.stats.decode_steps * self.resolved.definition.step_shard_bytes + cache_bytes
 
     def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
         self._check_open()

@@ -5,6 +5,7 @@ because traversing the module costs a hundred times more host time per step.
 """
 
 import dataclasses
+import math
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,7 @@ class ParamSpec:
       shape, dtype: of the whole array.
       axes: the logical name of each dimension.
       sharding: over the mesh; divisibility is checked.
+      is_read_whole: by every step; false where a step reads the rows of its tokens.
     """
 
     path: str
@@ -35,6 +37,7 @@ class ParamSpec:
     dtype: jnp.dtype
     axes: ax.LogicalAxes
     sharding: NamedSharding
+    is_read_whole: bool
 
     def repeat_kv_heads(self, array: jax.Array) -> jax.Array:
         """The parameter from `array`, which has every KV head once: its heads in groups of equal neighbours."""
@@ -45,7 +48,12 @@ class ParamSpec:
 
     @property
     def num_bytes(self) -> int:
-        return jax.ShapeDtypeStruct(self.shape, self.dtype).size * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def shard_bytes(self) -> int:
+        """Of one device."""
+        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +84,10 @@ class ModelDefinition:
         params = []
         for keys, variable in nnx.to_flat_state(state):
             path = "/".join(map(str, keys))
-            axes = variable.get_metadata("logical_axes")
+            axes, is_read_whole = variable.get_metadata("logical_axes"), variable.get_metadata("is_read_whole")
             shape = tuple(variable.shape)
-            params.append(ParamSpec(path, shape, variable.dtype, axes, partitioner.sharding(axes, shape, path)))
+            sharding = partitioner.sharding(axes, shape, path)
+            params.append(ParamSpec(path, shape, variable.dtype, axes, sharding, is_read_whole))
         return cls(config, family, partitioner, tuple(params), graph, jax.tree.structure(state))
 
     def bind(self, arrays: tuple[jax.Array, ...]) -> Any:  # the family's Model
@@ -104,3 +113,13 @@ class ModelDefinition:
     def weight_bytes(self) -> int:
         """Bytes of all parameters, counted once whatever the mesh."""
         return sum(spec.num_bytes for spec in self.params)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of the parameters on one device."""
+        return sum(spec.shard_bytes for spec in self.params)
+
+    @property
+    def step_shard_bytes(self) -> int:
+        """Bytes of the parameters that a decode step has to read on one device, but for a few rows."""
+        return sum(spec.shard_bytes for spec in self.params if spec.is_read_whole)

@@ -6,7 +6,6 @@ Nothing is allocated here, and nothing downstream changes what is decided here.
 import dataclasses
 import pathlib
 
-import jax
 import jax.numpy as jnp
 
 from jaxinfer import devices, models, planner
@@ -126,12 +125,8 @@ def _plan_memory(
 ) -> MemoryPlan:
     model, partitioner = definition.config, definition.partitioner
     num_kv_heads = num_sharded_kv_heads(model.num_kv_heads, partitioner) // partitioner.num_shards(ax.KV_HEADS)
-    weights_bytes = sum(
-        jax.ShapeDtypeStruct(spec.sharding.shard_shape(spec.shape), spec.dtype).size * spec.dtype.itemsize
-        for spec in definition.params
-    )
     return planner.plan_memory(
-        weights_bytes=weights_bytes,
+        weights_bytes=definition.shard_bytes,
         page_bytes=planner.page_bytes(
             num_layers=model.num_layers,
             num_kv_heads=num_kv_heads,

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from jaxinfer import kv_cache, models
+from jaxinfer import kv_cache, models, planner
 from jaxinfer.bandwidth import measure_read_bandwidth
 from jaxinfer.batch import Buckets
 from jaxinfer.checkpoint.hf_reader import load_weights
@@ -164,10 +164,14 @@ def make_peer(model_dir: pathlib.Path) -> Callable[[int], Generate]:
 def step_bytes(definition: ModelDefinition, batch_size: int) -> int:
     """Bytes that a decode step must read, with the cache half way between the first step and the last."""
     config = definition.config
-    embedding = next(spec for spec in definition.params if spec.path == "embedding/table")
-    weights_bytes = definition.weight_bytes - (0 if config.tie_embeddings else embedding.num_bytes)
-    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * embedding.dtype.itemsize  # 2: K and V
-    return weights_bytes + batch_size * (_PROMPT_TOKENS.value + _NEW_TOKENS.value // 2) * token_bytes
+    token_bytes = planner.page_bytes(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        page_size=1,
+        head_dim=config.head_dim,
+        itemsize=definition.dtype.itemsize,
+    )
+    return definition.step_shard_bytes + batch_size * (_PROMPT_TOKENS.value + _NEW_TOKENS.value // 2) * token_bytes
 
 
 def count_equal(ours: list[list[int]], theirs: list[list[int]]) -> int:

@@ -10,10 +10,10 @@ from sharding_rules import axes as ax
 
 
 class Embedding(nnx.Module):
-    """A table [vocab, embed]: rows in at the bottom, dot products out at the top."""
+    """A table [vocab, embed]: rows in at the bottom; dot products out at the top, if it `is_head`."""
 
-    def __init__(self, vocab_size: int, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.table = param(((ax.VOCAB, vocab_size), (ax.EMBED, embed_dim)), dtype, rngs)
+    def __init__(self, vocab_size: int, embed_dim: int, *, is_head: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.table = param(((ax.VOCAB, vocab_size), (ax.EMBED, embed_dim)), dtype, rngs, is_read_whole=is_head)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [...] -> [..., D]. The host has checked the ids: JAX reads the last row for one beyond the end."""

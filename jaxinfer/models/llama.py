@@ -111,11 +111,11 @@ class Model(nnx.Module):
     def __init__(self, config: ModelConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
         self.partitioner = partitioner
-        self.embedding = Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
+        tied, size = config.tie_embeddings, (config.vocab_size, config.embed_dim)
+        self.embedding = Embedding(*size, is_head=tied, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Block(config, partitioner, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps, dtype=dtype, rngs=rngs)
-        tied = config.tie_embeddings
-        self.head = None if tied else Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
+        self.head = None if tied else Embedding(*size, is_head=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
         """tokens, positions int32 [B, T] -> normalised activations [B, T, D]."""

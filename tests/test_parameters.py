@@ -1,0 +1,36 @@
+"""What a model's parameters weigh."""
+
+import jax.numpy as jnp
+import pytest
+
+from jaxinfer.hf_config import HFConfig
+from jaxinfer.models import llama
+from jaxinfer.parameters import ModelDefinition
+from jaxinfer.partitioning import Partitioner
+
+# Of TINY_CONFIGS["gqa"]: numbers in each layer's q, k, v and out, gate, up and down, and two norms; and a table.
+HEADS, KV_HEADS, MLP, NORMS, TABLE = 2 * 8 * 16 * 64, 2 * 2 * 16 * 64, 3 * 96 * 64, 2 * 64, 128 * 64
+
+
+def define(name: str, mesh: str = "", dtype: str = "float32") -> ModelDefinition:
+    config = llama.parse_config(HFConfig(llama.TINY_CONFIGS[name]))
+    return ModelDefinition.create(config, Partitioner.create(mesh), jnp.dtype(dtype))
+
+
+@pytest.mark.parametrize(("name", "num_tables", "num_tables_read"), [("gqa", 2, 1), ("tied", 1, 1)])
+def test_a_step_reads_everything_but_an_embedding_that_is_not_the_head(
+    name: str, num_tables: int, num_tables_read: int
+):
+    layers = 2 * (HEADS + KV_HEADS + MLP + NORMS) + 64
+    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+        definition = define(name, dtype=dtype)
+        assert definition.weight_bytes == definition.shard_bytes == (layers + num_tables * TABLE) * itemsize
+        assert definition.step_shard_bytes == (layers + num_tables_read * TABLE) * itemsize
+
+
+@pytest.mark.parametrize(("mesh", "shards", "repeats"), [("tensor:2", 2, 1), ("tensor:8", 8, 4), ("data:2", 1, 1)])
+def test_a_mesh_divides_all_but_the_norms_and_repeats_kv_heads(mesh: str, shards: int, repeats: int):
+    definition = define("gqa", mesh)
+    layers = 2 * ((HEADS + repeats * KV_HEADS + MLP) // shards + NORMS) + 64
+    assert definition.shard_bytes == 4 * (layers + 2 * TABLE // shards)
+    assert definition.step_shard_bytes == 4 * (layers + TABLE // shards)
