@@ -8,7 +8,6 @@ to one thread.
 
 import numbers
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 from jaxinfer.checkpoint.hf_reader import load_weights
@@ -87,11 +86,7 @@ class Engine:
     @property
     def default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json asks for (`generation_config="none"`: the plain defaults)."""
-        if self.resolved.config.generation_config == "none":
-            return SamplingParams()
-        defaults = self.resolved.generation
-        params = SamplingParams(temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p)
-        return params if defaults.max_new_tokens is None else replace(params, max_tokens=defaults.max_new_tokens)
+        return self.resolved.generation.sampling_params
 
     def generate(
         self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

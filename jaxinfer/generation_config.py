@@ -9,9 +9,10 @@ import dataclasses
 import json
 import math
 import pathlib
+from dataclasses import replace
 from typing import Any
 
-from jaxinfer.request import MAX_STOP_TOKEN_IDS
+from jaxinfer.request import MAX_STOP_TOKEN_IDS, SamplingParams
 
 # About speed, storage, training, beam search's bookkeeping or what `generate` returns: not about the next token.
 # max_length counts prompt and output together; --max_model_len does that here.
@@ -46,6 +47,7 @@ class GenerationDefaults:
       temperature: 0 is greedy.
       top_k: 0 is off.
       top_p: 1 is off.
+      min_p: 0 is off.
       max_new_tokens: None where the file sets no limit.
       eos_token_ids: any of them ends the text.
       ignored: "key=value" of what the file asks for beyond that; the caller should show it once.
@@ -54,9 +56,15 @@ class GenerationDefaults:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     max_new_tokens: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     ignored: tuple[str, ...] = ()
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        params = SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        return params if self.max_new_tokens is None else replace(params, max_tokens=self.max_new_tokens)
 
 
 def read_generation_config(
@@ -79,6 +87,9 @@ def read_generation_config(
     if not sampling:
         return GenerationDefaults(eos_token_ids=eos_token_ids)
     temperature = _number(values, "temperature", 1.0, path)
+    min_p = _number(values, "min_p", 0.0, path)
+    if min_p > 1:
+        raise ValueError(f"{path}: min_p is {min_p}; expected a number of at most 1")
     top_p = _number(values, "top_p", 1.0, path)
     if not 0 < top_p <= 1:
         raise ValueError(f"{path}: top_p is {top_p}; expected a number above 0 and at most 1")
@@ -86,6 +97,7 @@ def read_generation_config(
         temperature=0.0 if values.get("do_sample") is False else temperature,
         top_k=_count(values, "top_k", path) or 0,
         top_p=top_p,
+        min_p=min_p,
         max_new_tokens=_count(values, "max_new_tokens", path),
         eos_token_ids=eos_token_ids,
         ignored=_ignored({key: config.get(key) for key in CONFIG_JSON_KEYS} | values),
@@ -141,6 +153,6 @@ def _end_tokens(value: Any, vocab_size: int, source: pathlib.Path) -> tuple[int,
 
 
 def _ignored(values: dict[str, Any]) -> tuple[str, ...]:
-    read = {"do_sample", "eos_token_id", "max_new_tokens", "temperature", "top_k", "top_p"}
+    read = {"do_sample", "eos_token_id", "max_new_tokens", "min_p", "temperature", "top_k", "top_p"}
     asked = {key: value for key, value in values.items() if value and key not in _IRRELEVANT | read}
     return tuple(f"{key}={value!r}" for key, value in sorted(asked.items()) if value != _NEUTRAL.get(key))

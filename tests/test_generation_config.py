@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jaxinfer.generation_config import GenerationDefaults, read_generation_config
-from jaxinfer.request import MAX_STOP_TOKEN_IDS
+from jaxinfer.request import MAX_STOP_TOKEN_IDS, SamplingParams
 
 VOCAB_SIZE = 100
 
@@ -26,10 +26,16 @@ def test_no_file_is_neutral(tmp_path: pathlib.Path):
 
 
 def test_keys_replace_neutral_defaults(tmp_path: pathlib.Path):
-    values = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [5, 7, 5], "max_new_tokens": 64}
-    assert read(tmp_path, values) == GenerationDefaults(
-        temperature=0.6, top_p=0.9, eos_token_ids=(5, 7), max_new_tokens=64
+    values = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.05}
+    defaults = read(tmp_path, values | {"eos_token_id": [5, 7, 5], "max_new_tokens": 64})
+    assert defaults == GenerationDefaults(
+        temperature=0.6, top_k=20, top_p=0.9, min_p=0.05, eos_token_ids=(5, 7), max_new_tokens=64
     )
+    assert defaults.sampling_params == SamplingParams(temperature=0.6, top_k=20, top_p=0.9, min_p=0.05, max_tokens=64)
+
+
+def test_neutral_defaults_are_those_of_sampling_params(tmp_path: pathlib.Path):
+    assert read(tmp_path, {"temperature": 0.6, "min_p": 0.1}, sampling=False).sampling_params == SamplingParams()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +104,6 @@ def test_what_would_change_the_text_is_reported(tmp_path: pathlib.Path):
     values = {"repetition_penalty": 1.05, "min_p": 0.1, "num_beams": 4, "suppress_tokens": [3], "from_the_future": 2}
     assert read(tmp_path, values).ignored == (
         "from_the_future=2",
-        "min_p=0.1",
         "num_beams=4",
         "repetition_penalty=1.05",
         "suppress_tokens=[3]",
@@ -119,6 +124,8 @@ def test_what_would_not_is_not(tmp_path: pathlib.Path):
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"top_p": 1.5}, "top_p is 1.5; expected a number above 0 and at most 1"),
         ({"top_p": 0}, "top_p is 0.0"),
+        ({"min_p": 1.5}, "min_p is 1.5; expected a number of at most 1"),
+        ({"min_p": -0.1}, "min_p is -0.1; expected a number of at least 0"),
         ({"top_k": 2.5}, "top_k is 2.5; expected a whole number"),
         ({"top_k": -2}, "top_k is -2"),
         ({"max_new_tokens": True}, "max_new_tokens is True"),
