@@ -4,6 +4,8 @@ import os
 import pathlib
 import sys
 
+from jaxinfer import host_memory
+
 
 def set_num_cpu_devices(count: int) -> None:
     """Gives the CPU platform `count` virtual devices. Call before jax is imported.
@@ -46,16 +48,11 @@ def has_nvidia_gpu() -> bool:
 def free_bytes(device) -> int | None:
     """Memory that the jax device can still allocate; None if it does not say.
 
-    CPU devices share the host's memory, so each gets an equal part of what is available.
+    CPU devices share the host's memory, so each gets an equal part of what this process may still use.
     """
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    meminfo = pathlib.Path("/proc/meminfo")
-    if device.platform != "cpu" or not meminfo.exists():
+    if device.platform != "cpu" or (available := host_memory.available_bytes()) is None:
         return None
-    lines = meminfo.read_text(encoding="utf-8").splitlines()
-    available = next((line for line in lines if line.startswith("MemAvailable:")), None)
-    if available is None:
-        return None
-    return int(available.split()[1]) * 1024 // device.client.device_count()
+    return available // device.client.device_count()

@@ -70,3 +70,10 @@ def test_too_little_free_memory_to_measure_the_bandwidth(monkeypatch: pytest.Mon
     monkeypatch.setattr(devices, "free_bytes", lambda device: 100 * 2**20)
     with pytest.raises(RuntimeError, match="104857600 bytes are free; measuring the bandwidth takes 268435456"):
         bandwidth.measure_read_bandwidth(jax.devices()[0])
+
+
+def test_cpu_devices_share_what_the_host_has(monkeypatch: pytest.MonkeyPatch):
+    device = jax.devices()[0]
+    for available, each in ((8003, 1000), (None, None)):
+        monkeypatch.setattr(devices.host_memory, "available_bytes", lambda available=available: available)
+        assert devices.free_bytes(device) == each

@@ -24,6 +24,7 @@ LAYERS = {
     "jaxinfer.engine_config": 1,
     "jaxinfer.generation_config": 1,
     "jaxinfer.hf_config": 1,
+    "jaxinfer.host_memory": 1,
     "jaxinfer.intake": 1,
     "jaxinfer.integers": 1,
     "jaxinfer.metrics": 1,
