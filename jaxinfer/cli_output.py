@@ -177,10 +177,10 @@ def _bandwidth(engine: "Engine") -> str:
     """Achieved and possible bytes per second of one device."""
     from jaxinfer.bandwidth import measure_read_bandwidth
 
-    mesh = engine.resolved.definition.partitioner.mesh
-    device = mesh.devices.flat[0]
+    partitioner = engine.resolved.definition.partitioner
+    device = partitioner.device
     achieved = engine.decode_bytes_per_device / engine.stats.decode_s
     peak = measure_read_bandwidth(device)
     if device.platform == "cpu":
-        peak /= mesh.size  # virtual devices read the same memory at once; measured alone, one has it all
+        peak /= partitioner.mesh.size  # virtual devices read the same memory at once; measured alone, one has it all
     return f"{achieved / 1e9:.1f} of {peak / 1e9:.1f} GB/s ({achieved / peak:.0%})"

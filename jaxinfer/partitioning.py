@@ -10,10 +10,11 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 import sharding_rules
 from sharding_rules import axes as ax
@@ -41,25 +42,33 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """The spelling that `parse_mesh` reads."""
+    return ",".join(f"{axis}:{size}" for axis, size in sizes.items())
+
+
 def make_mesh(text: str, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh that `text` describes, over the first devices that it needs.
 
     Axes are laid out in the order of `axes.MESH_AXES` whatever the order in `text`, so that `tensor`
     always joins neighbouring devices. Axis types are Auto: XLA places the collectives.
     """
-    sizes = parse_mesh(text)
+    shape = _mesh_shape(text)
     devices = jax.devices() if devices is None else devices
-    needed = math.prod(sizes.values())
+    needed = math.prod(shape.values())
     if needed > len(devices):
         platform = devices[0].platform
         hint = f" or --num_cpu_devices={needed}" if platform == "cpu" else ""
         raise ValueError(
             f"--mesh={text} needs {needed} devices, but there are {len(devices)} ({platform}); use a smaller mesh{hint}"
         )
-    names = tuple(axis for axis in ax.MESH_AXES if axis in sizes) or (ax.DATA,)
-    shape = tuple(sizes.get(axis, 1) for axis in names)
-    grid = np.array(devices[:needed]).reshape(shape)
-    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+    grid = np.array(devices[:needed]).reshape(tuple(shape.values()))
+    return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _mesh_shape(text: str) -> dict[str, int]:
+    sizes = parse_mesh(text)
+    return {axis: sizes[axis] for axis in ax.MESH_AXES if axis in sizes} or {ax.DATA: 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +76,11 @@ class Partitioner:
     """A mesh and the rules that map logical axes onto it.
 
     Attributes:
-      mesh: the device mesh.
+      mesh: the device mesh, or one without devices, for arithmetic.
       rules: the sharding strategy.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: sharding_rules.RuleSet
 
     @classmethod
@@ -80,17 +89,20 @@ class Partitioner:
 
         Raises ValueError where the mesh has an axis that the strategy leaves idle.
         """
-        device_mesh = make_mesh(mesh, devices)
-        used = tuple(axis for axis, size in device_mesh.shape.items() if size > 1)
-        if sharding == "auto":
-            return cls(device_mesh, sharding_rules.strategy_for(used))
-        rules = sharding_rules.get(sharding)
-        if idle := [axis for axis in used if axis not in rules.mesh_axes]:
-            raise ValueError(
-                f"--sharding={sharding} leaves the mesh axes {idle} of --mesh={mesh} idle; "
-                f"it splits over {list(rules.mesh_axes) or 'nothing'}, or use --sharding=auto"
-            )
-        return cls(device_mesh, rules)
+        return cls(make_mesh(mesh, devices), _rules(mesh, sharding))
+
+    @classmethod
+    def abstract(cls, mesh: str, sharding: str = "auto") -> "Partitioner":
+        """As `create`, for devices that need not be there: shardings have shapes and no arrays."""
+        shape = _mesh_shape(mesh)
+        abstract_mesh = AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+        return cls(abstract_mesh, _rules(mesh, sharding))
+
+    @property
+    def device(self) -> jax.Device:
+        """One of the mesh's devices, which are all of a kind."""
+        assert isinstance(self.mesh, Mesh), "there are no devices behind an abstract mesh"
+        return self.mesh.devices.flat[0]
 
     def axis_size(self, mesh_axis: str) -> int:
         """Devices along `mesh_axis`; 1 if the mesh lacks it."""
@@ -144,23 +156,33 @@ class Partitioner:
         if len(axes) != len(shape):
             raise ValueError(f"{name}: {len(shape)} dimensions {shape} but {len(axes)} axis names {axes}")
         for axis, size, mesh_axes in zip(axes, shape, self._mesh_axes(axes), strict=True):
-            shards = math.prod(self.axis_size(mesh_axis) for mesh_axis in mesh_axes)
+            sizes = {mesh_axis: self.axis_size(mesh_axis) for mesh_axis in mesh_axes}
+            shards = math.prod(sizes.values())
             if size % shards:
                 legal = [n for n in range(1, shards) if size % n == 0]
                 raise ValueError(
-                    f"{name}: {axis} {size} does not divide over --mesh {_mesh_text(mesh_axes, self)} "
+                    f"{name}: {axis} {size} does not divide over --mesh {mesh_text(sizes)} "
                     f"({shards} devices); sizes that would do: {', '.join(map(str, legal))}"
                 )
+
+
+def _rules(mesh: str, sharding: str) -> sharding_rules.RuleSet:
+    used = tuple(axis for axis, size in _mesh_shape(mesh).items() if size > 1)
+    if sharding == "auto":
+        return sharding_rules.strategy_for(used)
+    rules = sharding_rules.get(sharding)
+    if idle := [axis for axis in used if axis not in rules.mesh_axes]:
+        raise ValueError(
+            f"--sharding={sharding} leaves the mesh axes {idle} of --mesh={mesh} idle; "
+            f"it splits over {list(rules.mesh_axes) or 'nothing'}, or use --sharding=auto"
+        )
+    return rules
 
 
 def _spec_entry(mesh_axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     if not mesh_axes:
         return None
     return mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes
-
-
-def _mesh_text(mesh_axes: tuple[str, ...], partitioner: Partitioner) -> str:
-    return ",".join(f"{axis}:{partitioner.axis_size(axis)}" for axis in mesh_axes)
 
 
 def num_sharded_kv_heads(num_kv_heads: int, partitioner: Partitioner) -> int:
@@ -177,8 +199,8 @@ def num_sharded_kv_heads(num_kv_heads: int, partitioner: Partitioner) -> int:
     if shards % num_kv_heads == 0:
         return shards
     legal = [n for n in range(1, shards + 1) if num_kv_heads % n == 0 or n % num_kv_heads == 0]
+    sizes = {axis: partitioner.axis_size(axis) for axis in partitioner.rules.rules[ax.KV_HEADS]}
     raise ValueError(
         f"kv_heads {num_kv_heads} neither divides nor is divided by the {shards} devices of --mesh "
-        f"{_mesh_text(partitioner.rules.rules[ax.KV_HEADS], partitioner)}; sizes that would do: "
-        f"{', '.join(map(str, legal))}"
+        f"{mesh_text(sizes)}; sizes that would do: {', '.join(map(str, legal))}"
     )

@@ -24,12 +24,40 @@ def page_bytes(*, num_layers: int, num_kv_heads: int, page_size: int, head_dim: 
     return 2 * num_layers * num_kv_heads * page_size * head_dim * itemsize  # 2: keys and values
 
 
+def workspace_bytes(
+    *,
+    rows: int,
+    chunk_tokens: int,
+    context_tokens: int,
+    vocab_size: int,
+    mlp_dim: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+) -> int:
+    """Most bytes that a step needs on one device beside weights and cache: an estimate.
+
+    For `rows` sequences that decode beside a prompt's chunk, each with a context of `context_tokens`, when attention
+    gathers the pages in use; heads and `mlp_dim` are those on the device. Attention, MLP and sampling follow each
+    other and use the same memory, so the largest counts. XLA was seen to allocate as much, or up to a third less, in
+    float32 on a CPU, where bfloat16 takes more, because it is computed in float32.
+    """
+    gathered = 2 * context_tokens * num_kv_heads * head_dim * itemsize  # of one sequence; 2: keys and values
+    scores = 2 * 4 * context_tokens * num_q_heads  # of one token; 2: before and after softmax; 4: float32
+    attention = (rows + 1) * gathered + (rows + chunk_tokens) * scores  # 1: the chunk's sequence
+    mlp = 3 * (rows + chunk_tokens) * mlp_dim * itemsize  # 3: gate, up and their product
+    sampling = 7 * 4 * (rows + 1) * vocab_size  # 7: logits, noise, and what the search for top-k and top-p keeps
+    return max(attention, mlp, sampling)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """What one device holds.
 
     Attributes:
       weights_bytes: parameters on the device.
+      workspace_bytes: estimate of what a step needs beside weights and cache.
       page_bytes: one cache page over all layers.
       num_pages: pages on the device, the scratch page included.
       page_size: tokens per page.
@@ -39,6 +67,7 @@ class MemoryPlan:
     """
 
     weights_bytes: int
+    workspace_bytes: int
     page_bytes: int
     num_pages: int
     page_size: int
@@ -64,7 +93,7 @@ class MemoryPlan:
         free = "unknown" if self.free_bytes is None else format_bytes(self.free_bytes)
         return (
             f"memory per device: {format_bytes(self.weights_bytes)} weights + {format_bytes(self.cache_bytes)} cache "
-            f"of {free} free\n"
+            f"+ {format_bytes(self.workspace_bytes)} workspace of {free} free\n"
             f"cache: {self.num_cache_tokens} tokens in {self.num_shards * (self.num_pages - 1)} pages of "
             f"{self.page_size}, {format_bytes(self.page_bytes / self.page_size)} per token; "
             f"{self.max_concurrency} sequences of {self.max_model_len} tokens at once"
@@ -74,6 +103,7 @@ class MemoryPlan:
 def plan_memory(
     *,
     weights_bytes: int,
+    workspace_bytes: int,
     page_bytes: int,
     page_size: int,
     max_model_len: int,
@@ -85,38 +115,30 @@ def plan_memory(
 ) -> MemoryPlan:
     """Sizes the cache: `kv_cache_bytes` if given, else what the sequences can use as far as memory goes.
 
-    Raises ValueError when the weights do not fit, or the pages left cannot hold one longest sequence.
+    Raises ValueError when the pages that memory or `kv_cache_bytes` allows cannot hold one longest sequence.
     """
-    budget = None if free_bytes is None else int(free_bytes * memory_fraction)
-    if budget is not None and weights_bytes > budget:
-        raise ValueError(
-            f"weights of {format_bytes(weights_bytes)} per device do not fit: {format_bytes(free_bytes or 0)} are free "
-            f"and --memory_fraction={memory_fraction} allows {format_bytes(budget)}; split them with --mesh=tensor:N"
-        )
     per_sequence = cdiv(max_model_len, page_size)
     num_pages = 1 + sequences_per_shard * per_sequence  # 1: the scratch page
+    needed = (1 + per_sequence) * page_bytes
+    of_sequence = f"the {needed} bytes that one sequence of --max_model_len={max_model_len} needs"
     if kv_cache_bytes is not None:
         num_pages = min(num_pages, kv_cache_bytes // page_bytes)
-        limit, flag = kv_cache_bytes, f"--kv_cache_bytes={kv_cache_bytes}"
-    else:
-        limit = num_pages * page_bytes if budget is None else budget - weights_bytes
-        num_pages = min(num_pages, limit // page_bytes)
-        flag = f"--memory_fraction={memory_fraction}"
-    if num_pages - 1 < per_sequence:
-        fits = max(0, num_pages - 1) * page_size
-        raise ValueError(
-            f"{flag} leaves {format_bytes(limit)} for the cache, {fits} tokens; one sequence of --max_model_len="
-            f"{max_model_len} needs {format_bytes((per_sequence + 1) * page_bytes)}: use "
-            f"--kv_cache_bytes={(per_sequence + 1) * page_bytes} or more, or --max_model_len={fits} or less"
-        )
-    if budget is not None and kv_cache_bytes is not None and weights_bytes + num_pages * page_bytes > budget:
-        raise ValueError(
-            f"weights of {format_bytes(weights_bytes)} and --kv_cache_bytes={kv_cache_bytes} exceed the "
-            f"{format_bytes(budget)} that --memory_fraction={memory_fraction} allows; use --kv_cache_bytes="
-            f"{budget - weights_bytes} or less"
-        )
+        if kv_cache_bytes < needed:
+            raise ValueError(f"--kv_cache_bytes={kv_cache_bytes} is less than {of_sequence}")
+    if free_bytes is not None:
+        room = max(0, int(free_bytes * memory_fraction) - weights_bytes - workspace_bytes)
+        if kv_cache_bytes is None:
+            num_pages = min(num_pages, room // page_bytes)
+        if room < max(needed, num_pages * page_bytes):
+            weights, workspace, free = map(format_bytes, (weights_bytes, workspace_bytes, free_bytes))
+            wanted = of_sequence if room < needed else f"--kv_cache_bytes={kv_cache_bytes}"
+            raise ValueError(
+                f"{weights} of weights and {workspace} of workspace leave {room} bytes for the cache of {free} free on "
+                f"a device (--memory_fraction={memory_fraction}), less than {wanted}"
+            )
     return MemoryPlan(
         weights_bytes=weights_bytes,
+        workspace_bytes=workspace_bytes,
         page_bytes=page_bytes,
         num_pages=num_pages,
         page_size=page_size,

@@ -8,7 +8,7 @@ import pathlib
 
 import jax.numpy as jnp
 
-from jaxinfer import devices, models, planner
+from jaxinfer import devices, models
 from jaxinfer.attention import attention_spec
 from jaxinfer.batch import Buckets
 from jaxinfer.config import ModelConfig
@@ -17,8 +17,9 @@ from jaxinfer.generation_config import GenerationDefaults, read_generation_confi
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.integers import cdiv
 from jaxinfer.kv_cache import CacheSpec, cache_spec
+from jaxinfer.memory import Demand
 from jaxinfer.parameters import ModelDefinition
-from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
+from jaxinfer.partitioning import Partitioner
 from jaxinfer.planner import MemoryPlan
 from jaxinfer.tokenizer import Tokenizer, load_tokenizer
 from pallas_kernels import paged_attention
@@ -63,7 +64,7 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
         sampling=config.generation_config == "auto",
     )
     partitioner = Partitioner.create(config.mesh, config.sharding)
-    on_cpu = partitioner.mesh.devices.flat[0].platform == "cpu"
+    on_cpu = partitioner.device.platform == "cpu"
     dtype = jnp.dtype(("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype)
     definition = ModelDefinition.create(model, partitioner, dtype)
     max_model_len = _max_model_len(config, model)
@@ -77,7 +78,12 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
     slots_per_shard = config.max_num_seqs // num_shards
     backend = "xla" if config.attention_backend == "auto" else config.attention_backend
     paged_attention.backend(backend, attention_spec(model, partitioner, page_size))
-    memory = _plan_memory(config, definition, page_size, max_model_len, slots_per_shard)
+    memory = Demand(
+        config=dataclasses.replace(config, max_model_len=max_model_len),
+        definition=definition,
+        page_size=page_size,
+        free_bytes=devices.free_bytes(partitioner.device),
+    ).plan()
     return ResolvedEngine(
         config=config,
         model_dir=model_dir,
@@ -118,27 +124,3 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
             f"(max_position_embeddings); use at most that"
         )
     return wanted or min(model.max_position, _DEFAULT_MAX_MODEL_LEN)
-
-
-def _plan_memory(
-    config: EngineConfig, definition: ModelDefinition, page_size: int, max_model_len: int, slots_per_shard: int
-) -> MemoryPlan:
-    model, partitioner = definition.config, definition.partitioner
-    num_kv_heads = num_sharded_kv_heads(model.num_kv_heads, partitioner) // partitioner.num_shards(ax.KV_HEADS)
-    return planner.plan_memory(
-        weights_bytes=definition.shard_bytes,
-        page_bytes=planner.page_bytes(
-            num_layers=model.num_layers,
-            num_kv_heads=num_kv_heads,
-            page_size=page_size,
-            head_dim=model.head_dim,
-            itemsize=definition.dtype.itemsize,
-        ),
-        page_size=page_size,
-        max_model_len=max_model_len,
-        sequences_per_shard=slots_per_shard,
-        num_shards=partitioner.num_shards(ax.PAGES),
-        free_bytes=devices.free_bytes(partitioner.mesh.devices.flat[0]),
-        memory_fraction=config.memory_fraction,
-        kv_cache_bytes=config.kv_cache_bytes,
-    )

@@ -38,7 +38,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
 
 def test_float32_writes_the_tokens_of_the_cpu(expected: list[list[int]]):
     with Engine(dtype="float32") as engine:
-        assert engine.resolved.definition.partitioner.mesh.devices.flat[0].platform == "gpu"
+        assert engine.resolved.definition.partitioner.device.platform == "gpu"
         outputs = engine.generate(PROMPTS, SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS))
     assert [o.outputs[0].token_ids for o in outputs] == expected
 

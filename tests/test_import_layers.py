@@ -53,6 +53,7 @@ LAYERS = {
     "jaxinfer.pipeline": 3,
     "jaxinfer.models": 4,
     "jaxinfer.checkpoint": 5,
+    "jaxinfer.memory": 5,
     "jaxinfer.parameters": 5,
     "jaxinfer.resolve": 5,
     "jaxinfer.runner": 5,

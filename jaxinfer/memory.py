@@ -1,0 +1,114 @@
+"""Plans a device's memory for a model on a mesh, and names what would fit where that does not."""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax.numpy as jnp
+
+from jaxinfer import planner
+from jaxinfer.attention import attention_spec
+from jaxinfer.engine_config import EngineConfig
+from jaxinfer.parameters import ModelDefinition
+from jaxinfer.partitioning import Partitioner, mesh_text, parse_mesh
+from jaxinfer.planner import MemoryPlan
+from sharding_rules import axes as ax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What an engine asks of each device.
+
+    Attributes:
+      config: as the user gave it, but for `max_model_len`, which is decided.
+      definition: the model on its mesh.
+      page_size: tokens per page.
+      free_bytes: of a device; None if it does not say.
+    """
+
+    config: EngineConfig
+    definition: ModelDefinition
+    page_size: int
+    free_bytes: int | None
+
+    def plan(self) -> MemoryPlan:
+        """Raises ValueError when it does not fit, naming the flags of which each alone would make it fit."""
+        try:
+            return self._plan()
+        except ValueError as error:
+            flags = " or ".join(self._flags_that_fit())
+            raise ValueError(f"{error}; would fit: {flags or 'a smaller model'}") from None
+
+    def _plan(self) -> MemoryPlan:
+        config, model, partitioner = self.config, self.definition.config, self.definition.partitioner
+        assert config.max_model_len is not None
+        num_shards = partitioner.num_shards(ax.BATCH)
+        spec = attention_spec(model, partitioner, self.page_size)
+        itemsize = self.definition.dtype.itemsize
+        heads = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim, "itemsize": itemsize}
+        return planner.plan_memory(
+            weights_bytes=self.definition.shard_bytes,
+            workspace_bytes=planner.workspace_bytes(
+                rows=config.max_num_seqs // num_shards,
+                chunk_tokens=min(config.max_num_batched_tokens, config.max_model_len),
+                context_tokens=config.max_model_len,
+                vocab_size=model.vocab_size,
+                mlp_dim=model.mlp_dim // partitioner.num_shards(ax.MLP),
+                num_q_heads=spec.num_q_heads,
+                **heads,
+            ),
+            page_bytes=planner.page_bytes(num_layers=model.num_layers, page_size=self.page_size, **heads),
+            page_size=self.page_size,
+            max_model_len=config.max_model_len,
+            sequences_per_shard=config.max_num_seqs // num_shards,
+            num_shards=num_shards,
+            free_bytes=self.free_bytes,
+            memory_fraction=config.memory_fraction,
+            kv_cache_bytes=config.kv_cache_bytes,
+        )
+
+    def _fits(self, **flags: object) -> bool:
+        """With these flags changed, of which the definition knows nothing."""
+        try:
+            dataclasses.replace(self, config=dataclasses.replace(self.config, **flags))._plan()
+        except ValueError:
+            return False
+        return True
+
+    def _flags_that_fit(self) -> Iterator[str]:
+        """Smaller sizes, as large as fits, the shorter dtype, and the first larger mesh."""
+        if self.config.kv_cache_bytes is not None and self._fits(kv_cache_bytes=None):
+            yield "no --kv_cache_bytes at all"
+        num_shards = self.definition.partitioner.num_shards(ax.BATCH)
+        for name, step in (("max_model_len", 1), ("max_num_seqs", num_shards), ("max_num_batched_tokens", 1)):
+            smaller = range(max(2, step), getattr(self.config, name), step)
+            if size := _largest(lambda n, name=name: self._fits(**{name: n}), smaller):
+                yield f"--{name}={size}"
+        if self.definition.dtype == jnp.float32 and self._with(self.definition.partitioner, jnp.bfloat16)._fits():
+            yield "--dtype=bfloat16"
+        if mesh := next(filter(self._fits_on, self._larger_meshes()), None):
+            yield f"--mesh={mesh}"
+
+    def _larger_meshes(self) -> Iterator[str]:
+        """The mesh with its tensor axis doubled, again and again as far as there are heads."""
+        sizes = parse_mesh(self.config.mesh)
+        tensor = sizes.get(ax.TENSOR, 1)
+        while (tensor := 2 * tensor) <= self.definition.config.num_q_heads:
+            yield mesh_text(sizes | {ax.TENSOR: tensor})
+
+    def _fits_on(self, mesh: str) -> bool:
+        try:
+            partitioner = Partitioner.abstract(mesh, self.config.sharding)
+            return self._with(partitioner, self.definition.dtype)._fits()
+        except ValueError:  # the model does not divide over it
+            return False
+
+    def _with(self, partitioner: Partitioner, dtype: jnp.dtype) -> "Demand":
+        definition = ModelDefinition.create(self.definition.config, partitioner, dtype)
+        return dataclasses.replace(self, definition=definition)
+
+
+def _largest(fits: Callable[[int], bool], sizes: range) -> int | None:
+    """The largest size that fits, where with a size all smaller ones fit; None if none does."""
+    num_fitting = bisect.bisect_left(sizes, True, key=lambda n: not fits(n))
+    return sizes[num_fitting - 1] if num_fitting else None

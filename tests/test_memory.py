@@ -1,0 +1,130 @@
+"""Whether a model fits its devices: what a step allocates against the plan, and what is advised where it does not."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from jaxinfer.config import ModelConfig, RopeConfig
+from jaxinfer.engine_config import EngineConfig
+from jaxinfer.memory import Demand
+from jaxinfer.parameters import ModelDefinition
+from jaxinfer.partitioning import Partitioner
+from tests.parity import driver
+
+SMALL = ModelConfig(
+    family="llama",
+    vocab_size=512,
+    embed_dim=64,
+    num_layers=2,
+    num_q_heads=8,
+    num_kv_heads=4,
+    head_dim=16,
+    mlp_dim=128,
+    max_position=1024,
+    norm_eps=1e-5,
+    rope=RopeConfig(theta=10000.0),
+)
+
+
+@functools.cache
+def demand(model: ModelConfig = SMALL, mesh: str = "", free_bytes: int | None = None, **flags: Any) -> Demand:
+    definition = ModelDefinition.create(model, Partitioner.create(mesh), jnp.dtype("float32"))
+    settings = {"max_model_len": 1024, "max_num_seqs": 8, "mesh": mesh} | flags
+    return Demand(config=EngineConfig(**settings), definition=definition, page_size=16, free_bytes=free_bytes)
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "flags"),
+    [
+        ({}, "", {"max_num_batched_tokens": 256}),
+        ({}, "data:2,tensor:2", {"max_num_batched_tokens": 256}),
+        ({}, "", {"max_num_seqs": 32, "max_num_batched_tokens": 16}),
+        ({"vocab_size": 64_000}, "", {"max_model_len": 64}),
+        ({"vocab_size": 64_000}, "tensor:2", {"max_model_len": 64}),
+        ({"mlp_dim": 8192}, "", {"max_model_len": 128}),
+    ],
+    ids=["chunk's scores", "on a mesh", "rows' pages", "logits", "logits of a mesh", "mlp"],
+)
+def test_the_workspace_is_what_compiled_steps_allocate(model: dict[str, int], mesh: str, flags: dict[str, int]):
+    """The estimate is at least that, and at most half as much again."""
+    wanted = demand(dataclasses.replace(SMALL, **model), mesh, **flags)
+    plan, config = wanted.plan(), wanted.config
+    assert config.max_model_len is not None
+    shapes = driver.Shapes(
+        rows=plan.num_pages // (config.max_model_len // 16),
+        max_len=config.max_model_len,
+        chunk=min(config.max_num_batched_tokens, config.max_model_len),
+        num_steps=1,
+    )
+    runner = driver.make_runner(wanted.definition, (), shapes)
+    allocated = 0
+    for shape in runner.buckets.shapes():
+        memory = runner.lowered(shape).compile().memory_analysis()
+        assert memory is not None
+        allocated = max(allocated, memory.temp_size_in_bytes)
+    assert allocated <= 1.02 * plan.workspace_bytes
+    assert plan.workspace_bytes <= 1.5 * allocated
+
+
+def advice(asked: Demand) -> list[str]:
+    with pytest.raises(ValueError, match="; would fit: ") as caught:
+        asked.plan()
+    return str(caught.value).rpartition("; would fit: ")[2].split(" or ")
+
+
+def flags_of(texts: list[str]) -> dict[str, str]:
+    return dict(text.removeprefix("--").split("=") for text in texts)
+
+
+def test_each_flag_of_the_advice_is_enough_and_the_next_size_is_not():
+    sizes = {"max_num_seqs": 32, "max_num_batched_tokens": 128}
+    whole = demand(**sizes).plan()
+    asked = demand(free_bytes=int((whole.weights_bytes + whole.workspace_bytes) / 0.9), **sizes)
+    flags = flags_of(advice(asked))
+    assert flags.keys() == {"max_model_len", "max_num_seqs", "max_num_batched_tokens", "dtype", "mesh"}
+    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+        sizes = [int(flags[name]), int(flags[name]) + 1]
+        fitting, other = (dataclasses.replace(asked.config, **{name: size}) for size in sizes)
+        dataclasses.replace(asked, config=fitting).plan()
+        assert name in str(advice(dataclasses.replace(asked, config=other)))
+    shorter = ModelDefinition.create(SMALL, Partitioner.create(), jnp.dtype(flags["dtype"]))
+    dataclasses.replace(asked, definition=shorter).plan()
+    assert flags["mesh"] == "tensor:2"
+    dataclasses.replace(asked, definition=demand(mesh="tensor:2").definition).plan()
+
+
+def test_a_mesh_grows_until_it_fits_beyond_the_devices_that_are_here():
+    model = dataclasses.replace(SMALL, num_q_heads=16, num_kv_heads=4, mlp_dim=65_536)
+    of_two = demand(model, "tensor:2", max_num_batched_tokens=16).plan()
+    asked = demand(model, "tensor:2", int(of_two.weights_bytes / 5), max_num_batched_tokens=16)
+    assert flags_of(advice(asked)) == {"mesh": "tensor:16"}
+
+
+def test_a_strategy_that_was_chosen_is_kept():
+    whole = demand().plan()
+    free_bytes = int((whole.weights_bytes + whole.workspace_bytes) / 0.9)
+    assert "mesh" in flags_of(advice(demand(free_bytes=free_bytes)))
+    assert "mesh" not in flags_of(advice(demand(free_bytes=free_bytes, sharding="replicated")))
+
+
+def test_the_data_axis_divides_the_advised_sequences():
+    sizes = {"max_num_seqs": 64, "max_num_batched_tokens": 128}
+    whole = demand(mesh="data:2", **sizes).plan()
+    asked = demand(mesh="data:2", free_bytes=int((whole.weights_bytes + whole.workspace_bytes) / 0.9), **sizes)
+    flags = flags_of(advice(asked))
+    assert int(flags["max_num_seqs"]) in range(50, 64, 2) and flags["mesh"] == "data:2,tensor:2"
+
+
+def test_a_cache_that_was_chosen_too_small_or_too_large():
+    assert advice(demand(kv_cache_bytes=20_000))[0] == "no --kv_cache_bytes at all"
+    whole = demand().plan()
+    asked = demand(free_bytes=int((whole.weights_bytes + whole.workspace_bytes) * 1.2), kv_cache_bytes=2**40)
+    assert advice(asked)[0] == "no --kv_cache_bytes at all"
+
+
+def test_where_nothing_helps():
+    model = dataclasses.replace(SMALL, num_q_heads=1, num_kv_heads=1, num_layers=1)
+    assert advice(demand(model, free_bytes=1000)) == ["a smaller model"]

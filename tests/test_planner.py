@@ -1,0 +1,105 @@
+"""What fits on a device, in bytes worked out by hand."""
+
+from typing import Any
+
+import pytest
+
+from jaxinfer.planner import MIB, MemoryPlan, page_bytes, plan_memory, workspace_bytes
+
+# 3 sequences of 100 tokens in pages of 16: 7 pages each.
+ASKED: dict[str, Any] = {
+    "weights_bytes": 50_000,
+    "workspace_bytes": 10_000,
+    "page_bytes": 1_000,
+    "page_size": 16,
+    "max_model_len": 100,
+    "sequences_per_shard": 3,
+    "num_shards": 1,
+    "free_bytes": 100_000,
+    "memory_fraction": 0.9,
+    "kv_cache_bytes": None,
+}
+
+
+def plan(**changes: Any) -> MemoryPlan:
+    return plan_memory(**ASKED | changes)
+
+
+def test_a_page_holds_keys_and_values_of_every_layer():
+    assert page_bytes(num_layers=3, num_kv_heads=2, page_size=16, head_dim=8, itemsize=4) == 2 * 3 * 2 * 16 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # Five sequences' keys and values and 4 + 32 tokens' scores: attention.
+        ({}, 5 * (2 * 100 * 2 * 8 * 2) + 36 * (2 * 4 * 100 * 6)),
+        ({"mlp_dim": 10_000}, 3 * 36 * 10_000 * 2),
+        ({"vocab_size": 10_000}, 7 * 4 * 5 * 10_000),
+        ({"mlp_dim": 10_000, "itemsize": 4}, 3 * 36 * 10_000 * 4),
+    ],
+)
+def test_the_workspace_is_that_of_the_largest_part(changes: dict[str, int], expected: int):
+    sizes = {"rows": 4, "chunk_tokens": 32, "context_tokens": 100, "vocab_size": 50, "mlp_dim": 20, "itemsize": 2}
+    heads = {"num_q_heads": 6, "num_kv_heads": 2, "head_dim": 8}
+    assert workspace_bytes(**heads | sizes | changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_pages"),
+    [
+        ({}, 1 + 3 * 7),  # 30 would fit
+        ({"free_bytes": None}, 1 + 3 * 7),
+        ({"free_bytes": 90_000}, 21),  # 81 000 - 60 000
+        ({"free_bytes": 90_000, "workspace_bytes": 0}, 1 + 3 * 7),
+        ({"free_bytes": 90_000, "memory_fraction": 1.0, "weights_bytes": 72_000}, 8),
+        ({"kv_cache_bytes": 12_999}, 12),
+        ({"kv_cache_bytes": 12_999, "free_bytes": None}, 12),
+        ({"kv_cache_bytes": 10**9}, 1 + 3 * 7),  # more would not be used
+        ({"max_model_len": 112}, 1 + 3 * 7),
+        ({"max_model_len": 113}, 1 + 3 * 8),
+    ],
+)
+def test_the_cache_is_what_the_sequences_can_use_as_far_as_memory_goes(changes: dict[str, Any], num_pages: int):
+    assert plan(**changes).num_pages == num_pages
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"free_bytes": 75_000},
+            r"^48.8 KiB of weights and 9.8 KiB of workspace leave 7500 bytes for the cache of 73.2 KiB free "
+            r"on a device \(--memory_fraction=0.9\), less than the 8000 bytes that one sequence of --max_model_len=100 "
+            r"needs$",
+        ),
+        ({"free_bytes": 75_000, "workspace_bytes": 0, "weights_bytes": 60_000}, "^58.6 KiB .* leave 7500 bytes"),
+        ({"weights_bytes": 200_000}, "leave 0 bytes for the cache"),
+        (
+            {"kv_cache_bytes": 7_999},
+            "^--kv_cache_bytes=7999 is less than the 8000 bytes that one sequence of --max_model_len=100 needs$",
+        ),
+        (
+            {"kv_cache_bytes": 20_000, "free_bytes": 80_000},
+            r"leave 12000 bytes for the cache of 78.1 KiB .*, less than --kv_cache_bytes=20000$",
+        ),
+    ],
+)
+def test_what_does_not_fit_says_how_far_it_is_off(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        plan(**changes)
+
+
+def test_what_just_fits():
+    assert plan(free_bytes=80_000, kv_cache_bytes=12_000).cache_bytes == 12_000
+    assert plan(free_bytes=80_000, memory_fraction=0.85).num_pages == 8
+
+
+def test_the_plan_counts_shards_together_and_prints_every_part():
+    of_shards = plan(num_shards=4, weights_bytes=5 * MIB, free_bytes=2**40)
+    assert (of_shards.num_cache_tokens, of_shards.max_concurrency) == (4 * 21 * 16, 4 * 3)
+    assert str(of_shards) == (
+        "memory per device: 5.0 MiB weights + 21.5 KiB cache + 9.8 KiB workspace of 1024.00 GiB free\n"
+        "cache: 1344 tokens in 84 pages of 16, 62 B per token; 12 sequences of 100 tokens at once"
+    )
+    assert str(plan(free_bytes=None)).splitlines()[0].endswith("workspace of unknown free")
