@@ -30,11 +30,17 @@ def get(name: str) -> RuleSet:
 def strategy_for(mesh_axes: tuple[str, ...]) -> RuleSet:
     """The strategy that uses exactly `mesh_axes` (the mesh's axes of size above one).
 
-    Raises ValueError with the legal combinations when no strategy covers them.
+    Raises ValueError with the legal combinations when no strategy covers them, and with the names when several do:
+    which is better is for whoever has two to say.
     """
-    by_axes = {get(name).mesh_axes: get(name) for name in strategies()}
+    all_rules = [get(name) for name in strategies()]
     wanted = tuple(axis for axis in axes.MESH_AXES if axis in mesh_axes)
-    if wanted in by_axes:
-        return by_axes[wanted]
-    legal = "; ".join(" and ".join(used) or "one device" for used in sorted(by_axes))
-    raise ValueError(f"--mesh: no sharding strategy splits over {' and '.join(wanted)} together; legal: {legal}")
+    fitting = [rules for rules in all_rules if rules.mesh_axes == wanted]
+    if len(fitting) == 1:
+        return fitting[0]
+    split = " and ".join(wanted) or "nothing"
+    if fitting:
+        names = " or ".join(f"--sharding={rules.name}" for rules in fitting)
+        raise ValueError(f"--sharding=auto: several strategies split over {split}; use {names}")
+    legal = "; ".join(" and ".join(used) or "one device" for used in sorted({rules.mesh_axes for rules in all_rules}))
+    raise ValueError(f"--mesh: no sharding strategy splits over {split} together; legal: {legal}")

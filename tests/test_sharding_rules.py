@@ -116,6 +116,19 @@ def test_no_strategy_for_the_mesh_lists_the_legal():
         sharding_rules.strategy_for((ax.CONTEXT, ax.DATA))
 
 
+def test_several_strategies_for_the_mesh_are_named(monkeypatch: pytest.MonkeyPatch):
+    """The last by name was once taken without a word."""
+    others = {"by_vocab": rule_set("by_vocab", vocab="tensor"), "by_mlp": rule_set("by_mlp", mlp="tensor")}
+    get, known = sharding_rules.get, sharding_rules.strategies()
+    monkeypatch.setattr(sharding_rules, "strategies", lambda: sorted([*known, *others]))
+    monkeypatch.setattr(sharding_rules, "get", lambda name: others.get(name) or get(name))
+    names = "--sharding=by_mlp or --sharding=by_vocab or --sharding=tensor_parallel"
+    with pytest.raises(ValueError, match=f"--sharding=auto: several strategies split over tensor; use {names}$"):
+        Partitioner.create("tensor:4")
+    assert Partitioner.create("tensor:4", "by_mlp").rules is others["by_mlp"]
+    assert Partitioner.create("data:2").rules.name == "data_parallel"
+
+
 def test_rule_set_refuses_omission():
     with pytest.raises(ValueError, match=r"'partial' has no rule for \['layers', 'embed', .*'pages'\]"):
         RuleSet("partial", {ax.HEADS: (ax.TENSOR,)})
