@@ -7,7 +7,6 @@ because traversing the module costs a hundred times more host time per step.
 import dataclasses
 import math
 from types import ModuleType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +89,8 @@ class ModelDefinition:
             params.append(ParamSpec(path, shape, variable.dtype, axes, sharding, is_read_whole))
         return cls(config, family, partitioner, tuple(params), graph, jax.tree.structure(state))
 
-    def bind(self, arrays: tuple[jax.Array, ...]) -> Any:  # the family's Model
-        """The module over `arrays`, which are in the order of `params`. For use inside jit."""
+    def bind(self, arrays: tuple[jax.Array, ...]) -> models.Decoder:
+        """The family's `Model` over `arrays`, which are in the order of `params`. For use inside jit."""
         return nnx.merge(self._graph, jax.tree.unflatten(self._treedef, arrays))
 
     def init(self, seed: int = 0) -> tuple[jax.Array, ...]:

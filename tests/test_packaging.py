@@ -1,13 +1,18 @@
 """The wheel has every file of the packages, under the names that they have in a checkout, and nothing else."""
 
+import importlib.metadata
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
+
+from tests.test_import_layers import imports_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("jaxinfer", "pallas_kernels", "sharding_rules")
@@ -43,6 +48,27 @@ def test_no_file_is_forgotten(wheel: zipfile.ZipFile):
     assert {"jaxinfer/configs/demo_eight_devices.toml", "jaxinfer/demo_model/model.safetensors"} <= expected
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert packed == expected
+
+
+def distributions(folders: tuple[str, ...]) -> set[str]:
+    """What the files in these folders import of others, by the names that pip has for it."""
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    names = {name.partition(".")[0] for file in files for name in imports_of(file)}
+    names -= {*sys.stdlib_module_names, *PACKAGES, "tools"}
+    known = importlib.metadata.packages_distributions()
+    return {distribution for name in names for distribution in known.get(name, [name])}
+
+
+def required(lines: list[str]) -> set[str]:
+    return {re.split(r"[\[<>=,;]", line)[0] for line in lines}
+
+
+def test_what_is_imported_is_what_is_required():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    core, extras = required(project["dependencies"]), project["optional-dependencies"]
+    assert distributions(PACKAGES) == core - {"jinja2"}
+    of_tools = core | required(extras["train"]) | required(extras["parity"])
+    assert distributions(("tools",)) <= of_tools and of_tools - core <= distributions(("tools",))
 
 
 def test_an_install_finds_tools_configs_and_the_demonstration_model(wheel: zipfile.ZipFile, tmp_path: pathlib.Path):
