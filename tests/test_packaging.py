@@ -22,6 +22,7 @@ SOURCES = (*PACKAGES, "tools", "configs", "pyproject.toml", "README.md", "LICENS
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """Built as pip builds it, but with the setuptools that is here, from a copy: the build leaves files behind."""
+    pytest.importorskip("setuptools", reason='needs pip install -e ".[test]"')
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         if (ROOT / name).is_dir():
