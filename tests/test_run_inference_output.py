@@ -27,10 +27,7 @@ def open_engine(model_dir: pathlib.Path) -> Engine:
 @pytest.fixture(scope="module")
 def shared_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     directory = tmp_path_factory.mktemp("models") / "tiny"
-    model_dir = tiny_model.make(directory, poisoned_token=POISONED, tie_word_embeddings=False)
-    settings = json.loads((model_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings["chat_template"] = TEMPLATE
-    (model_dir / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    model_dir = tiny_model.make(directory, chat_template=TEMPLATE, poisoned_token=POISONED, tie_word_embeddings=False)
     with open_engine(model_dir) as engine:
         yield engine
 

@@ -37,6 +37,7 @@ def make(
     directory: pathlib.Path,
     *,
     with_tokenizer: bool = True,
+    chat_template: str | None = None,
     seed: int = 0,
     poisoned_token: int | None = None,
     **overrides: Any,
@@ -53,11 +54,11 @@ def make(
         weights["embedding/table"] = weights["embedding/table"].at[poisoned_token].set(jnp.nan)
     write_model(directory, values, definition, tuple(weights.values()))
     if with_tokenizer:
-        write_tokenizer(directory)
+        write_tokenizer(directory, chat_template)
     return directory
 
 
-def write_tokenizer(directory: pathlib.Path) -> None:
+def write_tokenizer(directory: pathlib.Path, chat_template: str | None = None) -> None:
     """257 tokens: every byte, and an end token that starts each text."""
     vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
@@ -67,4 +68,5 @@ def write_tokenizer(directory: pathlib.Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 256)])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END}
+    settings |= {"chat_template": chat_template} if chat_template else {}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
