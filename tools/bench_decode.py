@@ -19,18 +19,9 @@ moves less than either speed. On a busy machine torch can be several times faste
 choice, so it gets whichever is best.
 """
 
-import functools
-import json
 import math
-import os
 import pathlib
-import platform
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -52,6 +43,8 @@ from jaxinfer.request import Request, SamplingParams
 from jaxinfer.runner import Runner
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
+from jaxinfer.tools import bench_peer, bench_record
+from jaxinfer.tools.bench_peer import Generate
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -77,9 +70,6 @@ _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 32, "Length of the random
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "Timed tokens per sequence and round.", lower_bound=1)
 _DECODE_STEPS = flags.DEFINE_integer("decode_steps", 8, "Tokens per sequence and dispatch.", lower_bound=1)
 _ATTENTION = flags.DEFINE_string("attention_backend", "xla", "A backend in pallas_kernels/paged_attention/.")
-
-# One round's tokens of each sequence, the one that prefill gave first, and the seconds it took to decode the others.
-Generate = Callable[[list[list[int]]], tuple[list[list[int]], float]]
 
 
 def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch_size: int, num_steps: int) -> Generate:
@@ -134,33 +124,6 @@ def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch
     return generate
 
 
-def make_peer(model_dir: pathlib.Path) -> Callable[[int], Generate]:
-    """Hugging Face transformers, run eagerly; takes the number of threads, 0 for torch's own choice."""
-    import torch
-    import transformers
-
-    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    own_choice = torch.get_num_threads()
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, _DTYPE.value))
-    model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
-
-    @torch.inference_mode()
-    def generate(num_threads: int, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
-        torch.set_num_threads(num_threads or own_choice)
-        cache = transformers.DynamicCache(config=model.config)
-        step = functools.partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token = step(torch.tensor(prompts, device=device)).logits[:, -1:].argmax(-1)
-        tokens = [token.tolist()]  # to the host, so that prefill is over
-        start = time.perf_counter()
-        for _ in range(_NEW_TOKENS.value):
-            token = step(token).logits[:, -1:].argmax(-1)
-            tokens.append(token.tolist())
-        elapsed_s = time.perf_counter() - start
-        return np.concatenate(tokens, axis=1).tolist(), elapsed_s
-
-    return lambda num_threads: functools.partial(generate, num_threads)
-
-
 def step_bytes(definition: ModelDefinition, batch_size: int) -> int:
     """Bytes that a decode step must read, with the cache half way between the first step and the last."""
     config = definition.config
@@ -172,12 +135,6 @@ def step_bytes(definition: ModelDefinition, batch_size: int) -> int:
         itemsize=definition.dtype.itemsize,
     )
     return definition.step_shard_bytes + batch_size * (_PROMPT_TOKENS.value + _NEW_TOKENS.value // 2) * token_bytes
-
-
-def count_equal(ours: list[list[int]], theirs: list[list[int]]) -> int:
-    """Tokens before the first difference of each sequence: after it the two read different texts."""
-    firsts = [np.flatnonzero(np.array(a) != np.array(b)) for a, b in zip(ours, theirs, strict=True)]
-    return sum(int(first[0]) if len(first) else len(row) for first, row in zip(firsts, ours, strict=True))
 
 
 def compare(definition: ModelDefinition, batch_size: int, ours: Generate, peers: list[Generate]) -> dict[str, Any]:
@@ -208,7 +165,7 @@ def compare(definition: ModelDefinition, batch_size: int, ours: Generate, peers:
         fastest = int(np.argmin(np.median(peers_s, axis=0)))
         peer_s = np.array(peers_s)[:, fastest]
         low, ratio, high = np.percentile(peer_s / np.array(our_s), (25, 50, 75))
-        equal, total = count_equal(our_tokens, peer_tokens[fastest]), sum(map(len, our_tokens))
+        equal, total = bench_peer.count_equal(our_tokens, peer_tokens[fastest]), sum(map(len, our_tokens))
         result |= {"peer_tokens_per_s": num_tokens / np.median(peer_s), "peer_threads": _PEER_THREADS.value[fastest]}
         result |= {"ratio": ratio, "ratio_iqr": [low, high], "equal_tokens": equal, "compared_tokens": total}
         print(
@@ -217,21 +174,6 @@ def compare(definition: ModelDefinition, batch_size: int, ours: Generate, peers:
             f"{equal} of {total} tokens equal"
         )
     return result
-
-
-def describe_run() -> dict[str, Any]:
-    """What someone needs to repeat it."""
-    packages = ("jax", "jaxlib", "flax", "torch", "transformers") if _PEER.value == "hf" else ("jax", "jaxlib", "flax")
-    root = pathlib.Path(__file__).parents[1]
-    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    cpu_lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in cpu_lines if line.startswith("model name")), platform.machine())
-    return {
-        "command": " ".join(["python", "tools/bench_decode.py", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
-        "machine": {"device": jax.devices()[0].device_kind, "cpu": cpu, "cores": os.cpu_count()},
-        "commit": commit.stdout.strip() or "unknown",
-    }
 
 
 def main(argv: list[str]) -> None:
@@ -253,12 +195,16 @@ def main(argv: list[str]) -> None:
             weights = definition.init()
             if _PEER.value == "hf":
                 write_model(model_dir, hf_config, definition, weights)
-        peers = list(map(make_peer(model_dir), map(int, _PEER_THREADS.value))) if _PEER.value == "hf" else []
+        peers = []
+        if _PEER.value == "hf":
+            make_peer = bench_peer.make_peer(model_dir, _DTYPE.value, _NEW_TOKENS.value)
+            peers = [make_peer(int(num_threads)) for num_threads in _PEER_THREADS.value]
     results = []
     for batch_size in map(int, _BATCH_SIZES.value):
         ours = make_ours(definition, weights, batch_size, _DECODE_STEPS.value)
         results.append(compare(definition, batch_size, ours, peers))
-    print(json.dumps(describe_run() | {"num_params": num_params, "dtype": _DTYPE.value, "results": results}))
+    run = bench_record.describe_run("bench_decode", bench_peer.PACKAGES if _PEER.value == "hf" else ())
+    bench_record.print_record(run | {"num_params": num_params, "dtype": _DTYPE.value, "results": results})
 
 
 if __name__ == "__main__":

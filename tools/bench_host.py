@@ -14,8 +14,6 @@ Time is this thread's on a CPU, so other programs count only by the caches that 
 of the time over the growth of the number of sequences, from the row above: at most 1 where the host scales.
 """
 
-import json
-import platform
 import random
 import time
 
@@ -30,6 +28,7 @@ from jaxinfer.request import Request, SamplingParams
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
 from jaxinfer.steps import StepOutput
+from jaxinfer.tools.bench_record import describe_run, print_record
 
 _RUNNING = flags.DEFINE_list("running", ["64", "128", "256", "512", "1024"], "Sequences that run, ascending.")
 _PAGE_SIZES = flags.DEFINE_list("page_sizes", ["16", "64"], "Tokens per page.")
@@ -151,7 +150,7 @@ def main(argv: list[str]) -> None:
                 print(f"  {num_running:7}   {row['median_us']:9.0f}   {row['p90_us']:6.0f}   {growth:9.2f}", flush=True)
                 results.append({"load": name, "page_size": page_size, "to_linear": round(growth, 3), **row})
                 before = row
-    print(json.dumps({"python": platform.python_version(), "steps": _STEPS.value, "results": results}))
+    print_record(describe_run("bench_host") | {"steps": _STEPS.value, "results": results})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,75 @@
+"""The benchmarks run, small, and leave a record with which they can be repeated."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import pytest
+
+from jaxinfer.tools import bench_peer, bench_record
+from tests import tiny_model
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = ("--rounds=1", "--batch_sizes=2", "--prompt_tokens=5", "--new_tokens=6", "--decode_steps=3")
+
+
+def run(program: str, *flags: str) -> dict[str, Any]:
+    """The record of a run, which is the last line."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, f"tools/{program}.py", *flags]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["command"] == " ".join(["python", f"tools/{program}.py", *flags])
+    assert record["versions"]["jax"] == jax.__version__ and record["machine"]["cores"] >= 1
+    return record
+
+
+def test_decode_alone(tmp_path: pathlib.Path):
+    model = tiny_model.make(tmp_path / "model")
+    record = run("bench_decode", f"--model={model}", "--peer=none", *SMALL)
+    (result,) = record["results"]
+    assert result["batch_size"] == 2 and result["tokens_per_s"] > 0 and "ratio" not in result
+    assert result["step_bytes"] > record["num_params"] * 4
+    assert "torch" not in record["versions"]
+
+
+@pytest.mark.parity
+def test_decode_beside_its_peer(tmp_path: pathlib.Path):
+    model = tiny_model.make(tmp_path / "model", model_type="llama", seed=1)
+    record = run("bench_decode", f"--model={model}", "--peer_threads=1", *SMALL)
+    (result,) = record["results"]
+    assert result["compared_tokens"] == 2 * 7 and result["equal_tokens"] >= 7 and result["ratio"] > 0
+    assert "torch" in record["versions"]
+
+
+def test_host():
+    record = run("bench_host", "--running=2", "--steps=3", "--loads=mix", "--page_sizes=16")
+    assert [(row["load"], row["running"]) for row in record["results"]] == [("mix", 2)]
+
+
+def test_the_commit_tells_changes_and_foreign_repositories(tmp_path: pathlib.Path):
+    def git(*arguments: str) -> str:
+        names = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        result = subprocess.run(["git", "-C", tmp_path, *names, *arguments], capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+
+    git("init")
+    assert bench_record.commit(tmp_path) == "unknown"
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "file").write_text("a")
+    git("add", ".")
+    git("commit", "-m", "first")
+    git("tag", "-a", "v1", "-m", "v1")
+    assert bench_record.commit(tmp_path) == git("rev-parse", "HEAD")
+    assert bench_record.commit(tmp_path / "inner") == "unknown"
+    (tmp_path / "inner" / "file").write_text("b")
+    assert bench_record.commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_tokens_count_as_equal_up_to_the_first_difference():
+    assert bench_peer.count_equal([[1, 2, 3], [4, 5, 6], [7, 8, 9]], [[1, 2, 3], [4, 0, 6], [0, 8, 9]]) == 3 + 1 + 0
