@@ -7,7 +7,6 @@ cannot do is reported, never dropped.
 
 import dataclasses
 import json
-import math
 import pathlib
 from dataclasses import replace
 from typing import Any
@@ -86,22 +85,19 @@ def read_generation_config(
         eos_token_ids = _end_tokens([] if tokenizer_eos is None else tokenizer_eos, vocab_size, model_dir)
     if not sampling:
         return GenerationDefaults(eos_token_ids=eos_token_ids)
-    temperature = _number(values, "temperature", 1.0, path)
-    min_p = _number(values, "min_p", 0.0, path)
-    if min_p > 1:
-        raise ValueError(f"{path}: min_p is {min_p}; expected a number of at most 1")
-    top_p = _number(values, "top_p", 1.0, path)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"{path}: top_p is {top_p}; expected a number above 0 and at most 1")
-    return GenerationDefaults(
-        temperature=0.0 if values.get("do_sample") is False else temperature,
+    numbers = {key: values[key] for key in ("temperature", "top_p", "min_p") if values.get(key) is not None}
+    defaults = GenerationDefaults(
+        **numbers,
         top_k=_count(values, "top_k", path) or 0,
-        top_p=top_p,
-        min_p=min_p,
         max_new_tokens=_count(values, "max_new_tokens", path),
         eos_token_ids=eos_token_ids,
         ignored=_ignored({key: config.get(key) for key in CONFIG_JSON_KEYS} | values),
     )
+    try:
+        _ = defaults.sampling_params  # which knows what each may be
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return replace(defaults, temperature=0.0) if values.get("do_sample") is False else defaults
 
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
@@ -115,15 +111,6 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
-
-
-def _number(values: dict[str, Any], key: str, default: float, path: pathlib.Path) -> float:
-    value = values.get(key)
-    if value is None:
-        return default
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise ValueError(f"{path}: {key} is {value!r}; expected a number of at least 0")
-    return float(value)
 
 
 def _count(values: dict[str, Any], key: str, path: pathlib.Path) -> int | None:

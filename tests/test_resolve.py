@@ -36,7 +36,7 @@ def test_without_the_models_generation_config_its_sampling_is_not_read(model: pa
     path.write_text(json.dumps({"temperature": "hot", "eos_token_id": [7]}), encoding="utf-8")
     try:
         assert resolve_with(model, generation_config="none").generation.eos_token_ids == (7,)
-        with pytest.raises(ValueError, match=f"{path}: temperature is 'hot'"):
+        with pytest.raises(ValueError, match=f"{path}: temperature='hot'"):
             resolve_with(model)
     finally:
         path.unlink()
