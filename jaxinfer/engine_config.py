@@ -36,7 +36,7 @@ class EngineConfig(StrictFields):
         beside them a piece of a prompt.
       page_size: tokens per cache page; None for 64 on GPU and 16 on CPU.
       kv_cache_bytes: size of the cache per device; None for what the sequences can use, within memory_fraction.
-      memory_fraction: share of a device's free memory that weights and cache may take.
+      memory_fraction: share of a device's free memory that weights, cache and a step's workspace may take.
       decode_steps: tokens per sequence and dispatch when no request waits; one when one does.
       enable_prefix_caching: keep the pages of finished requests for those that start alike.
       seed: base of the seeds of requests that name none.

@@ -61,7 +61,7 @@ class Demand:
             page_size=self.page_size,
             max_model_len=config.max_model_len,
             sequences_per_shard=config.max_num_seqs // num_shards,
-            num_shards=num_shards,
+            num_shards=partitioner.num_shards(ax.PAGES),
             free_bytes=self.free_bytes,
             memory_fraction=config.memory_fraction,
             kv_cache_bytes=config.kv_cache_bytes,

@@ -32,7 +32,7 @@ views of people.
 
 `tools/train_demo_model.py`: a byte-level BPE of {vocab_size:,} tokens; {steps:,} steps of {batch_tokens:,} tokens
 ({epochs:.1f} epochs) in float32; Muon for hidden matrices and AdamW for the rest; windows of {short_window} tokens,
-at the end of {context}; a constant learning rate that falls to zero over the last part. Stored in {dtype}.
+at the end of {context}; a constant learning rate that falls to a fiftieth over the last part. Stored in {dtype}.
 
 ## Held-out perplexity
 

@@ -27,7 +27,7 @@ class Recipe:
 
     Attributes:
       steps: of the optimizer, in all.
-      decay_steps: the last of them, in which the learning rate falls to zero.
+      decay_steps: the last of them, in which the learning rate falls to a fiftieth.
       long_steps: the last of them, which see windows as long as the context.
       batch_tokens: per step.
       learning_rate: at its peak.
@@ -58,7 +58,7 @@ def token_losses(definition: ModelDefinition, arrays: tuple[jax.Array, ...], bat
 
 
 def make_schedule(recipe: Recipe) -> optax.Schedule:
-    """Warm-up, constant, linear to zero; the recipe must have steps for all three."""
+    """Warm-up, constant, linear to a fiftieth; the recipe must have steps for all three."""
     rate = recipe.learning_rate
     return optax.join_schedules(
         [

@@ -6,7 +6,7 @@ Makes a byte-level BPE tokenizer, trains the project's own Flax Llama, and write
 directory with a model card. Every twentieth story is held out for the perplexity in the card.
 
 Hidden matrices are trained with Muon, the rest with AdamW (optax), at a constant rate that falls linearly to
-zero over the last part. Most of the training sees short windows, because attention is what a CPU waits for;
+a fiftieth over the last part. Most of the training sees short windows, because attention is what a CPU waits for;
 the last part sees windows as long as the context. `--work_dir` keeps the states of the way, so that a stopped
 run goes on; to train a finished one for longer, delete the states of its last part and raise `--steps`.
 """
@@ -35,7 +35,7 @@ _TEXT = flags.DEFINE_string("text", None, "Training text: a paragraph per line, 
 _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write.", required=True)
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Where training state is kept.", required=True)
 _STEPS = flags.DEFINE_integer("steps", 2000, "Optimizer steps in all.", lower_bound=1)
-_DECAY_STEPS = flags.DEFINE_integer("decay_steps", 500, "Last steps, in which the learning rate falls to zero.", 1)
+_DECAY_STEPS = flags.DEFINE_integer("decay_steps", 500, "Last steps, in which the rate falls to a fiftieth.", 1)
 _LONG_STEPS = flags.DEFINE_integer("long_steps", 250, "Last steps, which see windows as long as the context.", 0)
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "Tokens per step.", lower_bound=512)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate.")
