@@ -8,39 +8,8 @@ import numpy as np
 import pytest
 
 from jaxinfer import Engine, SamplingParams
-from jaxinfer.batch import StepShape
 from tests import tiny_model
-
-GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return tiny_model.make(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def engine(model_dir: pathlib.Path):
-    with Engine(str(model_dir), max_num_seqs=4, max_num_batched_tokens=64, decode_steps=4) as engine:
-        yield engine
-
-
-@pytest.fixture(autouse=True)
-def nothing_leaks(engine: Engine):
-    """After each test the shared engine is empty and its pages are all back."""
-    yield
-    engine._core.scheduler.check()
-    assert not engine.has_unfinished_requests
-    assert all(a.num_free == a.num_usable_pages for a in engine._core.scheduler.allocators)
-
-
-def prompts(count: int, longest: int = 150, seed: int = 0) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 256, rng.integers(1, longest)).tolist() for _ in range(count)]
-
-
-def solo(engine: Engine, prompt: list[int], params: SamplingParams) -> list[int]:
-    return engine.generate(prompt, params)[0].outputs[0].token_ids
+from tests.engine.prompts import GREEDY, prompts, solo
 
 
 def test_outputs_equal_solo_decoding(engine: Engine):
@@ -92,102 +61,6 @@ def test_a_stop_string_ends_the_text_before_itself(engine: Engine):
     assert output.finish_reason == "stop"
 
 
-def test_a_stream_adds_up_to_the_text(engine: Engine):
-    whole = engine.generate("Once upon", GREEDY)[0].outputs[0]
-    deltas = list(engine.stream("Once upon", GREEDY))
-    assert "".join(d.text for d in deltas) == whole.text
-    assert [t for d in deltas for t in d.token_ids] == whole.token_ids
-    assert [d.finish_reason for d in deltas[:-1]] == [None] * (len(deltas) - 1)
-    assert deltas[-1].finish_reason == whole.finish_reason
-
-
-def test_leaving_a_stream_early_frees_its_pages(engine: Engine):
-    for _ in engine.stream("Once upon", GREEDY):
-        break  # `nothing_leaks` looks at the pool
-
-
-def test_a_stream_refuses_and_queues_at_the_call(engine: Engine):
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        engine.stream("", GREEDY)
-    stream = engine.stream("abc", GREEDY)
-    assert engine.has_unfinished_requests
-    del stream  # never started; `nothing_leaks` looks at the pool
-
-
-def test_an_aborted_stream_ends(engine: Engine):
-    stream = engine.stream("abc", GREEDY)
-    next(stream)
-    (request_id,) = engine._unfinished
-    engine.abort(request_id)
-    assert [delta.finish_reason for delta in stream] == ["abort"]
-
-
-def test_requests_added_by_hand_come_out_of_step_even_if_generate_ran_meanwhile(engine: Engine):
-    engine.add_request("abc", GREEDY)
-    engine.generate("something else", GREEDY)
-    outputs = []
-    while engine.has_unfinished_requests:
-        outputs += engine.step()
-    assert outputs[-1].prompt == "abc"
-    assert outputs[-1].outputs[0].token_ids == solo(engine, outputs[-1].prompt_token_ids, GREEDY)
-
-
-def test_streams_and_generate_may_interleave(engine: Engine):
-    """Each once took the other's outputs away, and the other then waited for ever."""
-    expected = [engine.generate(text, GREEDY)[0].outputs[0].text for text in ("one", "two", "three")]
-    first, second = engine.stream("one", GREEDY), engine.stream("two", GREEDY)
-    texts = [next(first).text, next(second).text]
-    third = engine.generate("three", GREEDY)[0].outputs[0].text
-    texts[1] += "".join(delta.text for delta in second)
-    texts[0] += "".join(delta.text for delta in first)
-    assert [*texts, third] == expected
-
-
-def test_abort_ends_waiting_and_running_requests(engine: Engine):
-    ids = [engine.add_request([1, 2, 3], GREEDY) for _ in range(6)]  # four slots: two wait
-    engine.step()
-    for request_id in [*ids, "unknown"]:
-        engine.abort(request_id)
-        engine.abort(request_id)
-
-
-def test_a_step_that_fails_ends_what_ran_and_nothing_else(engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    """The failed step has taken the donated cache with it. Requests in the queue still get their tokens."""
-    expected = solo(engine, [1, 2, 3], GREEDY)
-    ids = [engine.add_request([1, 2, 3], GREEDY) for _ in range(6)]  # four slots: two wait
-    dispatch = engine._core.runner.dispatch
-
-    def fail_on_decode(shape, batch):
-        output = dispatch(shape, batch)
-        if shape.chunk_tokens == 0:
-            monkeypatch.undo()
-            for array in jax.tree.leaves(engine._core.runner._cache):
-                array.delete()
-            raise RuntimeError("planted")
-        return output
-
-    monkeypatch.setattr(engine._core.runner, "dispatch", fail_on_decode)
-    outputs = engine.step() + engine.step() + engine.step() + engine.step()  # a prompt each
-    with pytest.raises(RuntimeError, match="planted"):
-        engine.step()
-    while engine.has_unfinished_requests:
-        outputs += engine.step()
-    final = {output.request_id: output.outputs[0] for output in outputs if output.finished}
-    assert [final[i].finish_reason for i in ids] == ["error"] * 4 + ["length"] * 2
-    assert [final[i].token_ids for i in ids[4:]] == [expected] * 2
-
-
-def test_a_closed_engine_says_so(model_dir: pathlib.Path):
-    with Engine(str(model_dir), max_num_seqs=1, max_model_len=32) as closed:
-        stream = closed.stream([1, 2], GREEDY)
-        next(stream)
-    closed.close()
-    with pytest.raises(RuntimeError, match="the engine is closed"):
-        closed.generate([1, 2], GREEDY)
-    with pytest.raises(RuntimeError, match="the engine is closed"):
-        next(stream)
-
-
 def test_max_tokens_is_cut_to_what_max_model_len_leaves(engine: Engine):
     output = engine.generate([5] * 250, SamplingParams(temperature=0.0, max_tokens=99, ignore_eos=True))[0]
     assert len(output.outputs[0].token_ids) == 6
@@ -222,55 +95,6 @@ def test_thousand_random_requests_compile_nothing(engine: Engine):
     assert compilations
 
 
-@pytest.mark.parametrize(
-    ("prompt", "params", "message"),
-    [
-        ("", GREEDY, "the prompt is empty"),
-        ([], GREEDY, "the prompt is empty"),
-        ([5] * 256, GREEDY, "prompt of 256 tokens leaves no room to generate within --max_model_len=256"),
-        ([1, 264], GREEDY, r"264 is not a token id of the model; ids are integers in \[0, 264\)"),
-        ([1, -1], GREEDY, "-1 is not a token id"),
-        ([2**63], GREEDY, "is not a token id"),
-        ([1.5], GREEDY, "1.5 is not a token id"),
-        ([True], GREEDY, "True is not a token id"),
-        (None, GREEDY, "None is neither a text nor token ids"),
-        ("a", SamplingParams(stop_token_ids=(999,)), "999 is not a token id"),
-        ("a", SamplingParams(stop_token_ids=tuple(range(17))), "18 stop token ids, the model's 1 included; at most 16"),
-    ],
-)
-def test_what_cannot_run_is_refused_before_anything_runs(engine: Engine, prompt, params: SamplingParams, message: str):
-    with pytest.raises(ValueError, match=message):
-        engine.generate([prompt], params)
-    with pytest.raises(ValueError, match="prompt 1: "):
-        engine.generate(["fine", prompt], params if params.stop_token_ids == () else [GREEDY, params])
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"temperature": -1}, "temperature=-1"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"temperature": True}, "temperature=True"),
-        ({"top_p": 0}, "top_p=0"),
-        ({"top_p": 1.5}, "top_p=1.5"),
-        ({"top_k": -2}, "top_k=-2"),
-        ({"max_tokens": 0}, r"max_tokens=0: must be an integer in \[1, "),
-        ({"seed": 2**32}, "seed=4294967296"),
-        ({"stop": ("",)}, "non-empty strings"),
-    ],
-)
-def test_sampling_params_out_of_range(fields: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        SamplingParams(**fields)
-
-
-def test_unknown_names_raise_with_the_closest_known_one():
-    with pytest.raises(TypeError, match="has no field 'temprature'; did you mean 'temperature'"):
-        SamplingParams(temprature=0.5)  # pyright: ignore[reportCallIssue]
-    with pytest.raises(TypeError, match="has no field 'max_model_length'; did you mean 'max_model_len'"):
-        Engine("anywhere", max_model_length=5)
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_dtype_runs_in_batches(model_dir: pathlib.Path, dtype: str):
     """bfloat16 attention over several sequences once was a product that XLA:CPU does not have."""
@@ -290,16 +114,6 @@ def test_a_model_without_a_tokenizer_runs_on_token_ids(tmp_path: pathlib.Path):
             engine.generate([1], replace(GREEDY, stop="x"))
         with pytest.raises(ValueError, match="no tokenizer, so no chat template"):
             engine.chat([{"role": "user", "content": "hello"}])
-
-
-def test_as_many_params_as_prompts_or_one(engine: Engine):
-    with pytest.raises(ValueError, match="2 prompts but 3 sampling params"):
-        engine.generate([[1], [2]], [GREEDY] * 3)
-
-
-def test_a_shape_that_was_not_compiled_is_an_error(engine: Engine):
-    with pytest.raises(RuntimeError, match=r"StepShape\(chunk_tokens=5, .*\) is not a compiled shape"):
-        engine._core.runner.dispatch(StepShape(5, 4, 8, 1), None)  # pyright: ignore[reportArgumentType]
 
 
 def test_prompts_may_be_numpy_and_generators(engine: Engine):
