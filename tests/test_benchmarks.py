@@ -52,6 +52,20 @@ def test_host():
     assert [(row["load"], row["running"]) for row in record["results"]] == [("mix", 2)]
 
 
+@pytest.mark.parity
+def test_offline_beside_its_peers():
+    flags = ("--requests=6", "--batch_size=2", "--scale=0.02", "--rounds=1", "--shared=0.5")
+    record = run("bench_offline", "--peers=transformers,transformers_sorted,no_prefix_cache", *flags)
+    results = record["results"]
+    assert results["requests_all_equal"] >= 4 and results["no_prefix_cache"]["ratio"] > 0
+    assert set(results) >= {"ours", "transformers", "transformers_sorted", "no_prefix_cache"}
+
+
+def test_offline_alone():
+    record = run("bench_offline", "--peers=", "--requests=3", "--batch_size=2", "--scale=0.02", "--rounds=1")
+    assert record["results"]["output_tokens"] >= 6 and record["results"]["requests_all_equal"] == 3
+
+
 def test_the_commit_tells_changes_and_foreign_repositories(tmp_path: pathlib.Path):
     def git(*arguments: str) -> str:
         names = ["-c", "user.name=a", "-c", "user.email=a@b.c"]

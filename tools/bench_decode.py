@@ -25,41 +25,26 @@ import tempfile
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from jaxinfer import kv_cache, models, planner
+from jaxinfer import kv_cache, planner
 from jaxinfer.bandwidth import measure_read_bandwidth
 from jaxinfer.batch import Buckets
 from jaxinfer.checkpoint.hf_reader import load_weights
-from jaxinfer.checkpoint.hf_writer import write_model
 from jaxinfer.engine_core import EngineCore
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.output_text import OutputText
 from jaxinfer.parameters import ModelDefinition
-from jaxinfer.partitioning import Partitioner
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.runner import Runner
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
-from jaxinfer.tools import bench_peer, bench_record
+from jaxinfer.tools import bench_models, bench_peer, bench_record
 from jaxinfer.tools.bench_peer import Generate
 
-_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "num_key_value_heads": 8,
-}
-_NAMES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_SHAPES = {"254m": (32000, 1024, 2816, 16, 16), "8b": (128256, 4096, 14336, 32, 32)}
-
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face model directory; without it, random weights of --shape.")
-_SHAPE = flags.DEFINE_enum("shape", "254m", list(_SHAPES), "Which random Llama.")
+_SHAPE = flags.DEFINE_enum("shape", "254m", list(bench_models.SHAPES), "Which random Llama.")
 _LAYERS = flags.DEFINE_integer("layers", None, "Layers, instead of the shape's.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of weights and cache.")
 _PEER = flags.DEFINE_enum("peer", "hf", ["hf", "none"], "hf runs transformers beside ours; it needs torch.")
@@ -178,12 +163,9 @@ def compare(definition: ModelDefinition, batch_size: int, ours: Generate, peers:
 
 def main(argv: list[str]) -> None:
     del argv
-    hf_config = _LLAMA | dict(zip(_NAMES, _SHAPES[_SHAPE.value], strict=True))
-    if _LAYERS.value:
-        hf_config["num_hidden_layers"] = _LAYERS.value
+    hf_config = bench_models.hf_config(_SHAPE.value, _LAYERS.value)
     hf = HFConfig.read(pathlib.Path(_MODEL.value)) if _MODEL.value else HFConfig(hf_config)
-    config = models.for_architecture(hf.architecture).parse_config(hf)
-    definition = ModelDefinition.create(config, Partitioner.create(), jnp.dtype(_DTYPE.value))
+    definition = bench_models.define(hf, _DTYPE.value)
     num_params = sum(math.prod(spec.shape) for spec in definition.params)
     print(f"{num_params / 1e6:.0f} M parameters, {definition.weight_bytes / 1e9:.2f} GB of {_DTYPE.value}")
     with tempfile.TemporaryDirectory() as directory:
@@ -192,9 +174,8 @@ def main(argv: list[str]) -> None:
             weights = load_weights(model_dir, definition)
         else:
             model_dir = pathlib.Path(directory) / "model"
-            weights = definition.init()
-            if _PEER.value == "hf":
-                write_model(model_dir, hf_config, definition, weights)
+            has_peer = _PEER.value == "hf"
+            weights = bench_models.write_random(model_dir, hf_config, _DTYPE.value) if has_peer else definition.init()
         peers = []
         if _PEER.value == "hf":
             make_peer = bench_peer.make_peer(model_dir, _DTYPE.value, _NEW_TOKENS.value)

@@ -4,6 +4,7 @@ import functools
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,22 +15,30 @@ Generate = Callable[[list[list[int]]], tuple[list[list[int]], float]]
 PACKAGES = ("torch", "transformers")
 
 
+def load(model_dir: pathlib.Path, dtype: str) -> Any:
+    """The transformers model, ready to run."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    return model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
+
+
 def make_peer(model_dir: pathlib.Path, dtype: str, new_tokens: int) -> Callable[[int], Generate]:
     """Greedy decoding of `new_tokens` after the first; takes the number of threads, 0 for torch's own choice."""
     import torch
     import transformers
 
-    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     own_choice = torch.get_num_threads()
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
-    model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
+    model = load(model_dir, dtype)
 
     @torch.inference_mode()
     def generate(num_threads: int, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
         torch.set_num_threads(num_threads or own_choice)
         cache = transformers.DynamicCache(config=model.config)
         step = functools.partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token = step(torch.tensor(prompts, device=device)).logits[:, -1:].argmax(-1)
+        token = step(torch.tensor(prompts, device=model.device)).logits[:, -1:].argmax(-1)
         tokens = [token.tolist()]  # to the host, so that prefill is over
         start = time.perf_counter()
         for _ in range(new_tokens):
