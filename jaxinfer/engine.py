@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from jaxinfer.checkpoint.hf_reader import load_weights
+from jaxinfer.compilations import num_compilations
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.engine_core import EngineCore
 from jaxinfer.intake import Intake, Prompt
+from jaxinfer.metrics import EngineMetrics
 from jaxinfer.progress import Progress
 from jaxinfer.request import Delta, Request, RequestOutput, SamplingParams
 from jaxinfer.resolve import ResolvedEngine, resolve
@@ -69,6 +71,7 @@ class Engine:
         self._unfinished: dict[str, Request] = {}
         self._undelivered: dict[str, Request] = {}  # got on, and nobody has been told yet
         self._is_closed = False
+        self._num_compilations_when_ready = num_compilations()
 
     def __enter__(self) -> "Engine":
         return self
@@ -154,6 +157,10 @@ class Engine:
     @property
     def has_unfinished_requests(self) -> bool:
         return bool(self._unfinished or self._undelivered)
+
+    def metrics(self) -> EngineMetrics:
+        """What the engine has done and holds right now. Any thread may ask."""
+        return self._core.metrics(num_compilations() - self._num_compilations_when_ready)
 
     @property
     def decode_bytes_per_device(self) -> int:

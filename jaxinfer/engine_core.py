@@ -8,11 +8,13 @@ the host to read, decide and convert.
 
 import dataclasses
 import time
+from types import MappingProxyType
 
 import jax
 import numpy as np
 
 from jaxinfer import batch as batches
+from jaxinfer.metrics import EngineMetrics
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.runner import Runner
 from jaxinfer.scheduler import Scheduler, StepPlan, StepResult
@@ -64,6 +66,23 @@ class EngineCore:
             raise
         told, self._told = self._told, []
         return told
+
+    def metrics(self, num_compilations_after_ready: int) -> EngineMetrics:
+        scheduler, totals = self.scheduler, self.scheduler.stats
+        num_free = sum(allocator.num_free for allocator in scheduler.allocators)
+        return EngineMetrics(
+            num_running=scheduler.num_running,
+            num_waiting=len(scheduler.waiting),
+            kv_cache_usage=1 - num_free / sum(allocator.num_usable_pages for allocator in scheduler.allocators),
+            num_steps=self.stats.steps,
+            num_preemptions=scheduler.num_preemptions,
+            num_compilations_after_ready=num_compilations_after_ready,
+            prompt_tokens=totals.prompt_tokens,
+            cached_prompt_tokens=totals.cached_prompt_tokens,
+            generation_tokens=totals.generation_tokens,
+            finished=MappingProxyType({reason.value: count for reason, count in totals.finished.items()}),
+            **totals.latencies,
+        )
 
     def close(self) -> None:
         """Frees the device memory."""

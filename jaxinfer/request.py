@@ -132,6 +132,7 @@ class Request:
     slot: int = 0
     finish_reason: FinishReason | None = None
     arrival_time: float = dataclasses.field(default_factory=time.perf_counter)
+    start_time: float | None = None  # of its first prefill
     first_token_time: float | None = None
     finish_time: float | None = None
     constants: bytes = b""
@@ -196,25 +197,42 @@ class Request:
             token_ids=self.output_token_ids,
             finish_reason=None if self.finish_reason is None else self.finish_reason.value,
         )
-        first, end = self.first_token_time, self.finish_time
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
             outputs=[completion],
-            metrics=RequestMetrics(
-                ttft_s=None if first is None else first - self.arrival_time,
-                e2e_s=None if end is None else end - self.arrival_time,
-            ),
+            metrics=self.metrics,
         )
 
+    @property
+    def metrics(self) -> "RequestMetrics":
+        """The times that are known by now."""
+        queue_s, ttft_s, e2e_s = (
+            None if when is None else when - self.arrival_time
+            for when in (self.start_time, self.first_token_time, self.finish_time)
+        )
+        num_later_tokens, tpot_s = len(self.token_ids) - self.num_prompt_tokens - 1, None
+        if ttft_s is not None and e2e_s is not None and num_later_tokens:
+            tpot_s = (e2e_s - ttft_s) / num_later_tokens
+        return RequestMetrics(queue_s=queue_s, ttft_s=ttft_s, tpot_s=tpot_s, e2e_s=e2e_s)
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestMetrics:
-    """Times in seconds, from the request's arrival."""
+    """Times in seconds; None for what did not come about, or not yet.
 
-    ttft_s: float | None
-    e2e_s: float | None
+    Attributes:
+      queue_s: from arrival until it was first given to the devices.
+      ttft_s: from arrival to the first token.
+      tpot_s: per token after the first.
+      e2e_s: from arrival to the end.
+    """
+
+    queue_s: float | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

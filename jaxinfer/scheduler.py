@@ -15,6 +15,7 @@ devices do nothing for it.
 """
 
 import dataclasses
+import time
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
@@ -22,6 +23,7 @@ from itertools import chain, islice
 from jaxinfer.integers import cdiv
 from jaxinfer.page_allocator import PageAllocator, extend_digests
 from jaxinfer.request import FinishReason, Request
+from jaxinfer.request_stats import RequestStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Scheduler:
         self.running: list[list[Request]] = [[] for _ in range(num_shards)]  # by shard, each in order
         self.allocators = [PageAllocator(pages_per_shard) for _ in range(num_shards)]
         self.num_preemptions = 0
+        self.stats = RequestStats()
         self._slots_per_shard = slots_per_shard
         self._free_slots = [[*range(slots_per_shard - 1, -1, -1)] for _ in range(num_shards)]
 
@@ -151,7 +154,9 @@ class Scheduler:
             request.num_in_flight -= 1
             if request.finish_reason is not None:
                 continue  # it was aborted, or ended in the step before
+            num_before = len(request.token_ids)
             request.append([*tokens])
+            self.stats.generation_tokens += len(request.token_ids) - num_before
             if not is_finite:
                 request.finish(FinishReason.ERROR)
             elif request.page_ids:
@@ -162,7 +167,8 @@ class Scheduler:
                 touched.append(request)
 
     def release(self, request: Request) -> None:
-        """Takes a finished request out and frees what it holds. Once per request."""
+        """Takes a finished request out, counts it, and frees what it holds. Once per request."""
+        self.stats.add_finished(request)
         if request.page_ids:
             self._stop(request)
         else:
@@ -262,6 +268,9 @@ class Scheduler:
         allocator = self.allocators[shard]
         request.page_ids.extend(allocator.share(self._usable_digests(request)))
         request.num_cached = len(request.page_ids) * self.page_size
+        if request.start_time is None:  # and is not back after a preemption, with what it had cached itself
+            request.start_time = time.perf_counter()
+            self.stats.add_started(request)
         request.num_published = len(request.page_ids)
         request.num_prefill_tokens = len(request.token_ids)
         num_pages = cdiv(len(request.token_ids), self.page_size)

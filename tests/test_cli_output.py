@@ -13,7 +13,7 @@ from jaxinfer.request import CompletionOutput, RequestMetrics, RequestOutput
 
 def output(request_id: str = "0", text: str = "", finish_reason: str | None = None, **fields: Any) -> RequestOutput:
     completion = CompletionOutput(index=0, text=text, token_ids=[1, 2, 3], finish_reason=finish_reason)
-    return RequestOutput(request_id, fields.get("prompt"), [7, 8], [completion], RequestMetrics(None, None))
+    return RequestOutput(request_id, fields.get("prompt"), [7, 8], [completion], RequestMetrics())
 
 
 class ScriptedEngine:
