@@ -8,12 +8,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxinfer.async_engine import AsyncEngine
     from jaxinfer.engine import Engine
     from jaxinfer.request import SamplingParams
 
-__all__ = ["Engine", "SamplingParams"]
+__all__ = ["AsyncEngine", "Engine", "SamplingParams"]
 
-_MODULES = {"Engine": "jaxinfer.engine", "SamplingParams": "jaxinfer.request"}
+_MODULES = {
+    "AsyncEngine": "jaxinfer.async_engine",
+    "Engine": "jaxinfer.engine",
+    "SamplingParams": "jaxinfer.request",
+}
 
 
 def __getattr__(name: str) -> Any:

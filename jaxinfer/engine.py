@@ -138,9 +138,12 @@ class Engine:
             raise ValueError(f"{self.resolved.model_dir}: no tokenizer, so no chat template")
         return self.generate([self.resolved.tokenizer.apply_chat_template(messages)], params)[0]
 
-    def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
-        """Queues a prompt and returns the request's id. Raises ValueError for one that cannot run."""
-        request = self._make_request(prompt, params or self.default_sampling_params)
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> str:
+        """Queues a prompt and returns the request's id; lower priorities run first.
+
+        Raises ValueError for one that cannot run.
+        """
+        request = self._make_request(prompt, params or self.default_sampling_params, priority)
         self._add(request)
         return request.request_id
 
@@ -170,9 +173,9 @@ class Engine:
         cache_bytes = self.stats.decode_context_tokens * token_bytes // memory.num_shards
         return self.stats.decode_steps * self.resolved.definition.step_shard_bytes + cache_bytes
 
-    def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _make_request(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Request:
         self._check_open()
-        return self._intake.make_request(prompt, params)
+        return self._intake.make_request(prompt, params, priority)
 
     def _deltas(self, request: Request) -> Iterator[Delta]:
         """What `stream` yields, after a first delta that is empty."""

@@ -22,6 +22,10 @@ from jaxinfer.stats import EngineStats
 from jaxinfer.steps import StepOutput
 
 
+class EngineDeadError(RuntimeError):
+    """The engine cannot go on; the cause says why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _StepUnderWay:
     plan: StepPlan
@@ -54,16 +58,23 @@ class EngineCore:
         """Starts the next step and commits the one before: the requests of that one that got tokens or ended.
 
         Raises what the devices raise; requests that were running then end with an error, and those that wait
-        stay.
+        stay. EngineDeadError if not even that could be done.
         """
         try:
             plan = self.scheduler.schedule()
             before, self._under_way = self._under_way, None if plan is None else self._start(plan)
             if before is not None:
                 self._commit(before)
-        except BaseException:
-            self._recover()
+        except BaseException as error:
+            try:
+                self._recover()
+            except Exception as worse:
+                raise EngineDeadError(f"a step failed, and then a new cache did: {error!r}; {worse!r}") from error
             raise
+        return self.take_told()
+
+    def take_told(self) -> list[Request]:
+        """What `step` would have returned if it had not raised: who got tokens or ended."""
         told, self._told = self._told, []
         return told
 

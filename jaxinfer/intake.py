@@ -35,8 +35,10 @@ class Intake:
     seed: int
     _numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
-    def make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def make_request(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Request:
         """A request for `prompt`. Raises ValueError, in one line, for one that cannot run."""
+        if type(priority) is not int:
+            raise ValueError(f"priority={priority!r}: must be an integer; lower runs first")
         token_ids = self._encode(prompt)
         if len(token_ids) >= self.max_model_len:
             raise ValueError(
@@ -59,6 +61,7 @@ class Intake:
             max_tokens=min(params.max_tokens, self.max_model_len - len(token_ids)),
             seed=_seed_of(self.seed, number) if params.seed is None else params.seed,
             text=OutputText(stream, params.stop_strings),
+            priority=priority,
         )
 
     def _encode(self, prompt: Prompt) -> list[int]:

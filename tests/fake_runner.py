@@ -4,10 +4,15 @@ The next token is a hash of every token that the row can see through its block t
 page, a position, a slot or a chunk changes it.
 """
 
+from typing import Any
+
 import numpy as np
 
 from jaxinfer.batch import Buckets, StepBatch, StepShape
+from jaxinfer.engine import Engine
 from jaxinfer.engine_core import EngineCore
+from jaxinfer.generation_config import GenerationDefaults
+from jaxinfer.intake import Intake
 from jaxinfer.output_text import OutputText
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.scheduler import Scheduler
@@ -150,6 +155,18 @@ def make_core(
         enable_prefix_caching=enable_prefix_caching,
     )
     return EngineCore(scheduler, FakeRunner(buckets, pages_per_shard), EngineStats())  # pyright: ignore
+
+
+def make_engine(*, max_model_len: int = 64, **fields: Any) -> Engine:
+    """An engine around such a core, for token ids only; `fields` are those of `make_core`."""
+    engine = Engine.__new__(Engine)
+    engine._core = make_core(max_model_len=max_model_len, **fields)
+    engine._intake = Intake(
+        tokenizer=None, generation=GenerationDefaults(), vocab_size=POISON + 1, max_model_len=max_model_len, seed=0
+    )
+    engine._unfinished, engine._undelivered = {}, {}
+    engine._is_closed, engine._num_compilations_when_ready = False, 0
+    return engine
 
 
 def make_request(

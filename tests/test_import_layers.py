@@ -35,6 +35,7 @@ LAYERS = {
     "jaxinfer.prompts": 1,
     "jaxinfer.request": 1,
     "jaxinfer.request_stats": 1,
+    "jaxinfer.request_stream": 1,
     "jaxinfer.scheduler": 1,
     "jaxinfer.stats": 1,
     "jaxinfer.tokenizer": 1,
@@ -61,8 +62,10 @@ LAYERS = {
     "jaxinfer.runner": 5,
     "jaxinfer.transfer": 5,
     "jaxinfer.steps": 5,
+    "jaxinfer.async_engine": 6,
     "jaxinfer.engine": 6,
     "jaxinfer.engine_core": 6,
+    "jaxinfer.engine_thread": 6,
     # Programs.
     "jaxinfer.cli_output": 7,
     "jaxinfer.run_inference": 7,
