@@ -25,7 +25,7 @@ from jaxinfer.engine_thread import EngineThread
 from jaxinfer.intake import Prompt
 from jaxinfer.metrics import EngineMetrics
 from jaxinfer.request import Request, RequestOutput, SamplingParams
-from jaxinfer.request_stream import LiveRequest, Progress, RequestStream
+from jaxinfer.request_stream import LiveRequest, Reached, RequestStream
 
 _MAX_WAITING = 1024
 
@@ -183,7 +183,7 @@ class AsyncEngine:
 
     def _wake(self, live: LiveRequest) -> None:
         live.changed.set()
-        has_ended = live.error is not None or live.progress.finish_reason is not None
+        has_ended = live.error is not None or live.reached.finish_reason is not None
         if has_ended and not live.ended.is_set():  # once: its id may be another one's by then
             live.ended.set()
             del self._live[live.request_id]
@@ -236,7 +236,7 @@ class AsyncEngine:
             request = live.request
             assert request is not None
             num_tokens = len(request.token_ids) - request.num_prompt_tokens
-            live.progress = Progress(num_tokens, request.text.text, request.finish_reason)
+            live.reached = Reached(num_tokens, request.text.text, request.finish_reason)
             if request.finish_reason is not None:
                 del self._live_of[request]
         if not lives:

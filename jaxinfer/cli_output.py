@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from jaxinfer.progress import Advance
 from jaxinfer.request import RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ def say(text: str) -> None:
 
 
 def run_in_order(
-    engine: "Engine", prompts: Sequence[Prompt], params: SamplingParams
+    engine: "Engine", prompts: Sequence[Prompt], params: SamplingParams, advance: Advance | None = None
 ) -> Iterator[tuple[int, RequestOutput]]:
     """Outputs with the places of their prompts, in that order, each as soon as it and those before it are done.
 
-    The first that is not done comes after every step, as far as it is. Raises ValueError for a prompt that cannot
-    run, with its place, before any runs.
+    The first that is not done comes after every step, as far as it is; `advance(done, total)` is called as often.
+    Raises ValueError for a prompt that cannot run, with its place, before any runs.
     """
     request_ids: list[str] = []
     for i, prompt in enumerate(prompts):
@@ -40,9 +41,13 @@ def run_in_order(
         except ValueError as error:
             raise ValueError(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from None
     latest: dict[str, RequestOutput] = {}
-    place = 0
+    place = num_done = 0
     while place < len(request_ids):
-        latest |= {output.request_id: output for output in engine.step()}
+        outputs = engine.step()
+        latest |= {output.request_id: output for output in outputs}
+        if advance is not None:
+            num_done += sum(output.finished for output in outputs)
+            advance(num_done, len(request_ids))
         while place < len(request_ids) and (output := latest.pop(request_ids[place], None)):
             yield place, output
             if not output.finished:

@@ -35,12 +35,12 @@ class Engine:
 
     def __init__(self, model: str | None = None, **fields: Any):
         config = EngineConfig(model=model, **fields)
-        progress = Progress(enabled=config.show_progress)
+        self.progress = Progress(enabled=config.show_progress)
         self.stats = EngineStats()
         self.resolved: ResolvedEngine = resolve(config)
-        progress.line(str(self.resolved.memory))
+        self.progress.line(str(self.resolved.memory))
         definition = self.resolved.definition
-        with progress.phase("loading weights", "bytes") as advance, self.stats.timed("load_s"):
+        with self.progress.phase("loading weights", "bytes") as advance, self.stats.timed("load_s"):
             weights = load_weights(self.resolved.model_dir, definition, advance)
         runner = Runner(
             definition,
@@ -49,7 +49,7 @@ class Engine:
             self.resolved.buckets,
             backend=self.resolved.attention_backend,
         )
-        with progress.phase("compiling", "programs") as advance, self.stats.timed("compile_s"):
+        with self.progress.phase("compiling", "programs") as advance, self.stats.timed("compile_s"):
             runner.compile_all(advance)
         scheduler = Scheduler(
             num_shards=definition.partitioner.num_shards(ax.BATCH),
@@ -114,8 +114,10 @@ class Engine:
         try:
             for request in requests:
                 self._add(request)
-            while pending:
-                pending -= {r.request_id for r in self._step_for(pending) if r.finish_reason is not None}
+            with self.progress.generation(self.metrics) as advance:
+                while pending:
+                    pending -= {r.request_id for r in self._step_for(pending) if r.finish_reason is not None}
+                    advance(len(requests) - len(pending), len(requests))
         finally:
             for request_id in pending:
                 self.abort(request_id)  # an exception cut the loop short

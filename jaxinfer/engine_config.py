@@ -42,7 +42,7 @@ class EngineConfig(StrictFields):
       seed: base of the seeds of requests that name none.
       attention_backend: a backend in `pallas_kernels/paged_attention/`, or "auto".
       generation_config: "auto" applies the model's generation_config.json, "none" does not.
-      show_progress: progress lines for loading and compiling, on stderr.
+      show_progress: progress lines for loading, compiling and `generate`, on stderr.
     """
 
     model: str | None = None

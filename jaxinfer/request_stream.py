@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jaxinfer.request import Delta, FinishReason, Request, RequestOutput
 
 
-class Progress(NamedTuple):
+class Reached(NamedTuple):
     """How far a request has come; `num_tokens` of its output."""
 
     num_tokens: int
@@ -16,7 +16,7 @@ class Progress(NamedTuple):
     finish_reason: FinishReason | None
 
 
-_START = Progress(0, "", None)
+_START = Reached(0, "", None)
 
 
 @dataclasses.dataclass(eq=False)
@@ -25,7 +25,7 @@ class LiveRequest:
 
     Attributes:
       request: from the intake thread; the engine's thread has it from then on, until it has ended.
-      progress: replaced as a whole by the engine's thread, so that reading it takes no lock.
+      reached: replaced as a whole by the engine's thread, so that reading it takes no lock.
       is_aborted: known to the engine's thread.
       error: why it will come no further; known to the loop, as are the events.
       changed: set when there may be something new; cleared by whoever looks.
@@ -34,7 +34,7 @@ class LiveRequest:
 
     request_id: str
     request: Request | None = None
-    progress: Progress = _START
+    reached: Reached = _START
     is_aborted: bool = False
     error: Exception | None = None
     changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
@@ -97,7 +97,7 @@ class RequestStream:
             raise StopAsyncIteration
         if self._live.error is not None:
             raise self._live.error
-        taken, now = self._taken, self._live.progress
+        taken, now = self._taken, self._live.reached
         if now == taken or self._live.request is None:
             return None
         self._taken = now

@@ -21,6 +21,7 @@ from jaxinfer.cli_output import Printer, Prompt, RecordFile, print_summary, run_
 from jaxinfer.config_file import read_config_file
 from jaxinfer.engine_config import DTYPES, NOT_FLAGS, EngineConfig
 from jaxinfer.integers import cdiv
+from jaxinfer.progress import Progress
 from jaxinfer.prompts import read_prompts_file
 from jaxinfer.request import SamplingParams
 
@@ -121,8 +122,9 @@ def run() -> None:
             has_text=engine.resolved.tokenizer is not None, is_chat=_CHAT.value, blank_line_after=len(prompts) > 1
         )
         failed = []
-        with record_file or printer as sink:
-            for i, output in run_in_order(engine, inputs, params):
+        progress = Progress(enabled=record_file is not None)  # beside text it would be in the way
+        with record_file or printer as sink, progress.generation(engine.metrics) as advance:
+            for i, output in run_in_order(engine, inputs, params, advance):
                 sink.add(prompts[i], output)
                 failed += [str(i)] if output.outputs[0].finish_reason == "error" else []
         print_summary(engine, ready_s, printer.first_text_time and printer.first_text_time - _START)

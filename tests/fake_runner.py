@@ -14,6 +14,7 @@ from jaxinfer.engine_core import EngineCore
 from jaxinfer.generation_config import GenerationDefaults
 from jaxinfer.intake import Intake
 from jaxinfer.output_text import OutputText
+from jaxinfer.progress import Progress
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
@@ -164,6 +165,7 @@ def make_engine(*, max_model_len: int = 64, **fields: Any) -> Engine:
     engine._intake = Intake(
         tokenizer=None, generation=GenerationDefaults(), vocab_size=POISON + 1, max_model_len=max_model_len, seed=0
     )
+    engine.progress = Progress(enabled=False)
     engine._unfinished, engine._undelivered = {}, {}
     engine._is_closed, engine._num_compilations_when_ready = False, 0
     return engine

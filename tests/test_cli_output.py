@@ -41,8 +41,10 @@ def test_outputs_come_in_order_each_as_soon_as_it_can():
         [output("0", "ab", "stop")],
         [output("2", "lm", "stop")],
     )
-    seen = run_in_order(engine, ["p", "q", "r"], SamplingParams())
+    told: list[tuple[int, int]] = []
+    seen = run_in_order(engine, ["p", "q", "r"], SamplingParams(), lambda *progress: told.append(progress))
     assert [(place, o.outputs[0].text) for place, o in seen] == [(0, "a"), (0, "ab"), (1, "x"), (2, "l"), (2, "lm")]
+    assert told == [(1, 3), (1, 3), (1, 3), (2, 3), (3, 3)]
 
 
 def test_a_prompt_that_cannot_run_is_named():

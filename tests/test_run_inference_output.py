@@ -162,6 +162,14 @@ def test_a_failure_before_the_first_output_leaves_nothing(engine: Engine, tmp_pa
 
 
 @pytest.mark.usefixtures("engine")
+def test_progress_shows_where_no_text_does(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    assert run_here(*PROMPTS, *SHORT, f"--output_file={tmp_path / 'out.jsonl'}") == 0
+    assert "generating ...\ngenerating: 3 requests in " in capsys.readouterr().err
+    assert run_here(*PROMPTS, *SHORT) == 0
+    assert "generating" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("engine")
 def test_a_measurement_that_fails_costs_the_summary_a_part(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -1,6 +1,7 @@
 """The engine end to end on a tiny random model: same tokens whatever shares the batch, nothing compiled late."""
 
 import pathlib
+import sys
 from dataclasses import replace
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import Engine, SamplingParams
+from jaxinfer.progress import Progress
 from tests import tiny_model
 from tests.engine.prompts import GREEDY, prompts, solo
 
@@ -110,6 +112,18 @@ def test_a_model_without_a_tokenizer_runs_on_token_ids(tmp_path: pathlib.Path):
             engine.generate([1], replace(GREEDY, stop="x"))
         with pytest.raises(ValueError, match="no tokenizer, so no chat template"):
             engine.chat([{"role": "user", "content": "hello"}])
+
+
+def test_generate_shows_its_progress(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    engine.generate(prompts(6), GREEDY)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(engine, "progress", Progress(enabled=True))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    engine.generate(prompts(6), GREEDY)
+    told = capsys.readouterr().err
+    assert "\rgenerating: 0 of 6 requests, " in told and "\ngenerating: 6 requests in " in told.replace("\033[K", "\n")
 
 
 def test_prompts_may_be_numpy_and_generators(engine: Engine):
