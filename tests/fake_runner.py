@@ -194,3 +194,10 @@ def run(core: EngineCore, requests: list[Request]) -> None:
     while core.has_work:
         core.step()
         core.scheduler.check()
+
+
+def assert_empty(core: EngineCore) -> None:
+    """Nothing waits or runs, and every page is back."""
+    core.scheduler.check()
+    assert not core.scheduler.has_work
+    assert all(a.num_free == a.num_usable_pages for a in core.scheduler.allocators)

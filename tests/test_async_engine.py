@@ -12,10 +12,10 @@ import pytest
 
 from jaxinfer.async_engine import AsyncEngine, EngineOverloadedError
 from jaxinfer.engine import Engine
-from jaxinfer.engine_core import EngineCore, EngineDeadError
+from jaxinfer.engine_core import EngineDeadError
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.request_stream import RequestStream
-from tests.fake_runner import FakeRunner, make_engine, solo
+from tests.fake_runner import FakeRunner, assert_empty, make_engine, solo
 
 
 def tokens(count: int) -> SamplingParams:
@@ -33,12 +33,6 @@ def run(body: Callable[[AsyncEngine], Coroutine], engine: Engine | None = None, 
     asyncio.run(main())
     assert not [t for t in threading.enumerate() if t.name == "jaxinfer-engine"]
     assert_empty(engine._core)
-
-
-def assert_empty(core: EngineCore) -> None:
-    core.scheduler.check()
-    assert not core.scheduler.has_work
-    assert all(a.num_free == a.num_usable_pages for a in core.scheduler.allocators)
 
 
 def runner_of(engine: Engine) -> FakeRunner:

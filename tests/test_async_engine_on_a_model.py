@@ -8,7 +8,7 @@ import pytest
 
 from jaxinfer import AsyncEngine, Engine, SamplingParams
 from tests import tiny_model
-from tests.test_async_engine import assert_empty
+from tests.fake_runner import assert_empty
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 TEXTS = [f"Once upon a time {i} there was" * (1 + i % 4) for i in range(12)]
