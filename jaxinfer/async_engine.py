@@ -70,7 +70,7 @@ class AsyncEngine:
         self._ids = itertools.count()
         self._live: dict[str, LiveRequest] = {}  # the loop's: what has not ended, by id
         self._live_of: dict[Request, LiveRequest] = {}  # the engine thread's: what was added and has not ended
-        self._to_wake: set[LiveRequest] = set()
+        self._to_wake: dict[LiveRequest, None] = {}  # in the order in which they got on
         self._to_wake_lock = threading.Lock()
         self._death: BaseException | None = None
         self._is_closing = self._is_closed = False
@@ -177,7 +177,7 @@ class AsyncEngine:
 
     def _wake_all(self) -> None:
         with self._to_wake_lock:
-            lives, self._to_wake = self._to_wake, set()
+            lives, self._to_wake = self._to_wake, {}
         for live in lives:
             self._wake(live)
 
@@ -190,7 +190,7 @@ class AsyncEngine:
 
     def _end_if_refused(self, live: LiveRequest, prepared: asyncio.Future[None]) -> None:
         error = prepared.exception()
-        if isinstance(error, Exception) and not live.ended.is_set():
+        if isinstance(error, Exception):
             live.error = error
             self._wake(live)
 
@@ -231,7 +231,7 @@ class AsyncEngine:
             self._publish([live.request])
 
     def _publish(self, requests: list[Request]) -> None:
-        lives = {live for request in requests if (live := self._live_of.get(request))}
+        lives = [self._live_of[request] for request in dict.fromkeys(requests) if request in self._live_of]
         for live in lives:
             request = live.request
             assert request is not None
@@ -243,7 +243,7 @@ class AsyncEngine:
             return
         with self._to_wake_lock:
             is_asked = bool(self._to_wake)
-            self._to_wake |= lives
+            self._to_wake |= dict.fromkeys(lives)
         if not is_asked:  # one call for all until the loop comes to it, however long that takes
             self._tell_loop(self._wake_all)
 

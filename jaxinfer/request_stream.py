@@ -98,7 +98,7 @@ class RequestStream:
         if self._live.error is not None:
             raise self._live.error
         taken, now = self._taken, self._live.reached
-        if now == taken or self._live.request is None:
+        if now is taken or self._live.request is None:
             return None
         self._taken = now
         start = self._live.request.num_prompt_tokens

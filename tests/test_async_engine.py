@@ -24,13 +24,15 @@ def tokens(count: int) -> SamplingParams:
 
 def run(body: Callable[[AsyncEngine], Coroutine], engine: Engine | None = None, **settings: Any) -> None:
     """Runs `body` with an engine, which must be empty in the end; what hangs fails."""
-    engine = engine or make_engine()
+    engine, problems = engine or make_engine(), []
 
     async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context))
         async with asyncio.timeout(60), AsyncEngine.from_engine(engine, **settings) as async_engine:
             await body(async_engine)
 
     asyncio.run(main())
+    assert not problems
     assert not [t for t in threading.enumerate() if t.name == "jaxinfer-engine"]
     assert_empty(engine._core)
 
@@ -223,6 +225,7 @@ def test_a_request_that_is_left_is_gone_within_two_steps(way: str):
             case "close":
                 for stream in streams:
                     await stream.aclose()
+                    assert await read(stream) == ([], None)
             case "drop":
                 streams.clear()
             case "abort":
@@ -294,14 +297,9 @@ def test_more_requests_than_may_wait_are_refused():
     async def body(async_engine: AsyncEngine) -> None:
         tasks = [asyncio.create_task(async_engine.generate([1], tokens(5)))]
         await until(lambda: engine.metrics().num_running)
-
-        def flood() -> None:
-            while True:
-                streams.append(async_engine.stream([7], tokens(5)))
-
         streams: list[RequestStream] = []
         with pytest.raises(EngineOverloadedError, match="3 requests wait and max_waiting=3; try later"):
-            flood()
+            streams.extend(async_engine.stream([7], tokens(5)) for _ in range(9))
         assert len(streams) == 3
         gate.set()
         await asyncio.gather(*tasks, *map(read, streams))
@@ -344,7 +342,10 @@ def test_an_id_is_one_requests_at_a_time():
         assert engine.stream([2], tokens(5)).request_id == "request-1"
         await engine.abort("request-0")
         await engine.abort("request-0")
-        assert (await read(engine.stream([2], tokens(5), request_id="request-0")))[0] == solo([2], 5)
+        second = engine.stream([2], tokens(5), request_id="request-0")
+        engine._wake(first._live)  # as it happens to one that ended between two steps' wake-ups
+        assert engine._live["request-0"] is second._live
+        assert await read(second) == (solo([2], 5), "length")
         assert (await read(first))[1] == "abort"
 
     run(body)
