@@ -85,15 +85,16 @@ class Buckets:
     def create(
         cls, *, max_rows: int, max_model_len: int, max_chunk: int, page_size: int, decode_steps: int, num_shards: int
     ) -> "Buckets":
-        """Rows by powers of two, chunks (from 32) of four; contexts (from 128 tokens) of two, with a chunk of four."""
+        """Rows by powers of two, chunks (from 32) of four; contexts of two (from 128 tokens), with a chunk of four
+        (from 512: there they cost little, and programs take long to compile)."""
 
-        def pages(factor: int) -> tuple[int, ...]:
-            return tuple(dict.fromkeys(cdiv(n, page_size) for n in _powers(128, max_model_len, factor)))
+        def pages(first: int, factor: int) -> tuple[int, ...]:
+            return tuple(dict.fromkeys(cdiv(n, page_size) for n in _powers(first, max_model_len, factor)))
 
         return cls(
             rows=_powers(1, max_rows, 2),
-            pages=pages(2),
-            chunk_pages=pages(4),
+            pages=pages(128, 2),
+            chunk_pages=pages(512, 4),
             chunk_tokens=_powers(32, min(max_chunk, max_model_len), 4),
             page_size=page_size,
             decode_steps=decode_steps,
