@@ -42,6 +42,8 @@ LAYERS = {
     "jaxinfer.compilation_cache": 2,
     "jaxinfer.devices": 2,
     "jaxinfer.kv_cache": 2,
+    "jaxinfer.logits_processors": 2,
+    "jaxinfer.logprobs": 2,
     "jaxinfer.partitioning": 2,
     "jaxinfer.quantization": 2,
     "jaxinfer.sampling": 2,
