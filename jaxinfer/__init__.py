@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine
-    from jaxinfer.request import SamplingParams
+    from jaxinfer.sampling_params import SamplingParams
 
 __all__ = ["Engine", "SamplingParams"]
 
-_MODULES = {"Engine": "jaxinfer.engine", "SamplingParams": "jaxinfer.request"}
+_MODULES = {"Engine": "jaxinfer.engine", "SamplingParams": "jaxinfer.sampling_params"}
 
 
 def __getattr__(name: str) -> Any:

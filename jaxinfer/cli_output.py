@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from jaxinfer.request import RequestOutput, SamplingParams
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine

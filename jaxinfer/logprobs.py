@@ -16,6 +16,12 @@ class Logprobs(NamedTuple):
     top: Any  # float32 [B, N]
 
 
+def no_logprobs(shape: tuple[int, ...], num_top: int) -> Logprobs:
+    """Zeros, with `shape` for the [B] above."""
+    ids, values = (jnp.zeros((*shape, num_top), dtype) for dtype in (jnp.int32, jnp.float32))
+    return Logprobs(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32), ids, values)
+
+
 def token_logprobs(logits: jax.Array, token_ids: jax.Array, num_top: int) -> Logprobs:
     """Float32 log-softmax of logits [B, V] at `token_ids` int32 [B] and at the `num_top` (static) likeliest.
 

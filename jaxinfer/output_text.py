@@ -12,29 +12,34 @@ class OutputText:
     string. `text` holds only what stays.
     """
 
-    def __init__(self, stream: TextStream | None, stop: Sequence[str]):
+    def __init__(self, stream: TextStream | None, stop: Sequence[str], include_stop: bool = False):
         self._stream = stream
         self._stop = stop
+        self._include_stop = include_stop
         self._held = ""
         self.text = ""
 
-    def add(self, token_ids: list[int]) -> bool:
-        """Appends tokens; True once a stop string was reached, which `text` then ends before."""
+    def add(self, token_ids: list[int], may_stop: bool = True) -> bool:
+        """Appends tokens; True once a stop string was reached, which `text` then ends before, or with it included.
+
+        Without `may_stop` only the beginning of a stop string counts, and it may end in a later token.
+        """
         if self._stream is None:
             return False
-        return self._append(self._stream.add(token_ids))
+        return self._append(self._stream.add(token_ids), may_stop)
 
     def finish(self) -> None:
         """Releases what was held back: no more tokens will come."""
-        if self._stream is not None and not self._append(self._stream.finish()):
+        if self._stream is not None and not self._append(self._stream.finish(), may_stop=True):
             self.text += self._held
         self._held = ""
 
-    def _append(self, new: str) -> bool:
+    def _append(self, new: str, may_stop: bool) -> bool:
         pending = self._held + new
-        found = [at for at in (pending.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.text += pending[: min(found)]
+        found = [(at, stop) for stop in self._stop if (at := pending.find(stop)) >= 0]
+        if found and may_stop:
+            at, stop = min(found)
+            self.text += pending[: at + len(stop) if self._include_stop else at]
             self._held = ""
             self._stream = None
             return True

@@ -21,7 +21,7 @@ from jaxinfer.cli_output import Printer, Prompt, RecordFile, print_summary, run_
 from jaxinfer.config_file import read_config_file
 from jaxinfer.engine_config import DTYPES, NOT_FLAGS, EngineConfig
 from jaxinfer.prompts import read_prompts_file
-from jaxinfer.request import SamplingParams
+from jaxinfer.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine

@@ -19,6 +19,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
+from jaxinfer.outputs import TokenLogprobs
 from jaxinfer.page_allocator import PageAllocator, extend_digests
 from jaxinfer.request import FinishReason, Request
 
@@ -38,7 +39,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """One dispatch. With a chunk in it there is one decode step.
+    """One dispatch. With a chunk in it, or a row for the full sampler, there is one decode step.
 
     Attributes:
       chunks: at most one for each data shard.
@@ -62,12 +63,16 @@ class StepResult:
       chunk_is_finite: whether the logits were.
       row_tokens: the tokens of each row, by shard; fewer than num_steps where the row ended.
       row_is_finite: whether all logits of the row were.
+      logprobs: by shard, of the only token of each row and, last, of the chunk; None if nobody wants them.
+      prompt_logprobs: by shard, of the tokens that follow those of the chunk; None if nobody wants them.
     """
 
     chunk_tokens: Sequence[int]
     chunk_is_finite: Sequence[bool]
     row_tokens: Sequence[Sequence[Sequence[int]]]
     row_is_finite: Sequence[Sequence[bool]]
+    logprobs: Sequence[Sequence[TokenLogprobs]] | None = None
+    prompt_logprobs: Sequence[Sequence[TokenLogprobs]] | None = None
 
 
 def cdiv(a: int, b: int) -> int:
@@ -135,7 +140,8 @@ class Scheduler:
         if not any(chunks) and not any(rows):
             return None
         others_wait = self.waiting and self._slots_per_shard * len(self.running) > 1
-        num_steps = 1 if others_wait or any(chunks) or not self._grow_for_more_steps(rows) else self.decode_steps
+        wants_one = others_wait or any(chunks) or any(r.needs_full_sampler for r in chain.from_iterable(rows))
+        num_steps = 1 if wants_one or not self._grow_for_more_steps(rows) else self.decode_steps
         plan = StepPlan(chunks, rows, [[r.num_cached for r in requests] for requests in rows], num_steps)
         for chunk in filter(None, chunks):
             chunk.request.num_cached = chunk.stop
@@ -150,11 +156,17 @@ class Scheduler:
 
         Adds to `touched` who got tokens or ended: the first of them also if the text of another raises.
         """
-        for request, num_cached, tokens, is_finite in _outcomes(plan, result):
+        if result.prompt_logprobs is not None:
+            for chunk, is_finite, logprobs in zip(
+                plan.chunks, result.chunk_is_finite, result.prompt_logprobs, strict=True
+            ):
+                if chunk is not None and is_finite and chunk.request.wants_prompt_logprobs:
+                    chunk.request.add_prompt_logprobs(chunk.start, logprobs[: chunk.stop - chunk.start])
+        for request, num_cached, tokens, is_finite, logprobs in _outcomes(plan, result):
             request.num_in_flight -= 1
             if request.finish_reason is not None:
                 continue  # it was aborted, or ended in the step before
-            request.append([*tokens])
+            request.append([*tokens], logprobs)
             if not is_finite:
                 request.finish(FinishReason.ERROR)
             elif request.page_ids:
@@ -259,6 +271,8 @@ class Scheduler:
 
     def _usable_digests(self, request: Request) -> list[bytes]:
         """Of the pages before the one with the last token, which must run to give the next."""
+        if request.wants_prompt_logprobs:
+            return []
         return request.page_digests[: (len(request.token_ids) - 1) // self.page_size]
 
     def _start(self, request: Request, shard: int) -> None:
@@ -294,13 +308,20 @@ class Scheduler:
             request.num_published += 1
 
 
-def _outcomes(plan: StepPlan, result: StepResult) -> Iterator[tuple[Request, int, Sequence[int], bool]]:
-    """Of each request in the step: tokens in the cache after it, tokens generated, and whether logits were finite."""
-    for chunk, token, is_finite in zip(plan.chunks, result.chunk_tokens, result.chunk_is_finite, strict=True):
+def _outcomes(
+    plan: StepPlan, result: StepResult
+) -> Iterator[tuple[Request, int, Sequence[int], bool, TokenLogprobs | None]]:
+    """Of each request in the step: tokens in the cache after it, tokens generated, whether logits were finite, and
+    log-probabilities."""
+    for shard, (chunk, token, is_finite) in enumerate(
+        zip(plan.chunks, result.chunk_tokens, result.chunk_is_finite, strict=True)
+    ):
         if chunk is not None:
-            yield chunk.request, chunk.stop, [token] if chunk.is_last and is_finite else [], is_finite
+            tokens = [token] if chunk.is_last and is_finite else []
+            yield chunk.request, chunk.stop, tokens, is_finite, result.logprobs[shard][-1] if result.logprobs else None
     for shard, requests in enumerate(plan.rows):
-        for request, start, tokens, is_finite in zip(
-            requests, plan.starts[shard], result.row_tokens[shard], result.row_is_finite[shard], strict=True
+        logprobs = result.logprobs[shard][: len(requests)] if result.logprobs else [None] * len(requests)
+        for request, start, tokens, is_finite, of_token in zip(
+            requests, plan.starts[shard], result.row_tokens[shard], result.row_is_finite[shard], logprobs, strict=True
         ):
-            yield request, start + len(tokens), tokens, is_finite
+            yield request, start + len(tokens), tokens, is_finite, of_token

@@ -8,8 +8,10 @@ import numpy as np
 
 from jaxinfer.batch import Buckets, StepBatch, StepShape
 from jaxinfer.engine_core import EngineCore
+from jaxinfer.extras import Extras, ExtrasSpec
 from jaxinfer.output_text import OutputText
-from jaxinfer.request import Request, SamplingParams
+from jaxinfer.request import Request
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
 from jaxinfer.steps import StepOutput
@@ -49,6 +51,7 @@ class FakeRunner:
 
     def __init__(self, buckets: Buckets, pages_per_shard: int):
         self.buckets = buckets
+        self.extras_spec = ExtrasSpec.create(buckets, VOCAB_SIZE)
         self.fail_at = ""
         self._shape = (buckets.num_shards, pages_per_shard, buckets.page_size)
         self.reset_cache()
@@ -61,7 +64,8 @@ class FakeRunner:
     def close(self) -> None:
         """Nothing to free."""
 
-    def dispatch(self, shape: StepShape, batch: StepBatch) -> StepOutput:
+    def dispatch(self, shape: StepShape, batch: StepBatch, extras: Extras | None = None) -> StepOutput:
+        assert extras is None
         assert shape in self.buckets.shapes(), shape
         fail_at, self.fail_at = self.fail_at, ""
         if fail_at == "dispatch":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxinfer import Engine, SamplingParams, bandwidth
-from jaxinfer.request import RequestOutput
+from jaxinfer.outputs import RequestOutput
 from tests import tiny_model
 from tests.command_line import run_here, with_engine
 

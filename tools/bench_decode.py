@@ -48,8 +48,9 @@ from jaxinfer.hf_config import HFConfig
 from jaxinfer.output_text import OutputText
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
-from jaxinfer.request import Request, SamplingParams
+from jaxinfer.request import Request
 from jaxinfer.runner import Runner
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
 
