@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from jaxinfer.beam_search import beam_params, beam_search
 from jaxinfer.checkpoint.hf_reader import load_weights
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.engine_core import EngineCore
@@ -141,6 +142,17 @@ class Engine:
         if self.resolved.tokenizer is None:
             raise ValueError(f"{self.resolved.model_dir}: no tokenizer, so no chat template")
         return self.generate([self.resolved.tokenizer.apply_chat_template(messages)], params)[0]
+
+    def beam_search(
+        self, prompt: Prompt, *, beam_width: int, max_tokens: int = 16, length_penalty: float = 1.0
+    ) -> RequestOutput:
+        """The `beam_width` likeliest outputs that a search finds, best first, with their log-probabilities.
+
+        A `length_penalty` above 1 favours long outputs, one below 1 short ones.
+        """
+        group = self._make_requests(prompt, beam_params(beam_width, max_tokens))
+        beam_search(group, self.generate, length_penalty)
+        return output_of(group)
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
         """Queues a prompt and returns the request's id. Raises ValueError for one that cannot run."""

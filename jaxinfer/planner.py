@@ -28,6 +28,7 @@ class MemoryPlan:
 
     Attributes:
       weights_bytes: parameters on the device.
+      slots_bytes: what sampling keeps of each sequence that may run: a bias per token of the vocabulary, mostly.
       page_bytes: one cache page over all layers.
       num_pages: pages on the device, the scratch page included.
       page_size: tokens per page.
@@ -37,6 +38,7 @@ class MemoryPlan:
     """
 
     weights_bytes: int
+    slots_bytes: int
     page_bytes: int
     num_pages: int
     page_size: int
@@ -62,7 +64,7 @@ class MemoryPlan:
         free = "unknown" if self.free_bytes is None else format_bytes(self.free_bytes)
         return (
             f"memory per device: {format_bytes(self.weights_bytes)} weights + {format_bytes(self.cache_bytes)} cache "
-            f"of {free} free\n"
+            f"+ {format_bytes(self.slots_bytes)} sampling of {free} free\n"
             f"cache: {self.num_cache_tokens} tokens in {self.num_shards * (self.num_pages - 1)} pages of "
             f"{self.page_size}, {format_bytes(self.page_bytes / self.page_size)} per token; "
             f"{self.max_concurrency} sequences of {self.max_model_len} tokens at once"
@@ -76,6 +78,7 @@ def pages_per_sequence(num_tokens: int, page_size: int) -> int:
 def plan_memory(
     *,
     weights_bytes: int,
+    slots_bytes: int,
     page_bytes: int,
     page_size: int,
     max_model_len: int,
@@ -90,10 +93,12 @@ def plan_memory(
     Raises ValueError when the weights do not fit, or the pages left cannot hold one longest sequence.
     """
     budget = None if free_bytes is None else int(free_bytes * memory_fraction)
-    if budget is not None and weights_bytes > budget:
+    fixed_bytes = weights_bytes + slots_bytes
+    if budget is not None and fixed_bytes > budget:
         raise ValueError(
-            f"weights of {format_bytes(weights_bytes)} per device do not fit: {format_bytes(free_bytes or 0)} are free "
-            f"and --memory_fraction={memory_fraction} allows {format_bytes(budget)}; split them with --mesh=tensor:N"
+            f"weights of {format_bytes(weights_bytes)} and {format_bytes(slots_bytes)} for sampling per device do not "
+            f"fit: {format_bytes(free_bytes or 0)} are free and --memory_fraction={memory_fraction} allows "
+            f"{format_bytes(budget)}; split the weights with --mesh=tensor:N, or lower --max_num_seqs"
         )
     per_sequence = pages_per_sequence(max_model_len, page_size)
     num_pages = 1 + sequences_per_shard * per_sequence  # 1: the scratch page
@@ -101,7 +106,7 @@ def plan_memory(
         num_pages = min(num_pages, kv_cache_bytes // page_bytes)
         limit, flag = kv_cache_bytes, f"--kv_cache_bytes={kv_cache_bytes}"
     else:
-        limit = num_pages * page_bytes if budget is None else budget - weights_bytes
+        limit = num_pages * page_bytes if budget is None else budget - fixed_bytes
         num_pages = min(num_pages, limit // page_bytes)
         flag = f"--memory_fraction={memory_fraction}"
     if num_pages - 1 < per_sequence:
@@ -111,14 +116,15 @@ def plan_memory(
             f"{max_model_len} needs {format_bytes((per_sequence + 1) * page_bytes)}: use "
             f"--kv_cache_bytes={(per_sequence + 1) * page_bytes} or more, or --max_model_len={fits} or less"
         )
-    if budget is not None and kv_cache_bytes is not None and weights_bytes + num_pages * page_bytes > budget:
+    if budget is not None and kv_cache_bytes is not None and fixed_bytes + num_pages * page_bytes > budget:
         raise ValueError(
-            f"weights of {format_bytes(weights_bytes)} and --kv_cache_bytes={kv_cache_bytes} exceed the "
+            f"weights and sampling of {format_bytes(fixed_bytes)} and --kv_cache_bytes={kv_cache_bytes} exceed the "
             f"{format_bytes(budget)} that --memory_fraction={memory_fraction} allows; use --kv_cache_bytes="
-            f"{budget - weights_bytes} or less"
+            f"{budget - fixed_bytes} or less"
         )
     return MemoryPlan(
         weights_bytes=weights_bytes,
+        slots_bytes=slots_bytes,
         page_bytes=page_bytes,
         num_pages=num_pages,
         page_size=page_size,

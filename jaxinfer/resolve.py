@@ -14,6 +14,7 @@ from jaxinfer.attention import attention_spec
 from jaxinfer.batch import Buckets
 from jaxinfer.config import ModelConfig
 from jaxinfer.engine_config import EngineConfig
+from jaxinfer.extras import ExtrasSpec
 from jaxinfer.generation_config import GenerationDefaults, read_generation_config
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.kv_cache import CacheSpec, cache_spec
@@ -77,7 +78,15 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
     slots_per_shard = config.max_num_seqs // num_shards
     backend = "xla" if config.attention_backend == "auto" else config.attention_backend
     paged_attention.backend(backend, attention_spec(model, partitioner, page_size))
-    memory = _plan_memory(config, definition, page_size, max_model_len, slots_per_shard)
+    buckets = Buckets.create(
+        max_rows=slots_per_shard,
+        max_model_len=max_model_len,
+        max_chunk=config.max_num_batched_tokens,
+        page_size=page_size,
+        decode_steps=config.decode_steps,
+        num_shards=num_shards,
+    )
+    memory = _plan_memory(config, definition, buckets, max_model_len)
     return ResolvedEngine(
         config=config,
         model_dir=model_dir,
@@ -88,14 +97,7 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
         slots_per_shard=slots_per_shard,
         cache_spec=cache_spec(model, partitioner, pages_per_shard=memory.num_pages, page_size=page_size, dtype=dtype),
         memory=memory,
-        buckets=Buckets.create(
-            max_rows=slots_per_shard,
-            max_model_len=max_model_len,
-            max_chunk=config.max_num_batched_tokens,
-            page_size=page_size,
-            decode_steps=config.decode_steps,
-            num_shards=num_shards,
-        ),
+        buckets=buckets,
         attention_backend=backend,
     )
 
@@ -120,10 +122,8 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return wanted or min(model.max_position, _DEFAULT_MAX_MODEL_LEN)
 
 
-def _plan_memory(
-    config: EngineConfig, definition: ModelDefinition, page_size: int, max_model_len: int, slots_per_shard: int
-) -> MemoryPlan:
-    model, partitioner = definition.config, definition.partitioner
+def _plan_memory(config: EngineConfig, definition: ModelDefinition, buckets: Buckets, max_model_len: int) -> MemoryPlan:
+    model, partitioner, page_size = definition.config, definition.partitioner, buckets.page_size
     num_kv_heads = num_sharded_kv_heads(model.num_kv_heads, partitioner) // partitioner.num_shards(ax.KV_HEADS)
     weights_bytes = sum(
         jax.ShapeDtypeStruct(spec.sharding.shard_shape(spec.shape), spec.dtype).size * spec.dtype.itemsize
@@ -131,6 +131,7 @@ def _plan_memory(
     )
     return planner.plan_memory(
         weights_bytes=weights_bytes,
+        slots_bytes=ExtrasSpec.create(buckets, model.vocab_size).slots_bytes,
         page_bytes=planner.page_bytes(
             num_layers=model.num_layers,
             num_kv_heads=num_kv_heads,
@@ -140,7 +141,7 @@ def _plan_memory(
         ),
         page_size=page_size,
         max_model_len=max_model_len,
-        sequences_per_shard=slots_per_shard,
+        sequences_per_shard=buckets.rows[-1],
         num_shards=partitioner.num_shards(ax.PAGES),
         free_bytes=devices.free_bytes(partitioner.mesh.devices.flat[0]),
         memory_fraction=config.memory_fraction,

@@ -264,6 +264,8 @@ class Scheduler:
         rows, allocator = self.running[shard], self.allocators[shard]
         if not self._free_slots[shard] or not all(r.is_prefilled for r in rows):
             return False
+        if self.enable_prefix_caching and request.index and any(map(request.must_follow, rows)):
+            return False
         num_cached, num_evictable = allocator.num_cached(self._usable_digests(request))
         needed = cdiv(min(len(request.token_ids) + 1, request.max_num_cached), self.page_size) - num_cached
         # Room for the others to grow, or the new one would be preempted at once.

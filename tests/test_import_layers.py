@@ -18,6 +18,7 @@ LAYERS = {
     "sharding_rules": 0,
     "pallas_kernels": 0,
     # Host only: never jax.
+    "jaxinfer.beam_search": 1,
     "jaxinfer.chat_template": 1,
     "jaxinfer.config": 1,
     "jaxinfer.config_file": 1,
