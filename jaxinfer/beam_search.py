@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from jaxinfer.outputs import Logprob, RequestOutput, TokenLogprobs
 from jaxinfer.request import Request
-from jaxinfer.sampling_params import MAX_LOGPROBS, SamplingParams
+from jaxinfer.sampling_params import MAX_LOGPROBS, SamplingParams, check_number
 
 MAX_BEAM_WIDTH = MAX_LOGPROBS // 2
 
@@ -31,14 +31,18 @@ class Beam:
 
 
 def beam_params(beam_width: int, max_tokens: int) -> SamplingParams:
-    """Of the requests that `beam_search` fills, one per beam. Raises ValueError for numbers out of range."""
+    """Of the requests that `beam_search` fills, one per beam. Raises ValueError for what is out of range."""
     if type(beam_width) is not int or not 1 <= beam_width <= MAX_BEAM_WIDTH:
         raise ValueError(f"beam_width={beam_width!r}: must be an integer in [1, {MAX_BEAM_WIDTH}]")
     return SamplingParams(n=beam_width, max_tokens=max_tokens, logprobs=0)
 
 
 def beam_search(requests: list[Request], generate: Generate, length_penalty: float) -> None:
-    """Gives the requests, which are of one prompt and never run, the best outputs, best first."""
+    """Gives the requests, which are of one prompt and never run, the best outputs, best first.
+
+    Raises ValueError for a `length_penalty` out of range.
+    """
+    check_number("length_penalty", length_penalty, -10, 10)
     prompt, max_tokens = requests[0].prompt_token_ids, requests[0].max_tokens
     stop_token_ids = requests[0].stop_token_ids
 

@@ -97,7 +97,7 @@ class SamplingParams(StrictFields):
                 raise ValueError(f"logit_bias={self.logit_bias!r}: expected numbers by token id")
             object.__setattr__(self, "logit_bias", dict(self.logit_bias))
             for token_id, bias in self.logit_bias.items():
-                _check_number(f"logit_bias[{token_id!r}]", bias, -100, 100)
+                check_number(f"logit_bias[{token_id!r}]", bias, -100, 100)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ class SamplingParams(StrictFields):
         )
 
     def _check_range(self, name: str, low: float, high: float) -> None:
-        _check_number(name, getattr(self, name), low, high)
+        check_number(name, getattr(self, name), low, high)
 
     def _check_integer(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
@@ -124,6 +124,7 @@ class SamplingParams(StrictFields):
             raise ValueError(f"{name}={value!r}: must be an integer in [{low}, {high}]")
 
 
-def _check_number(what: str, value: Any, low: float, high: float) -> None:
+def check_number(what: str, value: Any, low: float, high: float) -> None:
+    """Raises ValueError for what is no finite number in [low, high]."""
     if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{what}={value!r}: must be a number in [{low:g}, {high:g}]")

@@ -12,20 +12,21 @@ import pytest
 
 from jaxinfer.engine_core import EngineCore
 from jaxinfer.request import FinishReason, Request
-from tests.fake_runner import POISON, VOCAB_SIZE, make_core, make_request, run, solo
+from tests.fake_runner import POISON, VOCAB_SIZE, make_core, make_request, missing_logprobs, run, solo
 
 NUM_STEPS = int(os.environ.get("JAXINFER_TEST_STEPS", "600"))
 
 
 def random_request(rng: random.Random, number: int, longest: int, stem: list[int]) -> Request:
-    """Half of them start with a common stem, some have stop tokens."""
+    """Half of them start with a common stem, some have stop tokens, some want log-probabilities."""
     max_tokens = rng.randint(1, longest // 2)
     length = rng.randint(1, longest - max_tokens)
     prompt = [rng.randrange(VOCAB_SIZE) for _ in range(length)]
     if rng.random() < 0.5:
         prompt = (stem + prompt)[:length]
     stop = tuple(rng.sample(range(VOCAB_SIZE), 8)) if rng.random() < 0.5 else ()
-    return make_request(number, prompt, max_tokens, stop, priority=rng.choice([0, 0, 0, 1, -1]))
+    priority, with_logprobs = rng.choice([0, 0, 0, 1, -1]), rng.random() < 0.3
+    return make_request(number, prompt, max_tokens, stop, priority, with_logprobs)
 
 
 def expected(request: Request) -> list[int]:
@@ -62,6 +63,7 @@ def campaign(core: EngineCore, rng: random.Random, num_steps: int, longest: int)
         "tokens": sum(len(r.output_token_ids) for r in requests),
         "preemptions": core.scheduler.num_preemptions,
         "mismatching requests": mismatches,
+        "missing logprobs": sum(missing_logprobs(r) for r in requests if r.logprobs is not None),
         "leaked pages": leaked,
     }
 
@@ -86,7 +88,7 @@ def test_random_schedules_equal_solo(
     rng = random.Random(f"{num_shards} {page_size} {chunk} {decode_steps}")
     result = campaign(core, rng, NUM_STEPS // 10, longest=64)
     print(result)
-    assert result["mismatching requests"] == 0 and result["leaked pages"] == 0
+    assert result["mismatching requests"] == result["missing logprobs"] == result["leaked pages"] == 0
     assert result["finished"] > 0
 
 
