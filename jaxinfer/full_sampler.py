@@ -5,6 +5,7 @@ Logits come together on each device first: a few rows of them travel, and no sca
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ class FullSampler:
         has_choice = jnp.any(processed > -jnp.inf, axis=-1).reshape(num_tokens.shape)
         logprobs = lax.cond(
             rows.wants_logprobs,
-            lambda: token_logprobs(logits, tokens, self.num_top),
+            lambda: self._token_logprobs(logits, tokens),
             lambda: no_logprobs(tokens.shape, self.num_top),
         )
         tokens = tokens.reshape(num_tokens.shape)
@@ -92,12 +93,22 @@ class FullSampler:
             logits = model.logits(lax.dynamic_slice_in_dim(hidden, start, block, axis=1))
             logits = partitioner.constrain(logits, (ax.BATCH, None, None))
             targets = lax.dynamic_slice_in_dim(score.targets, start, block, axis=1)
-            new = token_logprobs(_flat(logits), _flat(targets), self.num_top)
+            new = self._token_logprobs(_flat(logits), _flat(targets))
             new = jax.tree.map(lambda a: a.reshape(num_shards, block, *a.shape[1:]), new)
             return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, axis=1), done, new)
 
         empty = no_logprobs(score.targets.shape, self.num_top)
         return lax.fori_loop(0, (score.length + block - 1) // block, score_block, empty)
+
+    def _token_logprobs(self, logits: jax.Array, token_ids: jax.Array) -> Logprobs:
+        """In each data shard by itself: XLA would gather the rows of all for a top-k."""
+        compute = functools.partial(token_logprobs, num_top=self.num_top)
+        partitioner = self.definition.partitioner
+        if partitioner.mesh.size == 1:
+            return compute(logits, token_ids)
+        rows = partitioner.spec((ax.BATCH,))
+        local = jax.shard_map(compute, mesh=partitioner.mesh, in_specs=rows, out_specs=rows, check_vma=False)
+        return local(logits, token_ids)
 
 
 def _flat(x: jax.Array) -> jax.Array:
