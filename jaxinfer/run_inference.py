@@ -42,6 +42,15 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most tokens to generate p
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy. Default: the model's generation_config.json.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Draw among the k likeliest tokens; 0 for all.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Draw among the likeliest tokens whose probabilities reach this.")
+_MIN_P = flags.DEFINE_float("min_p", None, "Draw among the tokens at least this times as likely as the likeliest.")
+_PRESENCE_PENALTY = flags.DEFINE_float("presence_penalty", None, "Off the logits of tokens that the output has.")
+_FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", None, "The same, for each time that it has them.")
+_REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", None, "Above 1, tokens seen before are unlikelier.")
+_N = flags.DEFINE_integer("n", None, "Outputs per prompt.")
+_MIN_TOKENS = flags.DEFINE_integer("min_tokens", None, "Fewest tokens to generate per prompt.")
+_LOGPROBS = flags.DEFINE_integer(
+    "logprobs", None, "Write the log-probabilities of tokens and of this many likeliest ones to --output_file."
+)
 _STOP = flags.DEFINE_multi_string("stop", [], "String that ends the output; may be repeated.")
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on past the model's end token.")
 
@@ -117,13 +126,15 @@ def run() -> None:
         inputs = [_as_chat(engine, prompt) for prompt in prompts] if _CHAT.value else prompts
         ready_s = time.perf_counter() - _START
         printer = Printer(
-            has_text=engine.resolved.tokenizer is not None, is_chat=_CHAT.value, blank_line_after=len(prompts) > 1
+            has_text=engine.resolved.tokenizer is not None,
+            is_chat=_CHAT.value,
+            blank_line_after=len(prompts) * params.n > 1,
         )
         failed = []
         with record_file or printer as sink:
             for i, output in run_in_order(engine, inputs, params):
                 sink.add(prompts[i], output)
-                failed += [str(i)] if output.outputs[0].finish_reason == "error" else []
+                failed += [str(i)] if any(c.finish_reason == "error" for c in output.outputs) else []
         print_summary(engine, ready_s, printer.first_text_time and printer.first_text_time - _START)
     if failed:
         raise RuntimeError(
@@ -184,7 +195,9 @@ def _set_up_jax() -> None:
 
 def _sampling_fields() -> dict[str, Any]:
     """The fields of SamplingParams that flags give; the others are the model's defaults. Checked right away."""
-    fields: dict[str, Any] = {f.name: f.value for f in (_TEMPERATURE, _TOP_K, _TOP_P) if f.value is not None}
+    own = (_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _PRESENCE_PENALTY, _FREQUENCY_PENALTY, _REPETITION_PENALTY)
+    own += (_N, _MIN_TOKENS, _LOGPROBS)
+    fields: dict[str, Any] = {flag.name: flag.value for flag in own if flag.value is not None}
     fields |= {"max_tokens": _MAX_TOKENS.value, "stop": tuple(_STOP.value), "ignore_eos": _IGNORE_EOS.value}
     try:
         SamplingParams(**fields)
