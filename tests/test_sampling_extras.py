@@ -33,7 +33,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def engine(model_dir: pathlib.Path):
     with Engine(
-        str(model_dir), max_num_seqs=4, max_num_batched_tokens=32, max_model_len=LENGTH, page_size=4, decode_steps=4
+        str(model_dir), max_num_seqs=4, max_num_batched_tokens=50, max_model_len=LENGTH, page_size=4, decode_steps=4
     ) as engine:
         yield engine
 
