@@ -77,6 +77,8 @@ class ExtrasSpec(NamedTuple):
 
 def build(plan: StepPlan, shape: StepShape, spec: ExtrasSpec) -> Extras | None:
     """None if the plain sampler does and nobody asks about a prompt."""
+    if not plan.has_extras:
+        return None
     chunks = [chunk for chunk in plan.chunks if chunk is not None]
     last_chunks = [chunk if chunk and chunk.is_last else None for chunk in plan.chunks]
     rows = _full_rows(plan, last_chunks, shape)

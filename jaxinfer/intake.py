@@ -75,7 +75,12 @@ class Intake:
         stream = None
         if self.tokenizer is not None:
             stream = self.tokenizer.stream(params.skip_special_tokens, prompt[-_CONTEXT_TOKENS:])
-        return OutputText(stream, params.stop_strings, params.include_stop_str_in_output)
+        return OutputText(
+            stream,
+            params.stop_strings,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
 
     def _logprobs_record(self, num_top: int | None) -> LogprobsRecord | None:
         if num_top is None:

@@ -12,32 +12,33 @@ class OutputText:
     string. `text` holds only what stays.
     """
 
-    def __init__(self, stream: TextStream | None, stop: Sequence[str], include_stop: bool = False):
+    def __init__(
+        self, stream: TextStream | None, stop: Sequence[str], *, include_stop: bool = False, min_tokens: int = 0
+    ):
         self._stream = stream
         self._stop = stop
         self._include_stop = include_stop
+        self._num_early = min_tokens  # tokens to come within which no stop string may end
         self._held = ""
         self.text = ""
 
-    def add(self, token_ids: list[int], may_stop: bool = True) -> bool:
-        """Appends tokens; True once a stop string was reached, which `text` then ends before, or with it included.
-
-        Without `may_stop` only the beginning of a stop string counts, and it may end in a later token.
-        """
+    def add(self, token_ids: list[int]) -> bool:
+        """Appends tokens; True once a stop string was reached, which `text` then ends before, or with if included."""
         if self._stream is None:
             return False
-        return self._append(self._stream.add(token_ids), may_stop)
+        new, self._num_early = self._stream.add(token_ids), self._num_early - len(token_ids)
+        return self._append(new)
 
     def finish(self) -> None:
         """Releases what was held back: no more tokens will come."""
-        if self._stream is not None and not self._append(self._stream.finish(), may_stop=True):
+        if self._stream is not None and not self._append(self._stream.finish()):
             self.text += self._held
         self._held = ""
 
-    def _append(self, new: str, may_stop: bool) -> bool:
+    def _append(self, new: str) -> bool:
         pending = self._held + new
         found = [(at, stop) for stop in self._stop if (at := pending.find(stop)) >= 0]
-        if found and may_stop:
+        if found and self._num_early < 0:
             at, stop = min(found)
             self.text += pending[: at + len(stop) if self._include_stop else at]
             self._held = ""

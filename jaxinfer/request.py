@@ -23,7 +23,7 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"  # the model produced a value that is not finite, or its step failed
 
 
-@dataclasses.dataclass(eq=False, kw_only=True)
+@dataclasses.dataclass(eq=False, kw_only=True, slots=True)  # slots: more fields than a shared dict of names has
 class Request:
     """One sequence on its way: waiting -> prefilling -> decoding -> finished; preemption goes back to waiting.
 
@@ -87,6 +87,9 @@ class Request:
     arrival_time: float = dataclasses.field(default_factory=time.perf_counter)
     first_token_time: float | None = None
     finish_time: float | None = None
+    max_num_tokens: int = dataclasses.field(init=False)
+    max_num_cached: int = dataclasses.field(init=False)
+    needs_full_sampler: bool = dataclasses.field(init=False)
     constants: bytes = b""
 
     def __post_init__(self):
@@ -135,11 +138,15 @@ class Request:
         """Takes generated tokens in, up to the one that ends the request; `logprobs` are of an only token."""
         if token_ids and self.first_token_time is None:
             self.first_token_time = time.perf_counter()
+        if logprobs is not None and self.logprobs is not None and token_ids:
+            self.logprobs.add(token_ids[0], logprobs)
         for token_id in token_ids:
             self.token_ids.append(token_id)
-            if self.logprobs is not None and logprobs is not None:
-                self.logprobs.add(token_id, logprobs)
-            if self._is_ended_by(token_id):
+            if token_id in self.stop_token_ids:
+                if self.params.include_stop_str_in_output:  # else the text ends before it
+                    self.text.add([token_id])
+                self.finish(FinishReason.STOP)
+            elif self.text.add([token_id]):
                 self.finish(FinishReason.STOP)
             elif len(self.token_ids) == self.max_num_tokens:
                 self.finish(FinishReason.LENGTH)
@@ -153,14 +160,6 @@ class Request:
         for position, computed in enumerate(logprobs, start + 1):
             if position == 1 + len(record.entries) < self.num_prompt_tokens:
                 record.add(self.token_ids[position], computed)
-
-    def _is_ended_by(self, token_id: int) -> bool:
-        """Adds the last token to the text, unless it is a stop token, which the text ends before."""
-        is_stop = token_id in self.stop_token_ids
-        if is_stop and not self.params.include_stop_str_in_output:
-            return True
-        may_stop = len(self.token_ids) - self.num_prompt_tokens > self.params.min_tokens
-        return self.text.add([token_id], may_stop) or is_stop
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the request; the first reason stays."""

@@ -46,12 +46,14 @@ class StepPlan:
       rows: the requests that decode, by shard.
       starts: of each row, the position of its next token.
       num_steps: tokens that each row generates.
+      has_extras: whether one of them needs the full sampler, or the log-probabilities of its prompt.
     """
 
     chunks: list[Chunk | None]
     rows: list[list[Request]]
     starts: list[list[int]]
     num_steps: int
+    has_extras: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Scheduler:
         self.running: list[list[Request]] = [[] for _ in range(num_shards)]  # by shard, each in order
         self.allocators = [PageAllocator(pages_per_shard) for _ in range(num_shards)]
         self.num_preemptions = 0
+        self._num_full = 0  # of those that run, who need the full sampler
         self._slots_per_shard = slots_per_shard
         self._free_slots = [[*range(slots_per_shard - 1, -1, -1)] for _ in range(num_shards)]
 
@@ -140,9 +143,11 @@ class Scheduler:
         if not any(chunks) and not any(rows):
             return None
         others_wait = self.waiting and self._slots_per_shard * len(self.running) > 1
-        wants_one = others_wait or any(chunks) or any(r.needs_full_sampler for r in chain.from_iterable(rows))
+        wants_one = others_wait or any(chunks) or self._num_full > 0
         num_steps = 1 if wants_one or not self._grow_for_more_steps(rows) else self.decode_steps
-        plan = StepPlan(chunks, rows, [[r.num_cached for r in requests] for requests in rows], num_steps)
+        has_extras = self._num_full > 0 or any(chunk and chunk.request.wants_prompt_logprobs for chunk in chunks)
+        starts = [[r.num_cached for r in requests] for requests in rows]
+        plan = StepPlan(chunks, rows, starts, num_steps, has_extras)
         for chunk in filter(None, chunks):
             chunk.request.num_cached = chunk.stop
             chunk.request.num_in_flight += 1
@@ -205,6 +210,7 @@ class Scheduler:
             assert all(r.shard == shard and r.finish_reason is None for r in rows)
             assert all(r.num_cached <= len(r.page_ids) * self.page_size for r in rows)
             assert sum(not r.is_prefilled for r in rows) <= 1, "one prompt at a time"
+        assert self._num_full == sum(r.needs_full_sampler for rows in self.running for r in rows)
         assert self.waiting == sorted(self.waiting, key=lambda r: r.order)
         assert not any(request.page_ids for request in self.waiting)
 
@@ -242,6 +248,7 @@ class Scheduler:
 
     def _stop(self, request: Request) -> None:
         self.running[request.shard].remove(request)
+        self._num_full -= request.needs_full_sampler
         self._free_slots[request.shard].append(request.slot)
         self.allocators[request.shard].free(request.page_ids)
         del request.page_ids[:]
@@ -287,6 +294,7 @@ class Scheduler:
         request.page_ids.extend(allocator.allocate(num_pages - len(request.page_ids)))
         request.shard, request.slot = shard, self._free_slots[shard].pop()
         insort(self.running[shard], request, key=lambda r: r.order)
+        self._num_full += request.needs_full_sampler
 
     def _next_chunk(self, rows: list[Request]) -> Chunk | None:
         for request in rows:

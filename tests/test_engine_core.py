@@ -151,7 +151,7 @@ def test_a_failed_step_ends_what_ran_and_keeps_what_waits(at: str):
 class FailingText(OutputText):
     """A text whose second token cannot be decoded."""
 
-    def add(self, token_ids: list[int], may_stop: bool = True) -> bool:
+    def add(self, token_ids: list[int]) -> bool:
         if self.text:
             raise ValueError("no text")
         self.text = "first"
