@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxinfer.async_engine import AsyncEngine
     from jaxinfer.engine import Engine
-    from jaxinfer.request import SamplingParams
+    from jaxinfer.sampling_params import SamplingParams
 
 __all__ = ["AsyncEngine", "Engine", "SamplingParams"]
 
 _MODULES = {
     "AsyncEngine": "jaxinfer.async_engine",
     "Engine": "jaxinfer.engine",
-    "SamplingParams": "jaxinfer.request",
+    "SamplingParams": "jaxinfer.sampling_params",
 }
 
 

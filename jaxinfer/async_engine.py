@@ -24,8 +24,10 @@ from jaxinfer.engine_core import EngineDeadError
 from jaxinfer.engine_thread import EngineThread
 from jaxinfer.intake import Prompt
 from jaxinfer.metrics import EngineMetrics
-from jaxinfer.request import Request, RequestOutput, SamplingParams
-from jaxinfer.request_stream import LiveRequest, Reached, RequestStream
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.request import Reached, Request
+from jaxinfer.request_stream import LiveRequest, RequestStream
+from jaxinfer.sampling_params import SamplingParams
 
 _MAX_WAITING = 1024
 
@@ -183,7 +185,7 @@ class AsyncEngine:
 
     def _wake(self, live: LiveRequest) -> None:
         live.changed.set()
-        has_ended = live.error is not None or live.reached.finish_reason is not None
+        has_ended = live.error is not None or live.is_finished
         if has_ended and not live.ended.is_set():  # once: its id may be another one's by then
             live.ended.set()
             del self._live[live.request_id]
@@ -210,40 +212,43 @@ class AsyncEngine:
     def _prepare(
         self, live: LiveRequest, prompt: Prompt, params: SamplingParams, priority: int, arrival: float
     ) -> None:
-        request = self.engine._make_request(prompt, params, priority)
-        self._core.scheduler.check_fits(request)
-        request.arrival_time = arrival
-        live.request = request
-        self._thread.post(functools.partial(self._add, live, request))
+        requests = self.engine._make_requests(prompt, params, priority)
+        self._core.scheduler.check_fits(requests[0])  # the others are as long
+        for request in requests:
+            request.arrival_time = arrival
+        live.reached = [Reached() for _ in requests]
+        live.requests = requests
+        self._thread.post(functools.partial(self._add, live))
 
     # In the engine's thread.
 
-    def _add(self, live: LiveRequest, request: Request) -> None:
-        self._core.scheduler.add(request)
-        self._live_of[request] = live
+    def _add(self, live: LiveRequest) -> None:
+        for request in live.requests:
+            self._core.scheduler.add(request)
+            self._live_of[request] = live
         if live.is_aborted:
             self._abort_now(live)
 
     def _abort_now(self, live: LiveRequest) -> None:
         live.is_aborted = True
-        if live.request in self._live_of:
-            self._core.abort(live.request)
-            self._publish([live.request])
+        for request in live.requests:
+            if request in self._live_of:
+                self._core.abort(request)
+                self._publish([request])
 
     def _publish(self, requests: list[Request]) -> None:
-        lives = [self._live_of[request] for request in dict.fromkeys(requests) if request in self._live_of]
+        requests = [request for request in dict.fromkeys(requests) if request in self._live_of]
+        lives = {self._live_of[request]: None for request in requests}
         for live in lives:
-            request = live.request
-            assert request is not None
-            num_tokens = len(request.token_ids) - request.num_prompt_tokens
-            live.reached = Reached(num_tokens, request.text.text, request.finish_reason)
+            live.reached = [request.reached for request in live.requests]
+        for request in requests:
             if request.finish_reason is not None:
                 del self._live_of[request]
         if not lives:
             return
         with self._to_wake_lock:
             is_asked = bool(self._to_wake)
-            self._to_wake |= dict.fromkeys(lives)
+            self._to_wake |= lives
         if not is_asked:  # one call for all until the loop comes to it, however long that takes
             self._tell_loop(self._wake_all)
 

@@ -115,7 +115,7 @@ class Buckets:
             if pages >= self._chunk_pages(tokens)
         ]
         decode = [StepShape(0, rows, pages, self.decode_steps) for rows in self.rows for pages in self.pages]
-        single = [StepShape(0, self.rows[-1], pages, 1) for pages in self.pages] if self.rows_beside_chunk else []
+        single = [StepShape(0, self.rows[-1], pages, 1) for pages in self._single_pages]
         return list(dict.fromkeys((*chunks, *decode, *single)))
 
     def shape(self, plan: StepPlan) -> StepShape:
@@ -128,8 +128,14 @@ class Buckets:
             return StepShape(tokens, self.rows_beside_chunk, pages, 1)
         rows = self.rows[-1] if plan.num_steps < self.decode_steps else max(map(len, plan.rows))
         end = min(max(ends), self.pages[-1] * self.page_size)  # a row may end within the step
-        pages = _round_up(cdiv(end, self.page_size), self.pages)
+        buckets = self._single_pages if plan.num_steps < self.decode_steps else self.pages
+        pages = _round_up(cdiv(end, self.page_size), buckets)
         return StepShape(0, _round_up(rows, self.rows), pages, plan.num_steps)
+
+    @property
+    def _single_pages(self) -> tuple[int, ...]:
+        """Of a step of one token that could be of several. An only slot takes it for the full sampler alone."""
+        return self.pages if self.rows_beside_chunk else self.pages[-1:]
 
     def _chunk_pages(self, num_tokens: int) -> int:
         return _round_up(cdiv(num_tokens, self.page_size), self.chunk_pages)

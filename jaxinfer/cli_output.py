@@ -1,6 +1,7 @@
 """What `run_inference` gives out: text to stdout, records to a file, and what there is to say about a run."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,10 +9,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from jaxinfer.outputs import RequestOutput
 from jaxinfer.progress import Advance
-from jaxinfer.request import RequestOutput, SamplingParams
+from jaxinfer.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine
@@ -67,7 +69,8 @@ class Printer:
         self._has_text = has_text  # False: the model has no tokenizer, its outputs are ids
         self._is_chat = is_chat
         self._end = "\n\n" if blank_line_after else "\n"
-        self._num_printed: int | None = None  # characters of the current output; None between outputs
+        self._place = 0  # of the current completion among those of its prompt
+        self._num_printed: int | None = None  # characters of it; None between completions
 
     def __enter__(self) -> "Printer":
         return self
@@ -77,16 +80,25 @@ class Printer:
             print(flush=True)  # so that what is said about the error has a line of its own
 
     def add(self, prompt: Prompt, output: RequestOutput) -> None:
-        """Prints what is new in `output`: of the output before, or of the next if that was finished."""
-        new = ""
-        if self._num_printed is None:
-            new, self._num_printed = self._heading(prompt), 0
-        text = output.outputs[0].text if self._has_text else _join(output.outputs[0].token_ids)
-        if text and self.first_text_time is None:
-            self.first_text_time = time.perf_counter()
-        new += text[self._num_printed :] + (self._end if output.finished else "")
-        print(new, end="", flush=True)
-        self._num_printed = None if output.finished else len(text)
+        """Prints what is new in `output`, its completions one after the other, each behind the prompt.
+
+        It is the output before, or the next if that was finished.
+        """
+        for completion in output.outputs[self._place :]:
+            new = ""
+            if self._num_printed is None:
+                new, self._num_printed = self._heading(prompt), 0
+            text = completion.text if self._has_text else _join(completion.token_ids)
+            if text and self.first_text_time is None:
+                self.first_text_time = time.perf_counter()
+            is_finished = completion.finish_reason is not None
+            new += text[self._num_printed :] + (self._end if is_finished else "")
+            print(new, end="", flush=True)
+            self._num_printed = None if is_finished else len(text)
+            if not is_finished:
+                return
+            self._place += 1
+        self._place = 0
 
     def _heading(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):
@@ -131,17 +143,27 @@ class RecordFile:
             self._settle(is_whole=error is None)
 
     def add(self, prompt: Prompt, output: RequestOutput) -> None:
-        """Writes `output` if it is finished, with the user's prompt if that is text."""
+        """Writes `output` if it is finished, a record per completion, with the user's prompt if that is text."""
         if not output.finished:
             return
-        completion = output.outputs[0]
-        record = {
-            "prompt": prompt if isinstance(prompt, str) else None,
-            "prompt_token_ids": output.prompt_token_ids,
-            "text": completion.text,
-            "token_ids": completion.token_ids,
-            "finish_reason": completion.finish_reason,
-        }
+        for completion in output.outputs:
+            record = {
+                "prompt": prompt if isinstance(prompt, str) else None,
+                "prompt_token_ids": output.prompt_token_ids,
+                "text": completion.text,
+                "token_ids": completion.token_ids,
+                "finish_reason": completion.finish_reason,
+            }
+            if len(output.outputs) > 1:
+                record["index"] = completion.index
+            if completion.logprobs is not None:
+                record["logprobs"] = [
+                    {token_id: dataclasses.asdict(entry) for token_id, entry in entries.items()}
+                    for entries in completion.logprobs
+                ]
+            self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
         if self._file is None:
             # "a": behind what the shell's >> may have in the file that /dev/stdout is.
             self._file = self._partial.open("a" if self._is_stream else "w", encoding="utf-8")

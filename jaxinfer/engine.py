@@ -10,16 +10,19 @@ import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
+from jaxinfer.beam_search import beam_params, beam_search
 from jaxinfer.checkpoint.hf_reader import load_weights
 from jaxinfer.compilations import num_compilations
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.engine_core import EngineCore
 from jaxinfer.intake import Intake, Prompt
 from jaxinfer.metrics import EngineMetrics
+from jaxinfer.outputs import Delta, RequestOutput
 from jaxinfer.progress import Progress
-from jaxinfer.request import Delta, Request, RequestOutput, SamplingParams
+from jaxinfer.request import Reached, Request, output_of
 from jaxinfer.resolve import ResolvedEngine, resolve
 from jaxinfer.runner import Runner
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
 from sharding_rules import axes as ax
@@ -68,8 +71,8 @@ class Engine:
             max_model_len=self.resolved.max_model_len,
             seed=config.seed,
         )
-        self._unfinished: dict[str, Request] = {}
-        self._undelivered: dict[str, Request] = {}  # got on, and nobody has been told yet
+        self._unfinished: dict[str, list[Request]] = {}  # all outputs of a prompt, by request id
+        self._undelivered: dict[str, list[Request]] = {}  # some got on, and nobody has been told yet
         self._is_closed = False
         self._num_compilations_when_ready = num_compilations()
 
@@ -94,7 +97,7 @@ class Engine:
     def generate(
         self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
-        """Outputs in the order of `prompts`, which are texts or token ids; more than there are slots may be given.
+        """Results in the order of `prompts`, which are texts or token ids; more than there are slots may be given.
 
         Without `params` the model's defaults apply. Raises ValueError for a prompt that cannot run, with its place
         in the list, before any runs.
@@ -104,33 +107,33 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(each)} sampling params; give one, or one per prompt")
-        requests = []
+        groups = []
         for i, (prompt, prompt_params) in enumerate(zip(prompts, each, strict=True)):
             try:
-                requests.append(self._make_request(prompt, prompt_params))
+                groups.append(self._make_requests(prompt, prompt_params))
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from None
-        pending = {request.request_id for request in requests}
+        pending = {group[0].request_id for group in groups}
         try:
-            for request in requests:
-                self._add(request)
+            for group in groups:
+                self._add(group)
             with self.progress.generation(self.metrics) as advance:
                 while pending:
-                    pending -= {r.request_id for r in self._step_for(pending) if r.finish_reason is not None}
-                    advance(len(requests) - len(pending), len(requests))
+                    pending -= {group[0].request_id for group in self._step_for(pending) if _is_finished(group)}
+                    advance(len(groups) - len(pending), len(groups))
         finally:
             for request_id in pending:
                 self.abort(request_id)  # an exception cut the loop short
-        return [request.output() for request in requests]
+        return [output_of(group) for group in groups]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Text and tokens of one request as they come. Leaving the iterator early aborts the request.
+        """Text and tokens of one prompt's outputs as they come. Leaving the iterator early aborts them.
 
         The request is queued, and refused if it cannot run, by the call and not by the first `next`.
         """
-        request = self._make_request(prompt, params or self.default_sampling_params)
-        self._add(request)
-        deltas = self._deltas(request)
+        group = self._make_requests(prompt, params or self.default_sampling_params)
+        self._add(group)
+        deltas = self._deltas(group)
         next(deltas)  # into its `try`, so that an iterator that is dropped unused aborts the request as well
         return deltas
 
@@ -140,24 +143,35 @@ class Engine:
             raise ValueError(f"{self.resolved.model_dir}: no tokenizer, so no chat template")
         return self.generate([self.resolved.tokenizer.apply_chat_template(messages)], params)[0]
 
+    def beam_search(
+        self, prompt: Prompt, *, beam_width: int, max_tokens: int = 16, length_penalty: float = 1.0
+    ) -> RequestOutput:
+        """The `beam_width` likeliest outputs that a search finds, best first, with their log-probabilities.
+
+        A `length_penalty` above 1 favours long outputs, one below 1 short ones.
+        """
+        group = self._make_requests(prompt, beam_params(beam_width, max_tokens))
+        beam_search(group, self.generate, length_penalty)
+        return output_of(group)
+
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> str:
         """Queues a prompt and returns the request's id; lower priorities run first.
 
         Raises ValueError for one that cannot run.
         """
-        request = self._make_request(prompt, params or self.default_sampling_params, priority)
-        self._add(request)
-        return request.request_id
+        group = self._make_requests(prompt, params or self.default_sampling_params, priority)
+        self._add(group)
+        return group[0].request_id
 
     def abort(self, request_id: str) -> None:
-        """Ends a request and frees what it holds. Does nothing if it is unknown or finished."""
+        """Ends all outputs of a prompt and frees what they hold. Does nothing if it is unknown or finished."""
         self._undelivered.pop(request_id, None)
-        if request := self._unfinished.pop(request_id, None):
+        for request in self._unfinished.pop(request_id, ()):
             self._core.abort(request)
 
     def step(self) -> list[RequestOutput]:
         """Starts a step on the devices and takes in the one before: the outputs of the requests that got on."""
-        return [request.output() for request in self._step_for(None)]
+        return [output_of(group) for group in self._step_for(None)]
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -175,36 +189,37 @@ class Engine:
         cache_bytes = self.stats.decode_context_tokens * token_bytes // memory.num_shards
         return self.stats.decode_steps * self.resolved.definition.step_shard_bytes + cache_bytes
 
-    def _make_request(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Request:
+    def _make_requests(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[Request]:
         self._check_open()
-        return self._intake.make_request(prompt, params, priority)
+        return self._intake.make_requests(prompt, params, priority)
 
-    def _deltas(self, request: Request) -> Iterator[Delta]:
+    def _deltas(self, group: list[Request]) -> Iterator[Delta]:
         """What `stream` yields, after a first delta that is empty."""
-        num_chars, num_tokens = 0, request.num_prompt_tokens
+        request_id, told = group[0].request_id, [Reached() for _ in group]
         try:
             yield Delta("", [], None)
-            while True:
-                if self._step_for({request.request_id}) or request.finish_reason is not None:
-                    text, reason = request.text.text, request.finish_reason
-                    yield Delta(text[num_chars:], request.token_ids[num_tokens:], reason and reason.value)
-                    if reason is not None:
-                        return
-                    num_chars, num_tokens = len(text), len(request.token_ids)
+            while any(reached.finish_reason is None for reached in told):
+                self._step_for({request_id})
+                for i, request in enumerate(group):
+                    before, told[i] = told[i], request.reached
+                    if told[i] != before:
+                        yield request.delta(before, told[i])
         finally:
-            self.abort(request.request_id)
+            self.abort(request_id)
 
-    def _add(self, request: Request) -> None:
-        self._core.scheduler.add(request)
-        self._unfinished[request.request_id] = request
+    def _add(self, group: list[Request]) -> None:
+        self._core.scheduler.check_fits(group[0])  # the others are as long
+        for request in group:
+            self._core.scheduler.add(request)
+        self._unfinished[group[0].request_id] = group
 
-    def _step_for(self, ours: set[str] | None) -> list[Request]:
+    def _step_for(self, ours: set[str] | None) -> list[list[Request]]:
         """A step, and which of `ours` (None: of all) got on; others are kept for whoever waits for them."""
         self._check_open()
         for request in self._core.step():
-            if request.request_id in self._unfinished:
-                self._undelivered[request.request_id] = request
-                if request.finish_reason is not None:
+            if group := self._unfinished.get(request.request_id):
+                self._undelivered[request.request_id] = group
+                if _is_finished(group):
                     del self._unfinished[request.request_id]
         told = [request_id for request_id in self._undelivered if ours is None or request_id in ours]
         return [self._undelivered.pop(request_id) for request_id in told]
@@ -212,6 +227,10 @@ class Engine:
     def _check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError("the engine is closed; make a new one")
+
+
+def _is_finished(group: list[Request]) -> bool:
+    return all(request.finish_reason is not None for request in group)
 
 
 def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:

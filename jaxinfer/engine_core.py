@@ -14,7 +14,10 @@ import jax
 import numpy as np
 
 from jaxinfer import batch as batches
+from jaxinfer import extras
+from jaxinfer.logprobs import Logprobs
 from jaxinfer.metrics import EngineMetrics
+from jaxinfer.outputs import TokenLogprobs
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.runner import Runner
 from jaxinfer.scheduler import Scheduler, StepPlan, StepResult
@@ -103,13 +106,14 @@ class EngineCore:
     def _start(self, plan: StepPlan) -> _StepUnderWay:
         start_time = time.perf_counter()
         shape = self.runner.buckets.shape(plan)
-        return _StepUnderWay(plan, self.runner.dispatch(shape, batches.build(plan, shape)), start_time)
+        of_step = batches.build(plan, shape), extras.build(plan, shape, self.runner.extras_spec)
+        return _StepUnderWay(plan, self.runner.dispatch(shape, *of_step), start_time)
 
     def _commit(self, step: _StepUnderWay) -> None:
-        tokens, counts, finite = (np.asarray(x) for x in jax.device_get(tuple(step.output)))
+        output = jax.device_get(step.output)
         now = time.perf_counter()
         seconds, self._last_commit_time = now - max(step.start_time, self._last_commit_time), now
-        result = step_result(step.plan, tokens, counts, finite)
+        result = step_result(step.plan, output)
         self.stats.add_step(step.plan, result, seconds)
         self.scheduler.commit(step.plan, result, self._told)
 
@@ -124,8 +128,9 @@ class EngineCore:
         self.runner.reset_cache()
 
 
-def step_result(plan: StepPlan, tokens: np.ndarray, counts: np.ndarray, finite: np.ndarray) -> StepResult:
-    """Of a step's output on the host: int tokens [D, R, num_steps], int counts and bool finite [D, R]."""
+def step_result(plan: StepPlan, output: StepOutput) -> StepResult:
+    """Of a step's output, on the devices or the host."""
+    tokens, counts, finite = (np.asarray(x) for x in output[:3])
     shards = range(len(plan.rows))
     has_chunk = any(plan.chunks)
     return StepResult(
@@ -136,4 +141,14 @@ def step_result(plan: StepPlan, tokens: np.ndarray, counts: np.ndarray, finite: 
             for d, n in enumerate(map(len, plan.rows))
         ],
         row_is_finite=[finite[d, : len(plan.rows[d])].tolist() for d in shards],
+        logprobs=_by_token(output.logprobs),
+        prompt_logprobs=_by_token(output.prompt_logprobs),
     )
+
+
+def _by_token(logprobs: Logprobs | None) -> list[list[TokenLogprobs]] | None:
+    """Of arrays [D, R, ...], by shard and row."""
+    if logprobs is None:
+        return None
+    by_shard = zip(*(np.asarray(array).tolist() for array in logprobs), strict=True)
+    return [[TokenLogprobs(*row) for row in zip(*columns, strict=True)] for columns in by_shard]

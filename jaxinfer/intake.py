@@ -1,6 +1,7 @@
 """Turns what a user asks into a request that can run, or says why it cannot. Host only."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import numbers
@@ -8,7 +9,9 @@ from collections.abc import Iterable, Iterator
 
 from jaxinfer.generation_config import GenerationDefaults
 from jaxinfer.output_text import OutputText
-from jaxinfer.request import MAX_STOP_TOKEN_IDS, Request, SamplingParams
+from jaxinfer.outputs import LogprobsRecord
+from jaxinfer.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_STOP_TOKEN_IDS, Request
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.tokenizer import Tokenizer
 
 Prompt = str | Iterable[int]
@@ -35,8 +38,8 @@ class Intake:
     seed: int
     _numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
-    def make_request(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Request:
-        """A request for `prompt`. Raises ValueError, in one line, for one that cannot run."""
+    def make_requests(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[Request]:
+        """The `params.n` requests of a prompt. Raises ValueError, in one line, for one that cannot run."""
         if type(priority) is not int:
             raise ValueError(f"priority={priority!r}: must be an integer; lower runs first")
         token_ids = self._encode(prompt)
@@ -47,22 +50,46 @@ class Intake:
             )
         if params.stop_strings and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer and the model has none; use stop_token_ids")
-        stop_token_ids = self._stop_token_ids(params)
+        stop_token_ids, bad_words = self._stop_token_ids(params), self._bad_words(params)
+        self._check_choice(params, stop_token_ids, bad_words)
         number = next(self._numbers)
+        for _ in range(params.n - 1):
+            next(self._numbers)
+        return [
+            Request(
+                number=number + index,
+                index=index,
+                prompt=prompt if isinstance(prompt, str) else None,
+                token_ids=[*token_ids],
+                params=params,
+                stop_token_ids=stop_token_ids,
+                bad_words=bad_words,
+                max_tokens=min(params.max_tokens, self.max_model_len - len(token_ids)),
+                seed=_seed_of(self.seed, number + index) if params.seed is None else (params.seed + index) % 2**32,
+                text=self._output_text(params, token_ids),
+                priority=priority,
+                logprobs=self._logprobs_record(params.logprobs),
+                prompt_logprobs=self._logprobs_record(params.prompt_logprobs) if index == 0 else None,
+            )
+            for index in range(params.n)
+        ]
+
+    def _output_text(self, params: SamplingParams, prompt: list[int]) -> OutputText:
         stream = None
         if self.tokenizer is not None:
-            stream = self.tokenizer.stream(params.skip_special_tokens, token_ids[-_CONTEXT_TOKENS:])
-        return Request(
-            number=number,
-            prompt=prompt if isinstance(prompt, str) else None,
-            token_ids=token_ids,
-            params=params,
-            stop_token_ids=stop_token_ids,
-            max_tokens=min(params.max_tokens, self.max_model_len - len(token_ids)),
-            seed=_seed_of(self.seed, number) if params.seed is None else params.seed,
-            text=OutputText(stream, params.stop_strings),
-            priority=priority,
+            stream = self.tokenizer.stream(params.skip_special_tokens, prompt[-_CONTEXT_TOKENS:])
+        return OutputText(
+            stream,
+            params.stop_strings,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
         )
+
+    def _logprobs_record(self, num_top: int | None) -> LogprobsRecord | None:
+        if num_top is None:
+            return None
+        decode = functools.partial(self.tokenizer.decode, skip_special_tokens=False) if self.tokenizer else None
+        return LogprobsRecord(num_top, decode)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -83,6 +110,40 @@ class Intake:
                 f"{len(token_ids)} stop token ids, the model's {len(end)} included; at most {MAX_STOP_TOKEN_IDS}"
             )
         return token_ids
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """As token ids: each as it stands and, where that begins with another token, with a space before it."""
+        if params.bad_words and self.tokenizer is None:
+            raise ValueError("bad_words need a tokenizer and the model has none; use logit_bias")
+        words: list[tuple[int, ...]] = []
+        for text in params.bad_words or ():
+            assert self.tokenizer is not None
+            bare, spaced = (
+                tuple(self.tokenizer.encode(start + text.lstrip(), add_special_tokens=False)) for start in ("", " ")
+            )
+            if not 0 < len(bare) <= MAX_BAD_WORD_TOKENS:
+                raise ValueError(f"bad_words: {text!r} has {len(bare)} tokens; must be 1 to {MAX_BAD_WORD_TOKENS}")
+            words.append(bare)
+            if len(spaced) == len(bare) and spaced[0] != bare[0]:  # as in vLLM: others have the bare one inside
+                words.append(spaced)
+        if len(words) > MAX_BAD_WORDS:
+            raise ValueError(
+                f"bad_words: {len(params.bad_words or ())} texts are {len(words)} sequences of tokens; "
+                f"at most {MAX_BAD_WORDS}"
+            )
+        return tuple(words)
+
+    def _check_choice(
+        self, params: SamplingParams, stop_token_ids: tuple[int, ...], bad_words: tuple[tuple[int, ...], ...]
+    ) -> None:
+        """Refuses ids that are none, and bans that leave no token to begin with."""
+        self._token_ids("logit_bias", params.logit_bias or ())
+        if params.allowed_token_ids is None:
+            return
+        allowed = set(self._token_ids("allowed_token_ids", params.allowed_token_ids))
+        banned = {word[0] for word in bad_words if len(word) == 1} | {*(stop_token_ids if params.min_tokens else ())}
+        if allowed <= banned:
+            raise ValueError(f"allowed_token_ids={[*allowed]}: bad_words or min_tokens ban them all; allow one more")
 
     def _token_ids(self, what: str, values: Iterable[int]) -> list[int]:
         """As plain ints, NumPy's too. JAX would silently read another token's row, so the host checks every id."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxinfer import planner
 from jaxinfer.attention import attention_spec
 from jaxinfer.engine_config import EngineConfig
+from jaxinfer.extras import ExtrasSpec
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner, mesh_text, parse_mesh
 from jaxinfer.planner import MemoryPlan
@@ -46,21 +47,25 @@ class Demand:
         spec = attention_spec(model, partitioner, self.page_size)
         itemsize = self.definition.dtype.itemsize
         heads = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim, "itemsize": itemsize}
+        rows = config.max_num_seqs // num_shards
+        chunk_tokens = min(config.max_num_batched_tokens, config.max_model_len)
+        of_step = planner.workspace_bytes(
+            rows=rows,
+            chunk_tokens=chunk_tokens,
+            context_tokens=config.max_model_len,
+            vocab_size=model.vocab_size,
+            mlp_dim=model.mlp_dim // partitioner.num_shards(ax.MLP),
+            num_q_heads=spec.num_q_heads,
+            **heads,
+        )
+        sampling = ExtrasSpec(rows, config.max_model_len, model.vocab_size, chunk_tokens)
         return planner.plan_memory(
             weights_bytes=self.definition.shard_bytes,
-            workspace_bytes=planner.workspace_bytes(
-                rows=config.max_num_seqs // num_shards,
-                chunk_tokens=min(config.max_num_batched_tokens, config.max_model_len),
-                context_tokens=config.max_model_len,
-                vocab_size=model.vocab_size,
-                mlp_dim=model.mlp_dim // partitioner.num_shards(ax.MLP),
-                num_q_heads=spec.num_q_heads,
-                **heads,
-            ),
+            workspace_bytes=of_step + sampling.slots_bytes,
             page_bytes=planner.page_bytes(num_layers=model.num_layers, page_size=self.page_size, **heads),
             page_size=self.page_size,
             max_model_len=config.max_model_len,
-            sequences_per_shard=config.max_num_seqs // num_shards,
+            sequences_per_shard=rows,
             num_shards=partitioner.num_shards(ax.PAGES),
             free_bytes=self.free_bytes,
             memory_fraction=config.memory_fraction,

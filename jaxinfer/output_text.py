@@ -12,17 +12,22 @@ class OutputText:
     string. `text` holds only what stays.
     """
 
-    def __init__(self, stream: TextStream | None, stop: Sequence[str]):
+    def __init__(
+        self, stream: TextStream | None, stop: Sequence[str], *, include_stop: bool = False, min_tokens: int = 0
+    ):
         self._stream = stream
         self._stop = stop
+        self._include_stop = include_stop
+        self._num_early = min_tokens  # tokens to come within which no stop string may end
         self._held = ""
         self.text = ""
 
     def add(self, token_ids: list[int]) -> bool:
-        """Appends tokens; True once a stop string was reached, which `text` then ends before."""
+        """Appends tokens; True once a stop string was reached, which `text` then ends before, or with if included."""
         if self._stream is None:
             return False
-        return self._append(self._stream.add(token_ids))
+        new, self._num_early = self._stream.add(token_ids), self._num_early - len(token_ids)
+        return self._append(new)
 
     def finish(self) -> None:
         """Releases what was held back: no more tokens will come."""
@@ -32,9 +37,10 @@ class OutputText:
 
     def _append(self, new: str) -> bool:
         pending = self._held + new
-        found = [at for at in (pending.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.text += pending[: min(found)]
+        found = [(at, stop) for stop in self._stop if (at := pending.find(stop)) >= 0]
+        if found and self._num_early < 0:
+            at, stop = min(found)
+            self.text += pending[: at + len(stop) if self._include_stop else at]
             self._held = ""
             self._stream = None
             return True

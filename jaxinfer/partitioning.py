@@ -136,6 +136,10 @@ class Partitioner:
             self._check_divisible(axes, shape, name)
         return NamedSharding(self.mesh, spec)
 
+    def row_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        """Of an array of a step, whose first dimension is the data shard; a scalar is for all."""
+        return self.sharding((ax.BATCH, *[None] * (len(shape) - 1))) if shape else self.replicated
+
     @functools.cached_property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())

@@ -40,11 +40,11 @@ def workspace_bytes(
 
     For `rows` sequences that decode beside a prompt's chunk, each with a context of `context_tokens`, when attention
     gathers the pages in use; heads and `mlp_dim` are those on the device. Attention, MLP and sampling follow each
-    other and use the same memory, so the largest counts. XLA was seen to allocate as much, or up to a third less, in
-    float32 on a CPU, where bfloat16 takes more, because it is computed in float32.
+    other and use the same memory, so the largest counts. XLA was seen to allocate as much, or up to four tenths less,
+    in float32 on a CPU, where bfloat16 takes more, because it is computed in float32.
     """
     gathered = 2 * context_tokens * num_kv_heads * head_dim * itemsize  # of one sequence; 2: keys and values
-    scores = 2 * 4 * context_tokens * num_q_heads  # of one token; 2: before and after softmax; 4: float32
+    scores = 3 * 4 * context_tokens * num_q_heads  # of one token; 3: before, within and after softmax; 4: float32
     attention = (rows + 1) * gathered + (rows + chunk_tokens) * scores  # 1: the chunk's sequence
     mlp = 3 * (rows + chunk_tokens) * mlp_dim * itemsize  # 3: gate, up and their product
     sampling = 7 * 4 * (rows + 1) * vocab_size  # 7: logits, noise, and what the search for top-k and top-p keeps
@@ -57,7 +57,7 @@ class MemoryPlan:
 
     Attributes:
       weights_bytes: parameters on the device.
-      workspace_bytes: estimate of what a step needs beside weights and cache.
+      workspace_bytes: estimate of what steps need beside weights and cache, what sampling keeps of each slot included.
       page_bytes: one cache page over all layers.
       num_pages: pages on the device, the scratch page included.
       page_size: tokens per page.

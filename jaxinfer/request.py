@@ -1,75 +1,20 @@
-"""What goes into the engine and what comes out. Host only."""
+"""A request on its way through the engine. Host only."""
 
 import array
 import dataclasses
 import enum
-import math
 import time
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple
 
 from jaxinfer.output_text import OutputText
-from jaxinfer.unknown_names import StrictFields
+from jaxinfer.outputs import CompletionOutput, Delta, LogprobsRecord, RequestMetrics, RequestOutput, TokenLogprobs
+from jaxinfer.sampling_params import SamplingParams
 
-MAX_STOP_TOKEN_IDS = 16  # per request, the model's end tokens included: the width of the device's stop table
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingParams(StrictFields):
-    """How to choose tokens, and when to stop. Names and defaults are vLLM's.
-
-    Attributes:
-      temperature: divides the logits; 0 is greedy.
-      top_k: draw among the k likeliest tokens; 0 or -1 for all.
-      top_p: draw among the likeliest tokens whose probabilities reach top_p; 1 for all.
-      min_p: draw among the tokens at least min_p times as likely as the likeliest; 0 for all.
-      seed: of this request's draws, in [0, 2**32); None for one derived from the engine's seed.
-      max_tokens: most tokens to generate.
-      stop: strings that end the output; they are not part of it.
-      stop_token_ids: token ids that end the output besides the model's own end tokens.
-      ignore_eos: go on past the model's end tokens.
-      skip_special_tokens: leave special tokens out of the text.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    max_tokens: int = 16
-    stop: str | Sequence[str] | None = ()
-    stop_token_ids: Sequence[int] | None = ()
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
-
-    def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        self._check_number("temperature", 0, 1e4)
-        self._check_number("top_p", 0, 1)
-        if self.top_p == 0:
-            raise ValueError("top_p=0: must be above 0 (temperature=0 is greedy)")
-        self._check_number("min_p", 0, 1)
-        self._check_integer("top_k", -1, 2**31 - 1)
-        self._check_integer("max_tokens", 1, 2**31 - 1)
-        if self.seed is not None:
-            self._check_integer("seed", 0, 2**32 - 1)
-        if not all(isinstance(s, str) and s for s in self.stop_strings):
-            raise ValueError(f"stop={self.stop!r}: expected non-empty strings")
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return cast(tuple[str, ...], self.stop)  # which the constructor made one
-
-    def _check_number(self, name: str, low: float, high: float) -> None:
-        value = getattr(self, name)
-        if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
-            raise ValueError(f"{name}={value!r}: must be a number in [{low}, {high:g}]")
-
-    def _check_integer(self, name: str, low: int, high: int) -> None:
-        value = getattr(self, name)
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(f"{name}={value!r}: must be an integer in [{low}, {high}]")
+# Per request; widths of tables on the devices.
+MAX_STOP_TOKEN_IDS = 16  # the model's end tokens included
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_TOKENS = 8
 
 
 class FinishReason(enum.StrEnum):
@@ -79,7 +24,15 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"  # the model produced a value that is not finite, or its step failed
 
 
-@dataclasses.dataclass(eq=False, kw_only=True)
+class Reached(NamedTuple):
+    """How far an output has come."""
+
+    num_tokens: int = 0
+    text: str = ""
+    finish_reason: FinishReason | None = None
+
+
+@dataclasses.dataclass(eq=False, kw_only=True, slots=True)  # slots: more fields than a shared dict of names has
 class Request:
     """One sequence on its way: waiting -> prefilling -> decoding -> finished; preemption goes back to waiting.
 
@@ -94,6 +47,10 @@ class Request:
       max_tokens: `params.max_tokens`, cut to what max_model_len leaves.
       seed: of its draws.
       text: of the output so far.
+      index: among the outputs of its prompt, whose numbers follow each other.
+      bad_words: `params.bad_words` as token ids.
+      logprobs: of the output, if asked for.
+      prompt_logprobs: of the prompt from its second token on, if asked for.
       priority: lower runs first.
       cache_salt: requests with different salts share no cached pages.
       token_ids: prompt, never empty, and output; the end token, if there was one, is the last.
@@ -107,6 +64,7 @@ class Request:
       shard, slot: the data shard that runs it, and its place there.
       max_num_tokens: prompt and output at most.
       max_num_cached: tokens in the cache at most: the last one is never read.
+      needs_full_sampler: `params.needs_full_sampler`, worked out once.
       constants: what `batch` makes of what never changes.
     """
 
@@ -118,6 +76,10 @@ class Request:
     max_tokens: int
     seed: int
     text: OutputText
+    index: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logprobs: LogprobsRecord | None = None
+    prompt_logprobs: LogprobsRecord | None = None
     priority: int = 0
     cache_salt: bytes = b""
     num_prompt_tokens: int = 0
@@ -135,16 +97,21 @@ class Request:
     start_time: float | None = None  # of its first prefill
     first_token_time: float | None = None
     finish_time: float | None = None
+    max_num_tokens: int = dataclasses.field(init=False)
+    max_num_cached: int = dataclasses.field(init=False)
+    needs_full_sampler: bool = dataclasses.field(init=False)
     constants: bytes = b""
 
     def __post_init__(self):
         self.num_prompt_tokens = self.num_prefill_tokens = len(self.token_ids)
         self.max_num_tokens = self.num_prompt_tokens + self.max_tokens
         self.max_num_cached = self.max_num_tokens - 1
+        self.needs_full_sampler = self.params.needs_full_sampler
 
     @property
     def request_id(self) -> str:
-        return str(self.number)
+        """The same for all outputs of a prompt."""
+        return str(self.number - self.index)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -168,19 +135,41 @@ class Request:
         """Whether it generates another token after the steps under way, unless one of those ends it."""
         return self.num_prefill_tokens <= self.num_cached < self.max_num_cached
 
-    def append(self, token_ids: Sequence[int]) -> None:
-        """Takes generated tokens in, up to the one that ends the request."""
+    def must_follow(self, other: "Request") -> bool:
+        """Whether `other` has the same prompt and its pages are not known yet: a step later they can be shared."""
+        return self.request_id == other.request_id and other.first_token_time is None
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether some of them are still to come: then the prompt must run, cached or not."""
+        return self.prompt_logprobs is not None and 1 + len(self.prompt_logprobs.entries) < self.num_prompt_tokens
+
+    def append(self, token_ids: Sequence[int], logprobs: TokenLogprobs | None = None) -> None:
+        """Takes generated tokens in, up to the one that ends the request; `logprobs` are of an only token."""
         if token_ids and self.first_token_time is None:
             self.first_token_time = time.perf_counter()
+        if logprobs is not None and self.logprobs is not None and token_ids:
+            self.logprobs.add(token_ids[0], logprobs)
         for token_id in token_ids:
             self.token_ids.append(token_id)
-            # A stop token ends the text before itself.
-            if token_id in self.stop_token_ids or self.text.add([token_id]):
+            if token_id in self.stop_token_ids:
+                if self.params.include_stop_str_in_output:  # else the text ends before it
+                    self.text.add([token_id])
+                self.finish(FinishReason.STOP)
+            elif self.text.add([token_id]):
                 self.finish(FinishReason.STOP)
             elif len(self.token_ids) == self.max_num_tokens:
                 self.finish(FinishReason.LENGTH)
             if self.finish_reason is not None:
                 return
+
+    def add_prompt_logprobs(self, start: int, logprobs: Sequence[TokenLogprobs]) -> None:
+        """Of the tokens that follow those of a chunk from `start` on; what is known already, or no prompt, is left."""
+        record = self.prompt_logprobs
+        assert record is not None
+        for position, computed in enumerate(logprobs, start + 1):
+            if position == 1 + len(record.entries) < self.num_prompt_tokens:
+                record.add(self.token_ids[position], computed)
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the request; the first reason stays."""
@@ -189,24 +178,36 @@ class Request:
             self.finish_time = time.perf_counter()
             self.text.finish()
 
-    def output(self) -> "RequestOutput":
+    @property
+    def reached(self) -> Reached:
+        """How far it has come."""
+        return Reached(len(self.token_ids) - self.num_prompt_tokens, self.text.text, self.finish_reason)
+
+    def delta(self, before: Reached, now: Reached) -> Delta:
+        """What came between two of `reached`. The lists that it reads only grow, so another thread may read them."""
+        start = self.num_prompt_tokens
+        return Delta(
+            text=now.text[len(before.text) :],
+            token_ids=self.token_ids[start + before.num_tokens : start + now.num_tokens],
+            finish_reason=now.finish_reason and now.finish_reason.value,
+            index=self.index,
+            logprobs=self.logprobs and self.logprobs.entries[before.num_tokens : now.num_tokens],
+        )
+
+    def completion(self) -> CompletionOutput:
         """What there is so far."""
-        completion = CompletionOutput(
-            index=0,
+        logprobs = self.logprobs
+        return CompletionOutput(
+            index=self.index,
             text=self.text.text,
             token_ids=self.output_token_ids,
             finish_reason=None if self.finish_reason is None else self.finish_reason.value,
-        )
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=[completion],
-            metrics=self.metrics,
+            logprobs=None if logprobs is None else [*logprobs.entries],
+            cumulative_logprob=None if logprobs is None else logprobs.total,
         )
 
     @property
-    def metrics(self) -> "RequestMetrics":
+    def metrics(self) -> RequestMetrics:
         """The times that are known by now."""
         queue_s, ttft_s, e2e_s = (
             None if when is None else when - self.arrival_time
@@ -218,53 +219,14 @@ class Request:
         return RequestMetrics(queue_s=queue_s, ttft_s=ttft_s, tpot_s=tpot_s, e2e_s=e2e_s)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RequestMetrics:
-    """Times in seconds; None for what did not come about, or not yet.
-
-    Attributes:
-      queue_s: from arrival until it was first given to the devices.
-      ttft_s: from arrival to the first token.
-      tpot_s: per token after the first.
-      e2e_s: from arrival to the end.
-    """
-
-    queue_s: float | None = None
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-    e2e_s: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class CompletionOutput:
-    """One generated text. `finish_reason` is None while it is still growing."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-    logprobs: None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """What `Engine.stream` yields: text and tokens since the last one. The last has the finish reason."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class RequestOutput:
-    """A request's prompt and what came of it."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    metrics: RequestMetrics
-
-    @property
-    def finished(self) -> bool:
-        return all(output.finish_reason is not None for output in self.outputs)
+def output_of(requests: Sequence[Request]) -> RequestOutput:
+    """What there is so far of a prompt's outputs, in the order of their index."""
+    first = requests[0]
+    return RequestOutput(
+        request_id=first.request_id,
+        prompt=first.prompt,
+        prompt_token_ids=first.prompt_token_ids,
+        outputs=[request.completion() for request in requests],
+        metrics=RequestMetrics.of_all([request.metrics for request in requests]),
+        prompt_logprobs=None if first.prompt_logprobs is None else [None, *first.prompt_logprobs.entries],
+    )

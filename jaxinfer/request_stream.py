@@ -2,21 +2,10 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
-from jaxinfer.request import Delta, FinishReason, Request, RequestOutput
-
-
-class Reached(NamedTuple):
-    """How far a request has come; `num_tokens` of its output."""
-
-    num_tokens: int
-    text: str
-    finish_reason: FinishReason | None
-
-
-_START = Reached(0, "", None)
+from jaxinfer.outputs import Delta, RequestOutput
+from jaxinfer.request import Reached, Request, output_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -24,8 +13,8 @@ class LiveRequest:
     """A request on its way between the threads of an AsyncEngine.
 
     Attributes:
-      request: from the intake thread; the engine's thread has it from then on, until it has ended.
-      reached: replaced as a whole by the engine's thread, so that reading it takes no lock.
+      requests: one for each output, from the intake thread; the engine's thread has them until they have ended.
+      reached: of each; replaced by the engine's thread, never changed, so that reading it takes no lock.
       is_aborted: known to the engine's thread.
       error: why it will come no further; known to the loop, as are the events.
       changed: set when there may be something new; cleared by whoever looks.
@@ -33,8 +22,8 @@ class LiveRequest:
     """
 
     request_id: str
-    request: Request | None = None
-    reached: Reached = _START
+    requests: Sequence[Request] = ()
+    reached: Sequence[Reached] = ()
     is_aborted: bool = False
     error: Exception | None = None
     changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
@@ -43,11 +32,16 @@ class LiveRequest:
     @property
     def is_waiting(self) -> bool:
         """Whether it has not been given to the devices."""
-        return self.request is None or self.request.start_time is None
+        return all(request.start_time is None for request in self.requests)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all of its outputs are."""
+        return bool(self.reached) and all(reached.finish_reason is not None for reached in self.reached)
 
 
 class RequestStream:
-    """Iterates over the text and tokens of one request as they come; the last delta has the finish reason.
+    """Iterates over the text and tokens of one request as they come; the last delta of an output has its finish reason.
 
     Whoever leaves early ends the request within a step: by cancelling the task that waits here, by `aclose`, or by
     dropping the stream. Raises ValueError if the request cannot run, EngineDeadError if the engine died.
@@ -56,7 +50,8 @@ class RequestStream:
     def __init__(self, live: LiveRequest, abort: Callable[[LiveRequest], None]):
         self._live = live
         self._abort = abort
-        self._taken = _START
+        self._taken: list[Reached] = []  # of each output
+        self._has_left = False
 
     @property
     def request_id(self) -> str:
@@ -67,8 +62,7 @@ class RequestStream:
         await self._live.ended.wait()
         if self._live.error is not None:
             raise self._live.error
-        assert self._live.request is not None
-        return dataclasses.replace(self._live.request.output(), request_id=self.request_id)
+        return dataclasses.replace(output_of(self._live.requests), request_id=self.request_id)
 
     def __aiter__(self) -> "RequestStream":
         return self
@@ -93,19 +87,19 @@ class RequestStream:
 
     def _take(self) -> Delta | None:
         """What is new, or None."""
-        if self._taken.finish_reason is not None:
+        if self._has_left or (self._taken and all(taken.finish_reason is not None for taken in self._taken)):
             raise StopAsyncIteration
         if self._live.error is not None:
             raise self._live.error
-        taken, now = self._taken, self._live.reached
-        if now is taken or self._live.request is None:
-            return None
-        self._taken = now
-        start = self._live.request.num_prompt_tokens
-        token_ids = self._live.request.token_ids[start + taken.num_tokens : start + now.num_tokens]
-        return Delta(now.text[len(taken.text) :], token_ids, now.finish_reason and now.finish_reason.value)
+        reached = self._live.reached
+        self._taken += [Reached()] * (len(reached) - len(self._taken))
+        for i, now in enumerate(reached):
+            before, self._taken[i] = self._taken[i], now
+            if now != before:
+                return self._live.requests[i].delta(before, now)
+        return None
 
     def _leave(self) -> None:
-        self._taken = self._taken._replace(finish_reason=FinishReason.ABORT)
+        self._has_left = True
         if not self._live.ended.is_set():
             self._abort(self._live)

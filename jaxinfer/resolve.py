@@ -78,6 +78,14 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
     slots_per_shard = config.max_num_seqs // num_shards
     backend = "xla" if config.attention_backend == "auto" else config.attention_backend
     paged_attention.backend(backend, attention_spec(model, partitioner, page_size))
+    buckets = Buckets.create(
+        max_rows=slots_per_shard,
+        max_model_len=max_model_len,
+        max_chunk=config.max_num_batched_tokens,
+        page_size=page_size,
+        decode_steps=config.decode_steps,
+        num_shards=num_shards,
+    )
     memory = Demand(
         config=dataclasses.replace(config, max_model_len=max_model_len),
         definition=definition,
@@ -94,14 +102,7 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
         slots_per_shard=slots_per_shard,
         cache_spec=cache_spec(model, partitioner, pages_per_shard=memory.num_pages, page_size=page_size, dtype=dtype),
         memory=memory,
-        buckets=Buckets.create(
-            max_rows=slots_per_shard,
-            max_model_len=max_model_len,
-            max_chunk=config.max_num_batched_tokens,
-            page_size=page_size,
-            decode_steps=config.decode_steps,
-            num_shards=num_shards,
-        ),
+        buckets=buckets,
         attention_backend=backend,
     )
 

@@ -23,7 +23,7 @@ from jaxinfer.engine_config import DTYPES, NOT_FLAGS, EngineConfig
 from jaxinfer.integers import cdiv
 from jaxinfer.progress import Progress
 from jaxinfer.prompts import read_prompts_file
-from jaxinfer.request import SamplingParams
+from jaxinfer.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine
@@ -44,6 +44,15 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most tokens to generate p
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy. Default: the model's generation_config.json.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Draw among the k likeliest tokens; 0 for all.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Draw among the likeliest tokens whose probabilities reach this.")
+_MIN_P = flags.DEFINE_float("min_p", None, "Draw among the tokens at least this times as likely as the likeliest.")
+_PRESENCE_PENALTY = flags.DEFINE_float("presence_penalty", None, "Off the logits of tokens that the output has.")
+_FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", None, "The same, for each time that it has them.")
+_REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", None, "Above 1, tokens seen before are unlikelier.")
+_N = flags.DEFINE_integer("n", None, "Outputs per prompt.")
+_MIN_TOKENS = flags.DEFINE_integer("min_tokens", None, "Fewest tokens to generate per prompt.")
+_LOGPROBS = flags.DEFINE_integer(
+    "logprobs", None, "Write the log-probabilities of tokens and of this many likeliest ones to --output_file."
+)
 _STOP = flags.DEFINE_multi_string("stop", [], "String that ends the output; may be repeated.")
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on past the model's end token.")
 
@@ -119,14 +128,16 @@ def run() -> None:
         inputs = [_as_chat(engine, prompt) for prompt in prompts] if _CHAT.value else prompts
         ready_s = time.perf_counter() - _START
         printer = Printer(
-            has_text=engine.resolved.tokenizer is not None, is_chat=_CHAT.value, blank_line_after=len(prompts) > 1
+            has_text=engine.resolved.tokenizer is not None,
+            is_chat=_CHAT.value,
+            blank_line_after=len(prompts) * params.n > 1,
         )
         failed = []
         progress = Progress(enabled=record_file is not None)  # beside text it would be in the way
         with record_file or printer as sink, progress.generation(engine.metrics) as advance:
             for i, output in run_in_order(engine, inputs, params, advance):
                 sink.add(prompts[i], output)
-                failed += [str(i)] if output.outputs[0].finish_reason == "error" else []
+                failed += [str(i)] if any(c.finish_reason == "error" for c in output.outputs) else []
         print_summary(engine, ready_s, printer.first_text_time and printer.first_text_time - _START)
     if failed:
         raise RuntimeError(
@@ -187,7 +198,9 @@ def _set_up_jax() -> None:
 
 def _sampling_fields() -> dict[str, Any]:
     """The fields of SamplingParams that flags give; the others are the model's defaults. Checked right away."""
-    fields: dict[str, Any] = {f.name: f.value for f in (_TEMPERATURE, _TOP_K, _TOP_P) if f.value is not None}
+    own = (_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _PRESENCE_PENALTY, _FREQUENCY_PENALTY, _REPETITION_PENALTY)
+    own += (_N, _MIN_TOKENS, _LOGPROBS)
+    fields: dict[str, Any] = {flag.name: flag.value for flag in own if flag.value is not None}
     fields |= {"max_tokens": _MAX_TOKENS.value, "stop": tuple(_STOP.value), "ignore_eos": _IGNORE_EOS.value}
     try:
         SamplingParams(**fields)

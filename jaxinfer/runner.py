@@ -15,15 +15,23 @@ import numpy as np
 
 from jaxinfer import batch, kv_cache
 from jaxinfer.batch import Buckets, StepBatch, StepShape
+from jaxinfer.extras import Extras, ExtrasSpec
 from jaxinfer.kv_cache import CacheSpec
 from jaxinfer.parameters import ModelDefinition
+from jaxinfer.sampler_programs import Key, SamplerPrograms
 from jaxinfer.scheduler import StepPlan
 from jaxinfer.steps import Arrays, SlotState, StepFunctions, StepOutput
 from sharding_rules import axes as ax
 
 
 class Runner:
-    """Runs steps over weights, cache and slots that it holds."""
+    """Runs steps over weights, cache and slots that it holds.
+
+    Attributes:
+      definition: the model.
+      buckets: every shape of a step.
+      extras_spec: the sizes of what a step may be given beyond its batch.
+    """
 
     def __init__(
         self, definition: ModelDefinition, weights: Arrays, spec: CacheSpec, buckets: Buckets, *, backend: str
@@ -37,27 +45,44 @@ class Runner:
         self._allocate_cache = kv_cache.allocator(spec, self._partitioner)
         self._cache, self._slots = self._allocate_cache(), self._empty_slots()
         self._programs: dict[StepShape, jax.stages.Compiled] = {}
+        self.extras_spec = ExtrasSpec.create(buckets, definition.config.vocab_size)
+        self._sampler = SamplerPrograms(definition, self.extras_spec)
 
     def compile_all(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles every program in `buckets`, calling `progress(done, total)` after each."""
         shapes = self.buckets.shapes()
+        one_token = [self._abstract_batch(shape) for shape in shapes if shape.num_steps == 1]
+        jobs: dict[StepShape | Key, Callable[[], jax.stages.Lowered]] = {
+            shape: lambda shape=shape: self.lowered(shape) for shape in shapes
+        }
+        jobs |= self._sampler.lowerings(one_token, self._abstract_weights())
         pool = ThreadPoolExecutor()
         try:
-            futures = {pool.submit(lambda shape=shape: self.lowered(shape).compile()): shape for shape in shapes}
+            futures = {pool.submit(lambda lowered=lowered: lowered().compile()): key for key, lowered in jobs.items()}
             for done, future in enumerate(as_completed(futures), start=1):
-                self._programs[futures[future]] = future.result()
+                key, program = futures[future], future.result()
+                if isinstance(key, StepShape):
+                    self._programs[key] = program
+                else:
+                    self._sampler.add(key, program)
                 if progress is not None:
-                    progress(done, len(shapes))
+                    progress(done, len(jobs))
         finally:
             pool.shutdown(cancel_futures=True)  # a program that failed must not wait for those behind it
 
-    def dispatch(self, shape: StepShape, batch: StepBatch) -> StepOutput:
+    def dispatch(self, shape: StepShape, batch: StepBatch, extras: Extras | None = None) -> StepOutput:
         """Starts a step and returns its output, on the devices, without waiting for it."""
         if shape not in self._programs:
             raise RuntimeError(f"{shape} is not a compiled shape; compiled: {sorted(self._programs)}")
-        batch = jax.device_put(batch, jax.tree.map(lambda a: self._row_sharding(a.shape), batch))
-        self._cache, self._slots, output = self._programs[shape](self._weights, self._cache, self._slots, batch)
-        for array in output:
+        batch, extras = jax.device_put(
+            (batch, extras), jax.tree.map(lambda a: self._partitioner.row_sharding(a.shape), (batch, extras))
+        )
+        self._cache, self._slots, output, activations = self._programs[shape](
+            self._weights, self._cache, self._slots, batch
+        )
+        if extras is not None:
+            self._slots, output = self._sampler.run(self._slots, self._weights, activations, output, batch, extras)
+        for array in jax.tree.leaves(output):
             array.copy_to_host_async()
         return output
 
@@ -66,11 +91,13 @@ class Runner:
         for array in jax.tree.leaves((self._cache, self._slots)):
             array.delete()  # before the new one: there is no room for two
         self._cache, self._slots = self._allocate_cache(), self._empty_slots()
+        self._sampler.reset()
 
     def close(self) -> None:
         """Frees the device memory."""
         for array in jax.tree.leaves((self._weights, self._cache, self._slots)):
             array.delete()
+        self._sampler.close()
         self._weights, self._cache = (), ()
         self._programs.clear()
 
@@ -81,17 +108,25 @@ class Runner:
             page_size=self._spec.page_size,
             backend_name=self._backend,
             num_steps=shape.num_steps,
+            max_chunk=self.extras_spec.max_chunk,
         )
         cache_sharding = kv_cache.cache_sharding(self._spec, self._partitioner)
         pages = jax.ShapeDtypeStruct(self._spec.shape, self._spec.dtype, sharding=cache_sharding)
         cache = ((pages, pages),) * self._spec.num_layers
-        weights = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for p in self.definition.params)
         slots = SlotState(self._array(jnp.int32, *self._slot_shape), self._array(jnp.bool_, *self._slot_shape))
         replicated = self._partitioner.replicated  # so that every host can read the output
-        shardings = jax.tree.map(lambda a: a.sharding, (cache, slots)) + (StepOutput(*[replicated] * 3),)
+        output = StepOutput(replicated, replicated, replicated)
+        activations = self._sampler.activation_shardings if shape.num_steps == 1 else None
+        if activations and not shape.chunk_tokens:
+            activations = activations._replace(hidden=None)
         function = functions.prefill if shape.chunk_tokens else functions.decode
+        shardings = (*jax.tree.map(lambda a: a.sharding, (cache, slots)), output, activations)
         jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=shardings)
-        return jitted.lower(weights, cache, slots, self._abstract_batch(shape))
+        return jitted.lower(self._abstract_weights(), cache, slots, self._abstract_batch(shape))
+
+    def _abstract_weights(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        params = self.definition.params
+        return tuple(jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for p in params)
 
     def _abstract_batch(self, shape: StepShape) -> StepBatch:
         """The shapes and dtypes of any batch of this shape: those of an empty one."""
@@ -102,16 +137,11 @@ class Runner:
     def _empty_slots(self) -> SlotState:
         shape = self._slot_shape
         empty = SlotState(np.zeros(shape, np.int32), np.zeros(shape, np.bool_))
-        return SlotState(*jax.device_put(tuple(empty), self._row_sharding(shape)))
+        return SlotState(*jax.device_put(tuple(empty), self._partitioner.row_sharding(shape)))
 
     @property
     def _slot_shape(self) -> tuple[int, int]:
         return self._partitioner.num_shards(ax.BATCH), self.buckets.rows[-1]
 
     def _array(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._row_sharding(shape))
-
-    def _row_sharding(self, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
-        if not shape:
-            return self._partitioner.replicated
-        return self._partitioner.sharding((ax.BATCH, *[None] * (len(shape) - 1)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._partitioner.row_sharding(shape))

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
 from jaxinfer.integers import cdiv
+from jaxinfer.outputs import TokenLogprobs
 from jaxinfer.page_allocator import PageAllocator, extend_digests
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.request_stats import RequestStats
@@ -41,19 +42,21 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """One dispatch. With a chunk in it there is one decode step.
+    """One dispatch. With a chunk in it, or a row for the full sampler, there is one decode step.
 
     Attributes:
       chunks: at most one for each data shard.
       rows: the requests that decode, by shard.
       starts: of each row, the position of its next token.
       num_steps: tokens that each row generates.
+      has_extras: whether one of them needs the full sampler, or the log-probabilities of its prompt.
     """
 
     chunks: list[Chunk | None]
     rows: list[list[Request]]
     starts: list[list[int]]
     num_steps: int
+    has_extras: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +68,16 @@ class StepResult:
       chunk_is_finite: whether the logits were.
       row_tokens: the tokens of each row, by shard; fewer than num_steps where the row ended.
       row_is_finite: whether all logits of the row were.
+      logprobs: by shard, of the only token of each row and, last, of the chunk; None if nobody wants them.
+      prompt_logprobs: by shard, of the tokens that follow those of the chunk; None if nobody wants them.
     """
 
     chunk_tokens: Sequence[int]
     chunk_is_finite: Sequence[bool]
     row_tokens: Sequence[Sequence[Sequence[int]]]
     row_is_finite: Sequence[Sequence[bool]]
+    logprobs: Sequence[Sequence[TokenLogprobs]] | None = None
+    prompt_logprobs: Sequence[Sequence[TokenLogprobs]] | None = None
 
 
 class Scheduler:
@@ -100,6 +107,7 @@ class Scheduler:
         self.allocators = [PageAllocator(pages_per_shard) for _ in range(num_shards)]
         self.num_preemptions = 0
         self.stats = RequestStats()
+        self._num_full = 0  # of those that run, who need the full sampler
         self._slots_per_shard = slots_per_shard
         self._free_slots = [[*range(slots_per_shard - 1, -1, -1)] for _ in range(num_shards)]
 
@@ -135,8 +143,11 @@ class Scheduler:
         if not any(chunks) and not any(rows):
             return None
         others_wait = self.waiting and self._slots_per_shard * len(self.running) > 1
-        num_steps = 1 if others_wait or any(chunks) or not self._grow_for_more_steps(rows) else self.decode_steps
-        plan = StepPlan(chunks, rows, [[r.num_cached for r in requests] for requests in rows], num_steps)
+        wants_one = others_wait or any(chunks) or self._num_full > 0
+        num_steps = 1 if wants_one or not self._grow_for_more_steps(rows) else self.decode_steps
+        has_extras = self._num_full > 0 or any(chunk and chunk.request.wants_prompt_logprobs for chunk in chunks)
+        starts = [[r.num_cached for r in requests] for requests in rows]
+        plan = StepPlan(chunks, rows, starts, num_steps, has_extras)
         for chunk in filter(None, chunks):
             chunk.request.num_cached = chunk.stop
             chunk.request.num_in_flight += 1
@@ -150,12 +161,18 @@ class Scheduler:
 
         Adds to `touched` who got tokens or ended: the first of them also if the text of another raises.
         """
-        for request, num_cached, tokens, is_finite in _outcomes(plan, result):
+        if result.prompt_logprobs is not None:
+            for chunk, is_finite, logprobs in zip(
+                plan.chunks, result.chunk_is_finite, result.prompt_logprobs, strict=True
+            ):
+                if chunk is not None and is_finite and chunk.request.wants_prompt_logprobs:
+                    chunk.request.add_prompt_logprobs(chunk.start, logprobs[: chunk.stop - chunk.start])
+        for request, num_cached, tokens, is_finite, logprobs in _outcomes(plan, result):
             request.num_in_flight -= 1
             if request.finish_reason is not None:
                 continue  # it was aborted, or ended in the step before
             num_before = len(request.token_ids)
-            request.append([*tokens])
+            request.append([*tokens], logprobs)
             self.stats.generation_tokens += len(request.token_ids) - num_before
             if not is_finite:
                 request.finish(FinishReason.ERROR)
@@ -196,6 +213,7 @@ class Scheduler:
             assert all(r.shard == shard and r.finish_reason is None for r in rows)
             assert all(r.num_cached <= len(r.page_ids) * self.page_size for r in rows)
             assert sum(not r.is_prefilled for r in rows) <= 1, "one prompt at a time"
+        assert self._num_full == sum(r.needs_full_sampler for rows in self.running for r in rows)
         assert self.waiting == sorted(self.waiting, key=lambda r: r.order)
         assert not any(request.page_ids for request in self.waiting)
 
@@ -233,6 +251,7 @@ class Scheduler:
 
     def _stop(self, request: Request) -> None:
         self.running[request.shard].remove(request)
+        self._num_full -= request.needs_full_sampler
         self._free_slots[request.shard].append(request.slot)
         self.allocators[request.shard].free(request.page_ids)
         del request.page_ids[:]
@@ -255,6 +274,8 @@ class Scheduler:
         rows, allocator = self.running[shard], self.allocators[shard]
         if not self._free_slots[shard] or not all(r.is_prefilled for r in rows):
             return False
+        if self.enable_prefix_caching and request.index and any(map(request.must_follow, rows)):
+            return False
         num_cached, num_evictable = allocator.num_cached(self._usable_digests(request))
         needed = cdiv(min(len(request.token_ids) + 1, request.max_num_cached), self.page_size) - num_cached
         # Room for the others to grow, or the new one would be preempted at once.
@@ -262,6 +283,8 @@ class Scheduler:
 
     def _usable_digests(self, request: Request) -> list[bytes]:
         """Of the pages before the one with the last token, which must run to give the next."""
+        if request.wants_prompt_logprobs:
+            return []
         return request.page_digests[: (len(request.token_ids) - 1) // self.page_size]
 
     def _start(self, request: Request, shard: int) -> None:
@@ -277,6 +300,7 @@ class Scheduler:
         request.page_ids.extend(allocator.allocate(num_pages - len(request.page_ids)))
         request.shard, request.slot = shard, self._free_slots[shard].pop()
         insort(self.running[shard], request, key=lambda r: r.order)
+        self._num_full += request.needs_full_sampler
 
     def _next_chunk(self, rows: list[Request]) -> Chunk | None:
         for request in rows:
@@ -300,13 +324,20 @@ class Scheduler:
             request.num_published += 1
 
 
-def _outcomes(plan: StepPlan, result: StepResult) -> Iterator[tuple[Request, int, Sequence[int], bool]]:
-    """Of each request in the step: tokens in the cache after it, tokens generated, and whether logits were finite."""
-    for chunk, token, is_finite in zip(plan.chunks, result.chunk_tokens, result.chunk_is_finite, strict=True):
+def _outcomes(
+    plan: StepPlan, result: StepResult
+) -> Iterator[tuple[Request, int, Sequence[int], bool, TokenLogprobs | None]]:
+    """Of each request in the step: tokens in the cache after it, tokens generated, whether logits were finite, and
+    log-probabilities."""
+    for shard, (chunk, token, is_finite) in enumerate(
+        zip(plan.chunks, result.chunk_tokens, result.chunk_is_finite, strict=True)
+    ):
         if chunk is not None:
-            yield chunk.request, chunk.stop, [token] if chunk.is_last and is_finite else [], is_finite
+            tokens = [token] if chunk.is_last and is_finite else []
+            yield chunk.request, chunk.stop, tokens, is_finite, result.logprobs[shard][-1] if result.logprobs else None
     for shard, requests in enumerate(plan.rows):
-        for request, start, tokens, is_finite in zip(
-            requests, plan.starts[shard], result.row_tokens[shard], result.row_is_finite[shard], strict=True
+        logprobs = result.logprobs[shard][: len(requests)] if result.logprobs else [None] * len(requests)
+        for request, start, tokens, is_finite, of_token in zip(
+            requests, plan.starts[shard], result.row_tokens[shard], result.row_is_finite[shard], logprobs, strict=True
         ):
-            yield request, start + len(tokens), tokens, is_finite
+            yield request, start + len(tokens), tokens, is_finite, of_token

@@ -1,6 +1,7 @@
-"""The pure functions that a step compiles from: (weights, cache, slots, batch) -> (cache, slots, output).
+"""The pure functions that a step compiles from: (weights, cache, slots, batch) -> (cache, slots, output, activations).
 
-Every array of a batch starts with the data shard, [D, ...]; the model sees the tokens of a shard in a row.
+Every array of a batch starts with the data shard, [D, ...]; the model sees the tokens of a shard in a row. A step of
+one token also gives out what it drew from, for the full sampler to draw again: `full_sampler`.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from jax import lax
 from jaxinfer.attention import PagedAttention, Segment, attention_spec
 from jaxinfer.batch import Array, ChunkArrays, StepBatch
 from jaxinfer.kv_cache import Cache
+from jaxinfer.logprobs import Logprobs
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.sampling import SamplingArrays, sample
 from pallas_kernels import paged_attention
@@ -42,6 +44,20 @@ class StepOutput(NamedTuple):
     tokens: Array
     counts: Array
     finite: Array  # bool [D, R]; whether all its logits were
+    logprobs: Logprobs | None = None  # [D, R, ...]; of the tokens, from the full sampler
+    prompt_logprobs: Logprobs | None = None  # [D, T, ...]; of the token after each of the chunk
+
+
+class Activations(NamedTuple):
+    """What a step of one token drew from."""
+
+    logits: Array  # float32 [D, R, V]
+    hidden: Array | None  # [D, T, E]; of the chunk if there is one, T the longest chunk's length, zeros after this one
+
+
+def is_stop(tokens: jax.Array, stop_token_ids: Array) -> jax.Array:
+    """Whether each of tokens [D, R] is among the row's stop tokens [D, R, MAX_STOP_TOKEN_IDS]."""
+    return jnp.any(tokens[..., None] == stop_token_ids, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,22 +65,30 @@ class StepFunctions:
     """`decode` and `prefill`, for one model and one number of steps.
 
     A row whose logits are not finite generates nothing more and is reported; it never reaches another row.
+
+    Attributes:
+      definition: the model.
+      page_size: tokens per page.
+      backend_name: of the attention.
+      num_steps: tokens of each row.
+      max_chunk: tokens of the longest chunk, to which `Activations.hidden` is padded.
     """
 
     definition: ModelDefinition
     page_size: int
     backend_name: str
     num_steps: int
+    max_chunk: int
 
     def decode(
         self, weights: Arrays, cache: Cache, slots: SlotState, batch: StepBatch
-    ) -> tuple[Cache, SlotState, StepOutput]:
+    ) -> tuple[Cache, SlotState, StepOutput, Activations | None]:
         """Generates up to `num_steps` tokens per row, stopping each row by itself. Donates `cache` and `slots`."""
         model = self.definition.bind(weights)
         tokens, stopped = self._last_tokens(slots, batch)
         active = ~stopped & (batch.num_remaining > 0)
 
-        def step(i: jax.Array, state):
+        def step(i: jax.Array | int, state):
             cache, tokens, positions, active, finite, out, counts = state
             attend = self._attend(cache, [self._decode_segment(batch.block_tables, positions, active)])
             logits = model.logits(model(tokens, positions, attend))  # [D, R, V]
@@ -75,8 +99,8 @@ class StepFunctions:
             out = lax.dynamic_update_index_in_dim(out, tokens, i, axis=2)
             positions += active.astype(jnp.int32)
             counts += active.astype(jnp.int32)
-            active &= ~self._is_stop(tokens, batch) & (counts < batch.num_remaining)
-            return attend.cache, tokens, positions, active, finite, out, counts
+            active &= ~is_stop(tokens, batch.stop_token_ids) & (counts < batch.num_remaining)
+            return (attend.cache, tokens, positions, active, finite, out, counts), logits
 
         rows = batch.slots.shape
         state = (
@@ -88,12 +112,18 @@ class StepFunctions:
             jnp.zeros((*rows, self.num_steps), jnp.int32),
             jnp.zeros(rows, jnp.int32),
         )
-        cache, tokens, _, active, finite, out, counts = lax.fori_loop(0, self.num_steps, step, state)
-        return cache, slots.put(batch.slots, tokens, ~active), StepOutput(out, counts, finite)
+        if self.num_steps == 1:
+            state, logits = step(0, state)
+            activations = Activations(logits, None)
+        else:
+            state = lax.fori_loop(0, self.num_steps, lambda i, state: step(i, state)[0], state)
+            activations = None
+        cache, tokens, _, active, finite, out, counts = state
+        return cache, slots.put(batch.slots, tokens, ~active), StepOutput(out, counts, finite), activations
 
     def prefill(
         self, weights: Arrays, cache: Cache, slots: SlotState, batch: StepBatch
-    ) -> tuple[Cache, SlotState, StepOutput]:
+    ) -> tuple[Cache, SlotState, StepOutput, Activations]:
         """Caches a chunk per shard and decodes one token of the other rows. Donates `cache` and `slots`."""
         assert batch.chunk is not None
         model, chunk = self.definition.bind(weights), batch.chunk
@@ -109,14 +139,21 @@ class StepFunctions:
             segments = [rows, segment]
         attend = self._attend(cache, segments)
         hidden = model(tokens, positions, attend)
-        last = batch.slots.shape[1] - 1 + jnp.maximum(chunk.length - 1, 0)  # of the chunk, behind the rows
+        num_rows = batch.slots.shape[1] - 1  # beside the chunk, which is behind them
+        last = num_rows + jnp.maximum(chunk.length - 1, 0)
         of_chunk = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-        logits = model.logits(jnp.concatenate([hidden[:, : batch.slots.shape[1] - 1], of_chunk], axis=1))
+        logits = model.logits(jnp.concatenate([hidden[:, :num_rows], of_chunk], axis=1))
         finite = jnp.all(jnp.isfinite(logits), axis=-1) | ~active
         new = self._sample(logits, batch.sampling, batch.positions + 1)
         counts = (active & finite & (batch.num_remaining > 0)).astype(jnp.int32)
-        stopped = (counts == 0) | self._is_stop(new, batch) | (batch.num_remaining == 1)
-        return attend.cache, slots.put(batch.slots, new, stopped), StepOutput(new[..., None], counts, finite)
+        stopped = (counts == 0) | is_stop(new, batch.stop_token_ids) | (batch.num_remaining == 1)
+        activations = Activations(logits, self._pad(hidden[:, num_rows:]))
+        output = StepOutput(new[..., None], counts, finite)
+        return attend.cache, slots.put(batch.slots, new, stopped), output, activations
+
+    def _pad(self, hidden: jax.Array) -> jax.Array:
+        """To the longest chunk, so that one program reads the activations of all."""
+        return jnp.pad(hidden, ((0, 0), (0, self.max_chunk - hidden.shape[1]), (0, 0)))
 
     def _last_tokens(self, slots: SlotState, batch: StepBatch) -> tuple[jax.Array, jax.Array]:
         """Of each row, its last token and whether that ended it. [D, R] each."""
@@ -137,9 +174,6 @@ class StepFunctions:
         """[D, R, V] -> [D, R]."""
         flat = logits.reshape(-1, logits.shape[-1])
         return sample(flat, sampling, positions.reshape(-1), self._gather).reshape(positions.shape)
-
-    def _is_stop(self, tokens: jax.Array, batch: StepBatch) -> jax.Array:
-        return jnp.any(tokens[..., None] == batch.stop_token_ids, axis=-1)
 
     def _gather(self, logits: jax.Array) -> jax.Array:
         return self.definition.partitioner.constrain(logits, (ax.BATCH, None))

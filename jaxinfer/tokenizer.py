@@ -27,9 +27,9 @@ class Tokenizer:
         self._source = source
         self._chat_template = ChatTemplate(tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer puts around a text."""
-        return self._tokenizer.encode(_encodable(text), verbose=False)
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer puts around a text or without."""
+        return self._tokenizer.encode(_encodable(text), add_special_tokens=add_special_tokens, verbose=False)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         # Without transformers' "clean up", which takes the space out of "a ." and so would take back text

@@ -1,9 +1,11 @@
 """A runner whose model can be worked out by hand, on a cache of token ids: thousands of engine steps a second.
 
 The next token is a hash of every token that the row can see through its block table. Whatever goes wrong with a
-page, a position, a slot or a chunk changes it.
+page, a position, a slot or a chunk changes it. The log-probability of a token is minus its position, its rank is its
+id; what a slot's history holds for the full sampler is compared with what the row sees.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,15 @@ import numpy as np
 from jaxinfer.batch import Buckets, StepBatch, StepShape
 from jaxinfer.engine import Engine
 from jaxinfer.engine_core import EngineCore
+from jaxinfer.extras import Extras, ExtrasSpec
 from jaxinfer.generation_config import GenerationDefaults
 from jaxinfer.intake import Intake
+from jaxinfer.logprobs import Logprobs
 from jaxinfer.output_text import OutputText
+from jaxinfer.outputs import Logprob, LogprobsRecord
 from jaxinfer.progress import Progress
-from jaxinfer.request import Request, SamplingParams
+from jaxinfer.request import Request
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
 from jaxinfer.steps import StepOutput
@@ -40,6 +46,21 @@ def solo(prompt: list[int], max_tokens: int, stop_token_ids: tuple[int, ...] = (
     return output
 
 
+def missing_logprobs(request: Request) -> int:
+    """How many of a request's log-probabilities are not there, or not what they are of these tokens."""
+    assert request.logprobs is not None and request.prompt_logprobs is not None
+    wanted = [{token: Logprob(-float(at), token, None)} for at, token in enumerate(request.token_ids)]
+    of_prompt, of_output = wanted[1 : request.num_prompt_tokens], wanted[request.num_prompt_tokens :]
+    if not of_output:  # it may have been ended before all of its prompt had run
+        of_prompt = of_prompt[: len(request.prompt_logprobs.entries)]
+    return sum(
+        found != expected
+        for found, expected in itertools.zip_longest(
+            request.prompt_logprobs.entries + request.logprobs.entries, of_prompt + of_output
+        )
+    )
+
+
 class Unreadable:
     """The result of a step that failed on the devices."""
 
@@ -56,6 +77,7 @@ class FakeRunner:
 
     def __init__(self, buckets: Buckets, pages_per_shard: int):
         self.buckets = buckets
+        self.extras_spec = ExtrasSpec.create(buckets, VOCAB_SIZE)
         self.fail_at = ""
         self.spoil_next = False
         self._shape = (buckets.num_shards, pages_per_shard, buckets.page_size)
@@ -65,11 +87,12 @@ class FakeRunner:
         self.memory = np.full(self._shape, UNWRITTEN, np.int64)
         self.last_tokens = np.zeros((self._shape[0], self.buckets.rows[-1]), np.int64)
         self.stopped = np.zeros(self.last_tokens.shape, bool)
+        self.history = np.full((*self.last_tokens.shape, self.extras_spec.max_len), UNWRITTEN, np.int64)
 
     def close(self) -> None:
         """Nothing to free."""
 
-    def dispatch(self, shape: StepShape, batch: StepBatch) -> StepOutput:
+    def dispatch(self, shape: StepShape, batch: StepBatch, extras: Extras | None = None) -> StepOutput:
         assert shape in self.buckets.shapes(), shape
         fail_at, self.fail_at = self.fail_at, ""
         if fail_at == "dispatch":
@@ -88,7 +111,31 @@ class FakeRunner:
             for shard, row, written, start in rows:
                 seen = self._read(shard, batch.block_tables[shard, row], start + len(written))
                 self._generate(shard, row, seen, batch, tokens, counts, finite, step)
-        return StepOutput(Unreadable() if fail_at == "read" else tokens, counts, finite)
+                if step == 0 and extras is not None and counts[shard, row]:
+                    self._check_history(shard, row, seen, batch, extras, int(tokens[shard, row, 0]))
+        return StepOutput(
+            Unreadable() if fail_at == "read" else tokens,
+            counts,
+            finite,
+            logprobs=_fake_logprobs(batch.positions + 1, tokens[..., 0]) if extras and extras.rows else None,
+            prompt_logprobs=self._score(batch, extras),
+        )
+
+    def _check_history(self, shard: int, row: int, seen, batch: StepBatch, extras: Extras, token: int) -> None:
+        slot = batch.slots[shard, row]
+        if extras.load is not None and extras.load.slots[shard] == slot:
+            assert batch.chunk is not None and row == batch.slots.shape[1] - 1, "written when its prefill ends"
+            self.history[shard, slot] = extras.load.params.history[shard]
+        if extras.rows is not None and extras.rows.is_full[shard, row]:
+            np.testing.assert_array_equal(self.history[shard, slot, : len(seen)], seen)
+            self.history[shard, slot, len(seen)] = token
+
+    def _score(self, batch: StepBatch, extras: Extras | None) -> Logprobs | None:
+        if extras is None or extras.score is None:
+            return None
+        assert batch.chunk is not None and extras.score.length == batch.chunk.length.max()
+        targets = extras.score.targets
+        return _fake_logprobs(batch.chunk.start[:, None] + np.arange(targets.shape[1]) + 1, targets)
 
     def _active_rows(self, shape: StepShape, batch: StepBatch, counts, finite, step: int):
         """(shard, row, tokens to write, position of the first) of each row that runs in this step."""
@@ -124,6 +171,12 @@ class FakeRunner:
         counts[shard, row] += 1
         is_last = counts[shard, row] == batch.num_remaining[shard, row]
         self.stopped[shard, slot] = is_last or token in batch.stop_token_ids[shard, row]
+
+
+def _fake_logprobs(positions: np.ndarray, token_ids: np.ndarray) -> Logprobs:
+    """Of the tokens at these positions."""
+    empty = np.zeros((*token_ids.shape, 0))
+    return Logprobs(token=-positions.astype(np.float32), rank=token_ids, top_ids=empty, top=empty)
 
 
 def make_core(
@@ -172,17 +225,25 @@ def make_engine(*, max_model_len: int = 64, **fields: Any) -> Engine:
 
 
 def make_request(
-    number: int, prompt: list[int], max_tokens: int, stop_token_ids: tuple[int, ...] = (), priority: int = 0
+    number: int,
+    prompt: list[int],
+    max_tokens: int,
+    stop_token_ids: tuple[int, ...] = (),
+    priority: int = 0,
+    with_logprobs: bool = False,
 ) -> Request:
+    num_top = 0 if with_logprobs else None
     return Request(
         number=number,
         prompt=None,
         token_ids=[*prompt],
-        params=SamplingParams(max_tokens=max_tokens),
+        params=SamplingParams(max_tokens=max_tokens, logprobs=num_top, prompt_logprobs=num_top),
         stop_token_ids=stop_token_ids,
         max_tokens=max_tokens,
         seed=0,
         text=OutputText(None, ()),
+        logprobs=LogprobsRecord(0, None) if with_logprobs else None,
+        prompt_logprobs=LogprobsRecord(0, None) if with_logprobs else None,
         priority=priority,
     )
 

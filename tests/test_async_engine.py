@@ -47,11 +47,11 @@ def before_each_step(engine: Engine, call: Callable[[], object]) -> None:
     runner = runner_of(engine)
     dispatch = runner.dispatch
 
-    def slower(shape, batch):
+    def slower(*of_step):
         call()
-        return dispatch(shape, batch)
+        return dispatch(*of_step)
 
-    runner.dispatch = slower
+    runner.dispatch = slower  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def gated(engine: Engine) -> threading.Event:
@@ -118,7 +118,7 @@ def test_lower_priorities_run_first():
             order.append(priority)
 
         tasks = [asyncio.create_task(generate(priority)) for priority in (-9, 1, 0, -1)]
-        await until(lambda: len(async_engine._live) == 4 and all(live.request for live in async_engine._live.values()))
+        await until(lambda: len(async_engine._live) == 4 and all(live.requests for live in async_engine._live.values()))
         gate.set()
         await asyncio.gather(*tasks)
 
@@ -354,13 +354,13 @@ def test_an_id_is_one_requests_at_a_time():
 def test_a_request_is_aborted_while_its_prompt_is_being_encoded():
     """And its time counts from the call, not from when it had been encoded."""
     engine = make_engine()
-    make_request = engine._make_request
+    make_requests = engine._make_requests
 
-    def slower(*args: Any) -> Request:
+    def slower(*args: Any) -> list[Request]:
         time.sleep(0.05)
-        return make_request(*args)
+        return make_requests(*args)
 
-    engine._make_request = slower  # pyright: ignore[reportAttributeAccessIssue]
+    engine._make_requests = slower  # pyright: ignore[reportAttributeAccessIssue]
 
     async def body(async_engine: AsyncEngine) -> None:
         stream = async_engine.stream([1], tokens(9))
@@ -380,7 +380,7 @@ def test_a_step_that_fails_ends_what_ran_and_nothing_else(at: str):
 
     async def body(async_engine: AsyncEngine) -> None:
         tasks = [asyncio.create_task(read(async_engine.stream([i], tokens(9)))) for i in range(6)]
-        await until(lambda: all(live.request for live in async_engine._live.values()) and async_engine._live)
+        await until(lambda: all(live.requests for live in async_engine._live.values()) and async_engine._live)
         runner_of(engine).fail_at = at
         gate.set()
         outputs = await asyncio.gather(*tasks)

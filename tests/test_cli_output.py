@@ -8,7 +8,7 @@ import pytest
 
 from jaxinfer import SamplingParams, cli_output
 from jaxinfer.cli_output import Printer, RecordFile, run_in_order
-from jaxinfer.request import CompletionOutput, RequestMetrics, RequestOutput
+from jaxinfer.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
 
 def output(request_id: str = "0", text: str = "", finish_reason: str | None = None, **fields: Any) -> RequestOutput:

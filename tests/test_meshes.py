@@ -15,6 +15,7 @@ from jaxinfer.hf_config import HFConfig
 from jaxinfer.models import llama
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
+from jaxinfer.sampling_params import MAX_LOGPROBS
 from sharding_rules import axes as ax
 from tests.parity import driver, recipe
 
@@ -78,7 +79,9 @@ _COLLECTIVE = re.compile(
 
 
 @functools.cache
-def compile_step(num_layers: int, mesh: str, unsplit: str | None = None, chunk_tokens: int = 0) -> Step:
+def compile_step(
+    num_layers: int, mesh: str, unsplit: str | None = None, chunk_tokens: int = 0, num_steps: int = SHAPES.num_steps
+) -> Step:
     """`unsplit` is a logical axis that is left whole, against the mesh's strategy."""
     config = llama.parse_config(HFConfig(CONFIG | {"num_hidden_layers": num_layers}))
     partitioner = Partitioner.create(mesh)
@@ -88,7 +91,7 @@ def compile_step(num_layers: int, mesh: str, unsplit: str | None = None, chunk_t
     definition = ModelDefinition.create(config, partitioner, jnp.dtype("float32"))
     runner = driver.make_runner(definition, (), SHAPES)  # no weights: it is compiled and never run
     compiled = runner.lowered(
-        StepShape(chunk_tokens, SHAPES.rows, SHAPES.buckets().pages[0], 1 if chunk_tokens else SHAPES.num_steps)
+        StepShape(chunk_tokens, SHAPES.rows, SHAPES.buckets().pages[0], 1 if chunk_tokens else num_steps)
     ).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert hlo is not None and memory is not None
@@ -159,6 +162,32 @@ def test_collectives_of_a_decode_step(mesh: str):
         assert sorted(step.large) == expected_collectives(step, num_layers, mesh)
         assert step.logits_stay_in_branch
     assert len(steps[4].collectives) - len(steps[2].collectives) == 2 * per_layer
+
+
+@pytest.mark.parametrize("mesh", ["data:2", "tensor:2", "data:2,tensor:4"])
+def test_a_step_that_gives_its_logits_out_moves_no_more(mesh: str):
+    step = compile_step(2, mesh, num_steps=1)
+    assert sorted(step.large) == expected_collectives(step, 2, mesh) and step.logits_stay_in_branch
+
+
+@pytest.mark.parametrize("mesh", ["data:2", "data:8", "tensor:2", "data:2,tensor:4"])
+def test_extras_move_logits_once_and_nothing_else(mesh: str):
+    """With `tensor` the parts of the logits come together. Beside that only what the host reads travels."""
+    config = llama.parse_config(HFConfig(CONFIG))
+    definition = ModelDefinition.create(config, Partitioner.create(mesh), jnp.dtype("float32"))
+    runner = driver.make_runner(definition, (), SHAPES)
+    batch = runner._abstract_batch(StepShape(0, SHAPES.rows, SHAPES.buckets().pages[0], 1))
+    num_shards = batch.slots.shape[0]
+    collectives = {}
+    for name, lower in runner._sampler.lowerings([batch], runner._abstract_weights()).items():
+        found = _COLLECTIVE.findall(lower().compile().as_text() or "")
+        collectives[name] = [(op, _num_elements(result)) for result, op in found]
+    for name, num_tokens in ((SHAPES.rows, SHAPES.rows), ("score", SHAPES.chunk)):
+        for_host = [("all-gather", num_shards * num_tokens * width) for width in (1, MAX_LOGPROBS)]
+        moved = [collective for collective in collectives[name] if collective not in for_host]
+        num_logits = min(num_tokens, 32) * config.vocab_size  # of a block
+        assert moved == [("all-gather", num_logits)] * (ax.TENSOR in mesh), name
+    assert collectives["load"] == []
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, SHAPES.chunk], ids=["decode", "chunk"])

@@ -60,3 +60,24 @@ def test_an_ending_that_could_become_a_stop_string_is_held_back():
     assert output.text == "wait "
     output.finish()
     assert output.text == "wait EN"
+
+
+@pytest.mark.parametrize(("stop", "expected"), [(("END",), "one END"), (("END", "ENDS"), "one END"), (("e",), "one")])
+def test_the_stop_string_may_be_part_of_the_text(stop: tuple[str, ...], expected: str):
+    output = OutputText(Letters("one ENDS"), stop, include_stop=True)  # pyright: ignore[reportArgumentType]
+    assert [output.add([i]) for i in range(len(expected))] == [False] * (len(expected) - 1) + [True]
+    output.finish()
+    assert output.text == expected
+
+
+@pytest.mark.parametrize(("min_tokens", "expected"), [(2, "aa"), (3, "aaa"), (6, "aaaaaa")])
+def test_no_stop_string_ends_within_the_first_tokens(min_tokens: int, expected: str):
+    """It may begin there: "aaa" reaches over the border."""
+    output = OutputText(
+        Letters("a" * 10),  # pyright: ignore[reportArgumentType]
+        ("aaa",),
+        min_tokens=min_tokens + 2,
+    )
+    added = [output.add([i]) for i in range(10)]
+    assert added.index(True) == min_tokens + 2
+    assert output.text == "a" * min_tokens == expected

@@ -33,7 +33,7 @@ def test_a_page_holds_keys_and_values_of_every_layer():
     ("changes", "expected"),
     [
         # Five sequences' keys and values and 4 + 32 tokens' scores: attention.
-        ({}, 5 * (2 * 100 * 2 * 8 * 2) + 36 * (2 * 4 * 100 * 6)),
+        ({}, 5 * (2 * 100 * 2 * 8 * 2) + 36 * (3 * 4 * 100 * 6)),
         ({"mlp_dim": 10_000}, 3 * 36 * 10_000 * 2),
         ({"vocab_size": 10_000}, 7 * 4 * 5 * 10_000),
         ({"mlp_dim": 10_000, "itemsize": 4}, 3 * 36 * 10_000 * 4),

@@ -113,7 +113,7 @@ def test_random_engine_steps_equal_solo(
 
             def make(number: int, drawn=drawn, rng=rng) -> Request:
                 script = rng.randrange(NUM_SCRIPTS)
-                request = engine._intake.make_request(*scripts[script])
+                (request,) = engine._intake.make_requests(*scripts[script])
                 drawn[request] = script
                 return request
 

@@ -12,7 +12,7 @@ import pytest
 
 from jaxinfer.request import FinishReason, Request
 from tests.campaign import campaign, report
-from tests.fake_runner import POISON, VOCAB_SIZE, make_core, make_request, run, solo
+from tests.fake_runner import POISON, VOCAB_SIZE, make_core, make_request, missing_logprobs, run, solo
 
 NUM_STEPS = int(os.environ.get("JAXINFER_TEST_STEPS", "1200"))
 LONGEST = 64  # tokens of prompt and output
@@ -21,14 +21,18 @@ LONGEST = 64  # tokens of prompt and output
 def random_request(
     rng: random.Random, number: int, longest: int, stem: list[int], vocab_size: int = VOCAB_SIZE
 ) -> Request:
-    """Half of them start with a common stem, some have stop tokens. `vocab_size` is the prompts'."""
+    """Half of them start with a common stem, some have stop tokens, some want log-probabilities.
+
+    `vocab_size` is the prompts'.
+    """
     max_tokens = rng.randint(1, longest // 2)
     length = rng.randint(1, longest - max_tokens)
     prompt = [rng.randrange(vocab_size) for _ in range(length)]
     if rng.random() < 0.5:
         prompt = (stem + prompt)[:length]
     stop = tuple(rng.sample(range(VOCAB_SIZE), 8)) if rng.random() < 0.5 else ()
-    return make_request(number, prompt, max_tokens, stop, priority=rng.choice([0, 0, 0, 1, -1]))
+    priority, with_logprobs = rng.choice([0, 0, 0, 1, -1]), rng.random() < 0.3
+    return make_request(number, prompt, max_tokens, stop, priority, with_logprobs)
 
 
 def expected(request: Request) -> list[int]:
@@ -64,7 +68,8 @@ def test_random_schedules_equal_solo(
     )
     result = report(core, requests, expected)
     print(result)
-    assert result["mismatching requests"] == result["errors"] == result["leaked pages"] == 0
+    missing = sum(missing_logprobs(request) for request in requests if request.logprobs is not None)
+    assert result["mismatching requests"] == result["errors"] == result["leaked pages"] == missing == 0
     assert result["finished"] > 0 and (result["preemptions"] > 0 or not preempt_every)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxinfer import Engine, SamplingParams, bandwidth
-from jaxinfer.request import RequestOutput
+from jaxinfer.outputs import RequestOutput
 from tests import tiny_model
 from tests.command_line import run_here, with_engine
 
@@ -190,3 +190,34 @@ def test_virtual_devices_share_the_bandwidth_of_the_machine(
     flags = (f"--model={model_dir}", "--prompt=abc", "--max_model_len=32", "--decode_steps=2", *SHORT)
     assert run_here(*flags, "--mesh=data:2") == 0
     assert " of 40.0 GB/s" in capsys.readouterr().err
+
+
+def test_several_outputs_per_prompt(engine: Engine, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    """Each behind its prompt, in order, though the later ones may be done first; and a record each."""
+    flags = ("--n=3", "--max_tokens=6", "--min_tokens=6", "--presence_penalty=0.5", "--logprobs=2")
+    assert run_here(*PROMPTS[:2], *flags) == 0
+    parts = capsys.readouterr().out.split("\n\n")
+    assert [part[:3] for part in parts] == ["abc"] * 3 + ["xyz"] * 3 + [""]
+    path = tmp_path / "out.jsonl"
+    assert run_here(*PROMPTS[:2], *flags, f"--output_file={path}") == 0
+    written = records(path)
+    assert [(r["prompt"], r["index"]) for r in written] == [(p, i) for p in ("abc", "xyz") for i in range(3)]
+    for record in written:
+        assert all(entry[str(t)]["rank"] >= 1 for t, entry in zip(record["token_ids"], record["logprobs"], strict=True))
+    assert run_here("--prompt=abc", *SHORT, f"--output_file={path}") == 0
+    assert {"index", "logprobs"}.isdisjoint(records(path)[0])
+
+
+def test_several_outputs_need_a_temperature(capsys: pytest.CaptureFixture[str]):
+    assert run_here("--prompt=abc", "--n=2", "--temperature=0") == 1
+    assert "error: --n=2: must be 1 with temperature=0" in capsys.readouterr().err
+
+
+def test_every_sampling_flag_reaches_the_engine(engine: Engine, capsys: pytest.CaptureFixture[str]):
+    names = ("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+    flags = [f"--{name}={0.5 + i / 8}" for i, name in enumerate(names)]
+    assert run_here("--prompt=abc", "--max_tokens=2", "--min_tokens=1", "--n=2", "--logprobs=4", *flags) == 0
+    said = capsys.readouterr().err
+    for i, name in enumerate(names):
+        assert f"{name}={0.5 + i / 8}" in said
+    assert "n=2" in said and "min_tokens=1" in said and "logprobs=4" in said

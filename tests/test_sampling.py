@@ -10,8 +10,8 @@ import pytest
 
 from jaxinfer import batch
 from jaxinfer.batch import StepShape
-from jaxinfer.request import SamplingParams
 from jaxinfer.sampling import SamplingArrays, drop_unlikely, sample, truncate
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import StepPlan
 from tests.fake_runner import make_request
 

@@ -7,7 +7,6 @@ import itertools
 import pathlib
 import random
 
-import jax
 import pytest
 
 from jaxinfer import Engine, SamplingParams, batch
@@ -51,7 +50,7 @@ def load(engine: Engine) -> list[Request]:
             max_tokens=rng.randint(1, 20),
             ignore_eos=True,
         )
-        requests.append(engine._intake.make_request((stem + prompt)[:40] if i % 2 else prompt, params))
+        requests += engine._intake.make_requests((stem + prompt)[:40] if i % 2 else prompt, params)
     return requests
 
 
@@ -91,8 +90,8 @@ def run(
     else:
         while (plan := scheduler.schedule()) is not None:
             shape = runner.buckets.shape(plan)
-            output = jax.device_get(tuple(runner.dispatch(shape, batch.build(plan, shape))))
-            scheduler.commit(plan, step_result(plan, *output), [])
+            output = runner.dispatch(shape, batch.build(plan, shape))
+            scheduler.commit(plan, step_result(plan, output), [])
             scheduler.check()
     return [request.output_token_ids for request in requests], scheduler.num_preemptions
 

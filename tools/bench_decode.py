@@ -36,8 +36,9 @@ from jaxinfer.engine_core import EngineCore
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.output_text import OutputText
 from jaxinfer.parameters import ModelDefinition
-from jaxinfer.request import Request, SamplingParams
+from jaxinfer.request import Request
 from jaxinfer.runner import Runner
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
 from jaxinfer.tools import bench_models, bench_peer, bench_record

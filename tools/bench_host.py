@@ -22,9 +22,11 @@ from absl import app, flags
 
 from jaxinfer.batch import Buckets, StepBatch, StepShape
 from jaxinfer.engine_core import EngineCore
+from jaxinfer.extras import Extras, ExtrasSpec
 from jaxinfer.integers import cdiv
 from jaxinfer.output_text import OutputText
-from jaxinfer.request import Request, SamplingParams
+from jaxinfer.request import Request
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
 from jaxinfer.steps import StepOutput
@@ -44,9 +46,11 @@ class NoModel:
 
     def __init__(self, buckets: Buckets):
         self.buckets = buckets
+        self.extras_spec = ExtrasSpec.create(buckets, vocab_size=100_000)
         self._outputs: dict[StepShape, StepOutput] = {}
 
-    def dispatch(self, shape: StepShape, batch: StepBatch) -> StepOutput:
+    def dispatch(self, shape: StepShape, batch: StepBatch, extras: Extras | None) -> StepOutput:
+        assert extras is None
         if shape not in self._outputs:
             rows = batch.slots.shape
             tokens = np.ones((*rows, shape.num_steps), np.int32)

@@ -46,9 +46,9 @@ def support() -> str:
     rows += [f"| paged attention | `{name}` | `tests/test_paged_attention.py` |" for name in paged_attention.backends()]
     rows.append(f"| weights | safetensors: `{SINGLE_FILE}`, or `{INDEX_FILE}` and shards | `tests/hf_reader` |")
     parameters = ", ".join(f"`{field.name}`" for field in dataclasses.fields(SamplingParams))
-    rows.append(f"| sampling | {parameters} | `tests/test_sampling.py`, `tests/engine` |")
+    rows.append(f"| sampling | {parameters} | `tests/test_sampling.py`, `tests/test_sampling_extras.py` |")
     methods = ", ".join(f"`{name}`" for name, value in vars(Engine).items() if name[0] != "_" and callable(value))
-    rows.append(f"| engine | {methods} | `tests/engine` |")
+    rows.append(f"| engine | {methods} | `tests/engine`, `tests/test_beam_search.py` |")
     return "\n".join(rows)
 
 

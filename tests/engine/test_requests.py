@@ -74,8 +74,8 @@ def test_a_step_that_fails_ends_what_ran_and_nothing_else(engine: Engine, monkey
     ids = [engine.add_request([1, 2, 3], GREEDY) for _ in range(6)]  # four slots: two wait
     dispatch = engine._core.runner.dispatch
 
-    def fail_on_decode(shape, batch):
-        output = dispatch(shape, batch)
+    def fail_on_decode(shape, *of_step):
+        output = dispatch(shape, *of_step)
         if shape.chunk_tokens == 0:
             monkeypatch.undo()
             for array in jax.tree.leaves(engine._core.runner._cache):

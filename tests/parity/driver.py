@@ -18,8 +18,9 @@ from jaxinfer.integers import cdiv
 from jaxinfer.output_text import OutputText
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
-from jaxinfer.request import Request, SamplingParams
+from jaxinfer.request import Request
 from jaxinfer.runner import Runner
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler, StepPlan
 from jaxinfer.steps import Arrays
 from sharding_rules import axes as ax
@@ -118,9 +119,9 @@ def generate(
         scheduler.add(request)
     while (plan := scheduler.schedule()) is not None:
         shape = runner.buckets.shape(plan)
-        output = jax.device_get(tuple(runner.dispatch(shape, batch.build(plan, shape))))
+        result = step_result(plan, runner.dispatch(shape, batch.build(plan, shape)))
         observe(plan)
-        scheduler.commit(plan, step_result(plan, *output), [])
+        scheduler.commit(plan, result, [])
     return [request.output_token_ids for request in requests]
 
 
