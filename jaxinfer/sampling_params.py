@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from jaxinfer.unknown_names import StrictFields
@@ -63,11 +63,11 @@ class SamplingParams(StrictFields):
 
     def __post_init__(self):
         for name in ("stop", "bad_words"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
-            if not all(isinstance(s, str) and s for s in getattr(self, name)):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, (value,))
+            if not all(isinstance(s, str) and s for s in self._make_tuple(name)):
                 raise ValueError(f"{name}={value!r}: expected non-empty strings")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._make_tuple("stop_token_ids")
         self._check_range("temperature", 0, 1e4)
         self._check_range("top_p", 0, 1)
         if self.top_p == 0:
@@ -88,10 +88,8 @@ class SamplingParams(StrictFields):
         self._check_tokens()
 
     def _check_tokens(self) -> None:
-        if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
-            if not self.allowed_token_ids:
-                raise ValueError("allowed_token_ids=(): give at least one token id, or None for all")
+        if self.allowed_token_ids is not None and not self._make_tuple("allowed_token_ids"):
+            raise ValueError("allowed_token_ids=(): give at least one token id, or None for all")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise ValueError(f"logit_bias={self.logit_bias!r}: expected numbers by token id")
@@ -114,6 +112,13 @@ class SamplingParams(StrictFields):
             or self.allowed_token_ids is not None
             or bool(self.logit_bias or self.bad_words)
         )
+
+    def _make_tuple(self, name: str) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        if not isinstance(value, Iterable | None):
+            raise ValueError(f"{name}={value!r}: expected a list")
+        object.__setattr__(self, name, () if value is None else tuple(value))
+        return getattr(self, name)
 
     def _check_range(self, name: str, low: float, high: float) -> None:
         check_number(name, getattr(self, name), low, high)

@@ -331,6 +331,15 @@ def test_rows_with_extras_take_single_steps_and_others_many(engine: Engine):
     assert steps(dataclasses.replace(GREEDY, max_tokens=13, min_tokens=1)) == 13
 
 
+def test_a_row_that_a_stop_token_ended_rests_on_the_devices(engine: Engine):
+    """In the step that is under way when the host learns of it; the host drops whatever that gives."""
+    first = tokens(engine.generate(PROMPT, GREEDY)[0])[0]
+    output = engine.generate(PROMPT, dataclasses.replace(GREEDY, stop_token_ids=(first,), logprobs=0))[0]
+    assert tokens(output) == [first]
+    last_freed = engine._core.scheduler._free_slots[0][-1]
+    assert np.asarray(engine._core.runner._slots.stopped)[0, last_freed]
+
+
 def test_an_only_slot_has_extras_too(model_dir: pathlib.Path, engine: Engine):
     prompts, each = random_load(12)
     wanted = [tokens(output) for output in engine.generate(prompts, each)]

@@ -39,6 +39,9 @@ NAN, INF = float("nan"), float("inf")
         ({"allowed_token_ids": ()}, "allowed_token_ids=.*: give at least one token id"),
         ({"bad_words": ("a", "")}, r"bad_words=.*: expected non-empty strings"),
         ({"bad_words": (5,)}, r"bad_words=.*: expected non-empty strings"),
+        ({"bad_words": 5}, "bad_words=5: expected a list"),
+        ({"stop_token_ids": 5}, "stop_token_ids=5: expected a list"),
+        ({"allowed_token_ids": 5}, "allowed_token_ids=5: expected a list"),
         ({"stop": (5,)}, r"stop=.*: expected non-empty strings"),
     ],
 )
