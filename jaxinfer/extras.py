@@ -38,6 +38,7 @@ class FullRows(NamedTuple):
 
     is_full: Array  # bool [D, R]
     wants_logprobs: Array  # bool []; whether any row does
+    draws: Array  # bool []; whether any row's temperature is above 0
 
 
 class Score(NamedTuple):
@@ -103,12 +104,13 @@ def slot_load(requests: Sequence[Request | None], spec: ExtrasSpec) -> SlotLoad:
 
 def _full_rows(plan: StepPlan, last_chunks: Sequence[Chunk | None], shape: StepShape) -> FullRows | None:
     is_full = np.zeros((len(plan.rows), shape.rows + (shape.chunk_tokens > 0)), bool)
-    wants_logprobs = False
+    wants_logprobs = draws = False
     for shard, (requests, chunk) in enumerate(zip(plan.rows, last_chunks, strict=True)):
         for row, request in [*enumerate(requests), *([(-1, chunk.request)] if chunk else [])]:
             is_full[shard, row] = request.needs_full_sampler
             wants_logprobs |= request.params.logprobs is not None
-    return FullRows(is_full, np.array(wants_logprobs)) if is_full.any() else None
+            draws |= request.params.temperature > 0
+    return FullRows(is_full, np.array(wants_logprobs), np.array(draws)) if is_full.any() else None
 
 
 def _score(plan: StepPlan, spec: ExtrasSpec) -> Score:

@@ -61,7 +61,7 @@ class FullSampler:
         history, bias, processors = jax.tree.map(lambda a: _flat(own(a, jnp.maximum(batch.slots, 0))), params)
         processed = process(logits, processors, history, bias, _flat(num_tokens))
         processed = jnp.where(_flat(rows.is_full)[:, None], processed, logits)  # others have no parameters in the slot
-        tokens = sample(processed, batch.sampling, _flat(num_tokens))
+        tokens = sample(processed, batch.sampling._replace(draws=rows.draws), _flat(num_tokens))
         has_choice = jnp.any(processed > -jnp.inf, axis=-1).reshape(num_tokens.shape)
         logprobs = lax.cond(
             rows.wants_logprobs,

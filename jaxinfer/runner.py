@@ -74,6 +74,8 @@ class Runner:
         """Starts a step and returns its output, on the devices, without waiting for it."""
         if shape not in self._programs:
             raise RuntimeError(f"{shape} is not a compiled shape; compiled: {sorted(self._programs)}")
+        if extras is not None and extras.rows is not None:  # these draw again, so the step itself need not
+            batch = batch._replace(sampling=batch.sampling._replace(draws=np.array(False)))
         batch, extras = jax.device_put(
             (batch, extras), jax.tree.map(lambda a: self._partitioner.row_sharding(a.shape), (batch, extras))
         )

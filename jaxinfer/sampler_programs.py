@@ -104,7 +104,8 @@ class SamplerPrograms:
         )
         shape = (num_shards, num_rows, self.spec.vocab_size)
         logits = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self.activation_shardings.logits)
-        rows = FullRows(self._rows((num_shards, num_rows), jnp.bool_), self._rows((), jnp.bool_))
+        flag = self._rows((), jnp.bool_)
+        rows = FullRows(self._rows((num_shards, num_rows), jnp.bool_), wants_logprobs=flag, draws=flag)
         replicated = self._partitioner.replicated  # so that every host can read the output
         shardings = (
             *self._shardings((slots, self._abstract)),
