@@ -340,6 +340,11 @@ def test_a_row_that_a_stop_token_ended_rests_on_the_devices(engine: Engine):
     assert np.asarray(engine._core.runner._slots.stopped)[0, last_freed]
 
 
+def test_the_memory_plan_counts_what_lies_on_the_devices(engine: Engine):
+    arrays = jax.tree.leaves(engine._core.runner._sampler._params)
+    assert sum(array.nbytes for array in arrays) == engine.resolved.memory.slots_bytes
+
+
 def test_an_only_slot_has_extras_too(model_dir: pathlib.Path, engine: Engine):
     prompts, each = random_load(12)
     wanted = [tokens(output) for output in engine.generate(prompts, each)]
