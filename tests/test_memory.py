@@ -69,6 +69,13 @@ def test_the_workspace_is_what_compiled_steps_allocate(model: dict[str, int], me
     assert plan.workspace_bytes <= 1.6 * allocated
 
 
+def test_what_sampling_keeps_of_each_slot_is_in_the_workspace():
+    """A history of 4-byte tokens and a bias per token of the vocabulary, mostly."""
+    few, many = (demand(max_num_seqs=count, max_num_batched_tokens=512).plan().workspace_bytes for count in (1, 2))
+    of_step = 2 * 1024 * SMALL.num_kv_heads * SMALL.head_dim * 4 + 3 * 4 * 1024 * SMALL.num_q_heads  # of a row
+    assert 4 * (1024 + SMALL.vocab_size) < many - few - of_step < 4 * (1024 + SMALL.vocab_size) + 4096
+
+
 def advice(asked: Demand) -> list[str]:
     with pytest.raises(ValueError, match="; would fit: ") as caught:
         asked.plan()

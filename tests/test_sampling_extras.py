@@ -342,7 +342,7 @@ def test_a_row_that_a_stop_token_ended_rests_on_the_devices(engine: Engine):
 
 def test_the_memory_plan_counts_what_lies_on_the_devices(engine: Engine):
     arrays = jax.tree.leaves(engine._core.runner._sampler._params)
-    assert sum(array.nbytes for array in arrays) == engine.resolved.memory.slots_bytes
+    assert sum(array.nbytes for array in arrays) == engine._core.runner.extras_spec.slots_bytes
 
 
 def test_an_only_slot_has_extras_too(model_dir: pathlib.Path, engine: Engine):
