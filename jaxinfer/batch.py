@@ -14,7 +14,7 @@ import numpy as np
 from jaxinfer.integers import cdiv
 from jaxinfer.request import MAX_STOP_TOKEN_IDS, Request
 from jaxinfer.sampling import SamplingArrays
-from jaxinfer.scheduler import Chunk, StepPlan
+from jaxinfer.step_plan import Chunk, StepPlan
 
 # What never changes of a row, packed: so a step joins bytes instead of asking every request for every parameter.
 _SAMPLING_COLUMNS = {

@@ -20,8 +20,9 @@ from jaxinfer.metrics import EngineMetrics
 from jaxinfer.outputs import TokenLogprobs
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.runner import Runner
-from jaxinfer.scheduler import Scheduler, StepPlan, StepResult
+from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
+from jaxinfer.step_plan import StepPlan, StepResult
 from jaxinfer.steps import StepOutput
 
 

@@ -15,7 +15,7 @@ from jaxinfer.batch import Array, Buckets, StepShape
 from jaxinfer.logits_processors import ProcessorArrays
 from jaxinfer.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_STOP_TOKEN_IDS, Request
 from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.scheduler import Chunk, StepPlan
+from jaxinfer.step_plan import Chunk, StepPlan
 
 
 class SlotParams(NamedTuple):

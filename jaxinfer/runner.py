@@ -19,7 +19,7 @@ from jaxinfer.extras import Extras, ExtrasSpec
 from jaxinfer.kv_cache import CacheSpec
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.sampler_programs import Key, SamplerPrograms
-from jaxinfer.scheduler import StepPlan
+from jaxinfer.step_plan import StepPlan
 from jaxinfer.steps import Arrays, SlotState, StepFunctions, StepOutput
 from sharding_rules import axes as ax
 

@@ -14,70 +14,15 @@ Steps are planned one ahead of their results: `schedule` counts on what the step
 devices do nothing for it.
 """
 
-import dataclasses
 import time
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
 from jaxinfer.integers import cdiv
-from jaxinfer.outputs import TokenLogprobs
 from jaxinfer.page_allocator import PageAllocator, extend_digests
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.request_stats import RequestStats
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """A piece to prefill: tokens [start, stop) of `request`."""
-
-    request: Request
-    start: int
-    stop: int
-
-    @property
-    def is_last(self) -> bool:
-        return self.stop == self.request.num_prefill_tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class StepPlan:
-    """One dispatch. With a chunk in it, or a row for the full sampler, there is one decode step.
-
-    Attributes:
-      chunks: at most one for each data shard.
-      rows: the requests that decode, by shard.
-      starts: of each row, the position of its next token.
-      num_steps: tokens that each row generates.
-      has_extras: whether one of them needs the full sampler, or the log-probabilities of its prompt.
-    """
-
-    chunks: list[Chunk | None]
-    rows: list[list[Request]]
-    starts: list[list[int]]
-    num_steps: int
-    has_extras: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """What became of a StepPlan, in its order.
-
-    Attributes:
-      chunk_tokens: the token after each chunk; means something for a last chunk.
-      chunk_is_finite: whether the logits were.
-      row_tokens: the tokens of each row, by shard; fewer than num_steps where the row ended.
-      row_is_finite: whether all logits of the row were.
-      logprobs: by shard, of the only token of each row and, last, of the chunk; None if nobody wants them.
-      prompt_logprobs: by shard, of the tokens that follow those of the chunk; None if nobody wants them.
-    """
-
-    chunk_tokens: Sequence[int]
-    chunk_is_finite: Sequence[bool]
-    row_tokens: Sequence[Sequence[Sequence[int]]]
-    row_is_finite: Sequence[Sequence[bool]]
-    logprobs: Sequence[Sequence[TokenLogprobs]] | None = None
-    prompt_logprobs: Sequence[Sequence[TokenLogprobs]] | None = None
+from jaxinfer.step_plan import Chunk, StepPlan, StepResult, outcomes
 
 
 class Scheduler:
@@ -167,7 +112,7 @@ class Scheduler:
             ):
                 if chunk is not None and is_finite and chunk.request.wants_prompt_logprobs:
                     chunk.request.add_prompt_logprobs(chunk.start, logprobs[: chunk.stop - chunk.start])
-        for request, num_cached, tokens, is_finite, logprobs in _outcomes(plan, result):
+        for request, num_cached, tokens, is_finite, logprobs in outcomes(plan, result):
             request.num_in_flight -= 1
             if request.finish_reason is not None:
                 continue  # it was aborted, or ended in the step before
@@ -322,22 +267,3 @@ class Scheduler:
             page = request.num_published
             allocator.publish(request.page_ids[page], request.page_digests[page])
             request.num_published += 1
-
-
-def _outcomes(
-    plan: StepPlan, result: StepResult
-) -> Iterator[tuple[Request, int, Sequence[int], bool, TokenLogprobs | None]]:
-    """Of each request in the step: tokens in the cache after it, tokens generated, whether logits were finite, and
-    log-probabilities."""
-    for shard, (chunk, token, is_finite) in enumerate(
-        zip(plan.chunks, result.chunk_tokens, result.chunk_is_finite, strict=True)
-    ):
-        if chunk is not None:
-            tokens = [token] if chunk.is_last and is_finite else []
-            yield chunk.request, chunk.stop, tokens, is_finite, result.logprobs[shard][-1] if result.logprobs else None
-    for shard, requests in enumerate(plan.rows):
-        logprobs = result.logprobs[shard][: len(requests)] if result.logprobs else [None] * len(requests)
-        for request, start, tokens, is_finite, of_token in zip(
-            requests, plan.starts[shard], result.row_tokens[shard], result.row_is_finite[shard], logprobs, strict=True
-        ):
-            yield request, start + len(tokens), tokens, is_finite, of_token

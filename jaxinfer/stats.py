@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
-from jaxinfer.scheduler import StepPlan, StepResult
+from jaxinfer.step_plan import StepPlan, StepResult
 
 
 @dataclasses.dataclass

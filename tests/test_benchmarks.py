@@ -19,7 +19,7 @@ SMALL = ("--rounds=1", "--batch_sizes=2", "--prompt_tokens=5", "--new_tokens=6",
 
 def run(program: str, *flags: str) -> dict[str, Any]:
     """The record of a run, which is the last line."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, f"tools/{program}.py", *flags]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -54,7 +54,7 @@ def test_host():
 
 @pytest.mark.parity
 def test_offline_beside_its_peers():
-    flags = ("--requests=6", "--batch_size=2", "--scale=0.02", "--rounds=1", "--shared=0.5")
+    flags = ("--requests=6", "--batch_size=2", "--scale=0.02", "--rounds=1", "--shared=0.5", "--layers=1")
     record = run("bench_offline", "--peers=transformers,transformers_sorted,no_prefix_cache", *flags)
     results = record["results"]
     assert results["requests_all_equal"] >= 4 and results["no_prefix_cache"]["ratio"] > 0
@@ -62,7 +62,8 @@ def test_offline_beside_its_peers():
 
 
 def test_offline_alone():
-    record = run("bench_offline", "--peers=", "--requests=3", "--batch_size=2", "--scale=0.02", "--rounds=1")
+    flags = ("--requests=3", "--batch_size=2", "--scale=0.02", "--rounds=1", "--layers=1")
+    record = run("bench_offline", "--peers=", *flags)
     assert record["results"]["output_tokens"] >= 6 and record["results"]["requests_all_equal"] == 3
 
 

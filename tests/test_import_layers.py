@@ -41,6 +41,7 @@ LAYERS = {
     "jaxinfer.sampling_params": 1,
     "jaxinfer.scheduler": 1,
     "jaxinfer.stats": 1,
+    "jaxinfer.step_plan": 1,
     "jaxinfer.tokenizer": 1,
     "jaxinfer.unknown_names": 1,
     # Arrays.

@@ -10,7 +10,8 @@ import pytest
 from jaxinfer import scheduler
 from jaxinfer.page_allocator import PageAllocator
 from jaxinfer.request import FinishReason, Request
-from jaxinfer.scheduler import Scheduler, StepPlan
+from jaxinfer.scheduler import Scheduler
+from jaxinfer.step_plan import StepPlan
 from tests.campaign import campaign, report
 from tests.fake_runner import VOCAB_SIZE, make_core
 from tests.test_random_schedules import LONGEST, expected, random_request

@@ -12,7 +12,7 @@ from jaxinfer import batch
 from jaxinfer.batch import StepShape
 from jaxinfer.sampling import SamplingArrays, drop_unlikely, sample, truncate
 from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.scheduler import StepPlan
+from jaxinfer.step_plan import StepPlan
 from tests.fake_runner import make_request
 
 VOCAB = 50

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from jaxinfer.request import FinishReason, Request
-from jaxinfer.scheduler import Scheduler, StepPlan, StepResult
+from jaxinfer.scheduler import Scheduler
+from jaxinfer.step_plan import StepPlan, StepResult
 from tests.fake_runner import make_core, make_request
 
 

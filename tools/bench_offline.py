@@ -30,6 +30,7 @@ from jaxinfer.tools import bench_models, bench_peer, bench_record
 _PEERS = ("transformers", "transformers_sorted", "no_prefix_cache")
 _PEERS_FLAG = flags.DEFINE_list("peers", ["transformers", "transformers_sorted"], f"Any of {', '.join(_PEERS)}.")
 _SHAPE = flags.DEFINE_enum("shape", "61m", list(bench_models.SHAPES), "Which random Llama.")
+_LAYERS = flags.DEFINE_integer("layers", None, "Layers, instead of the shape's.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of weights and cache.")
 _REQUESTS = flags.DEFINE_integer("requests", 256, "Requests of a round.", lower_bound=1)
 _PROMPT_TOKENS = flags.DEFINE_list(
@@ -178,7 +179,7 @@ def main(argv: list[str]) -> None:
     del argv
     if unknown := set(_PEERS_FLAG.value) - set(_PEERS):
         raise app.UsageError(f"--peers={','.join(sorted(unknown))}: unknown; known: {', '.join(_PEERS)}")
-    config = bench_models.hf_config(_SHAPE.value)
+    config = bench_models.hf_config(_SHAPE.value, _LAYERS.value)
     with tempfile.TemporaryDirectory() as directory:
         model_dir = pathlib.Path(directory) / "model"
         bench_models.write_random(model_dir, config, _DTYPE.value)

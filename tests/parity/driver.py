@@ -21,7 +21,8 @@ from jaxinfer.partitioning import Partitioner
 from jaxinfer.request import Request
 from jaxinfer.runner import Runner
 from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.scheduler import Scheduler, StepPlan
+from jaxinfer.scheduler import Scheduler
+from jaxinfer.step_plan import StepPlan
 from jaxinfer.steps import Arrays
 from sharding_rules import axes as ax
 
