@@ -122,7 +122,7 @@ def run() -> None:
     config.setdefault("max_num_seqs", _default_num_seqs(len(prompts)))
     with Engine(**config, show_progress=True) as engine:
         params = dataclasses.replace(engine.default_sampling_params, **sampling)
-        say(f"sampling: {params}")
+        say(f"sampling: {_describe(params)}")
         if engine.resolved.config.generation_config == "auto" and engine.resolved.generation.ignored:
             say(f"generation_config.json asks for more, not applied: {', '.join(engine.resolved.generation.ignored)}")
         inputs = [_as_chat(engine, prompt) for prompt in prompts] if _CHAT.value else prompts
@@ -207,6 +207,14 @@ def _sampling_fields() -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"--{error}") from None
     return fields
+
+
+def _describe(params: SamplingParams) -> str:
+    """What decides the next token, and what else was asked for."""
+    always, plain = ("temperature", "top_k", "top_p", "max_tokens"), SamplingParams()
+    values = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+    shown = {name: value for name, value in values.items() if name in always or value != getattr(plain, name)}
+    return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 def _as_chat(engine: "Engine", prompt: Prompt) -> Prompt:

@@ -54,6 +54,12 @@ def test_the_command_streams_the_first_of_several_prompts(engine: Engine, capsys
     assert "first text after" in captured.err
 
 
+def test_the_effective_sampling_is_said_once(engine: Engine, capsys: pytest.CaptureFixture[str]):
+    assert run_here("--prompt=abc", *SHORT, "--min_p=0.1", "--stop=x") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sampling: ")]
+    assert said == ["sampling: temperature=0.0, top_k=0, top_p=1.0, min_p=0.1, max_tokens=6, stop=('x',)"]
+
+
 def test_ids_are_printed_like_text_without_a_tokenizer(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
