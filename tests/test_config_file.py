@@ -29,7 +29,7 @@ def test_the_examples_run(
     assert run_here(f"--config={path}", "--max_tokens=3") == 0, capsys.readouterr().err
     assert counts == [8] and asked[0]["mesh"] == "data:2,tensor:4"
     captured = capsys.readouterr()
-    assert "temperature=0.0" in captured.err and "max_tokens=3," in captured.err
+    assert "temperature=0.0" in captured.err and "max_tokens=3\n" in captured.err
     assert captured.out.startswith("Once upon a time") and "\n\nThe old king" in captured.out
 
 
