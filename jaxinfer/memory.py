@@ -13,6 +13,7 @@ from jaxinfer.extras import ExtrasSpec
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner, mesh_text, parse_mesh
 from jaxinfer.planner import MemoryPlan
+from pallas_kernels.paged_attention import xla
 from sharding_rules import axes as ax
 
 
@@ -52,7 +53,7 @@ class Demand:
         of_step = planner.workspace_bytes(
             rows=rows,
             chunk_tokens=chunk_tokens,
-            context_tokens=config.max_model_len,
+            context_tokens=xla.block_tokens(config.max_model_len, self.page_size),
             vocab_size=model.vocab_size,
             mlp_dim=model.mlp_dim // partitioner.num_shards(ax.MLP),
             num_q_heads=spec.num_q_heads,

@@ -38,8 +38,8 @@ def workspace_bytes(
 ) -> int:
     """Most bytes that a step needs on one device beside weights and cache: an estimate.
 
-    For `rows` sequences that decode beside a prompt's chunk, each with a context of `context_tokens`, when attention
-    gathers the pages in use; heads and `mlp_dim` are those on the device. Attention, MLP and sampling follow each
+    For `rows` sequences that decode beside a prompt's chunk, when attention gathers `context_tokens` of each at once;
+    heads and `mlp_dim` are those on the device. Attention, MLP and sampling follow each
     other and use the same memory, so the largest counts. XLA was seen to allocate as much, or up to four tenths less,
     in float32 on a CPU, where bfloat16 takes more, because it is computed in float32.
     """

@@ -9,15 +9,29 @@ For sequence b, query t at position p = positions[b, t], and query head n readin
 so a query sees the cached tokens up to and including its own, which must have been written before. Pages
 beyond a sequence's last token may hold anything, NaN included: what is masked is never multiplied.
 
-The gather reads `block_tables.shape[1]` pages per sequence whatever its length. The caller passes only as many
-columns as the longest sequence uses, rounded up to a bucket.
+It goes over the context in blocks with a running softmax (Milakov and Gimelshein, arXiv:1805.02867; the scheme of
+FlashAttention), up to the longest sequence's last block, so `block_tables` may be wider than any sequence is long.
+On a CPU a block is small enough to stay in its caches: several times as fast as one pass over everything gathered.
+Elsewhere it is the whole context, for there a short operation costs its launch.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.precision import matmul_precision
+
+_CPU_BLOCK_TOKENS = 64
+
+
+def block_tokens(context_tokens: int, page_size: int) -> int:
+    """Tokens of each sequence that are gathered at once; whole pages."""
+    if jax.default_backend() != "cpu":
+        return context_tokens
+    return min(context_tokens, max(1, _CPU_BLOCK_TOKENS // page_size) * page_size)
 
 
 def unsupported(spec: AttentionSpec) -> str | None:
@@ -37,24 +51,63 @@ def paged_attention(
 ) -> jax.Array:
     """Attention of T new tokens of each of B sequences -> [B, T, N, H] in q's dtype. Softmax in float32."""
     _check(q, k_pages, v_pages, block_tables, positions, spec)
-    b, t = positions.shape
-    num_kv_heads, group, head_dim = spec.num_kv_heads, spec.group_size, spec.head_dim
-    keys, values = (_gather(pages, block_tables) for pages in (k_pages, v_pages))
-    cached = jnp.arange(keys.shape[2], dtype=jnp.int32)
-    visible = cached <= positions[..., None]  # [B, T, S]
-    readable = (
-        cached <= jnp.max(positions, axis=1)[:, None]
-    )  # [B, S]; the rest may be stale, so 0 * NaN must not happen
-    values = jnp.where(readable[:, None, :, None], values, jnp.zeros((), values.dtype))
+    (b, t), num_columns = positions.shape, block_tables.shape[1]
+    block_pages = block_tokens(num_columns * spec.page_size, spec.page_size) // spec.page_size
+    num_blocks = -(-num_columns // block_pages)
+    block_tables = jnp.pad(block_tables, ((0, 0), (0, num_blocks * block_pages - num_columns)))  # with the scratch page
+    grouped = (q * jnp.asarray(spec.scale, q.dtype)).reshape(b, t, spec.num_kv_heads, spec.group_size, spec.head_dim)
 
-    precision = matmul_precision(q.dtype)
-    grouped = (q * jnp.asarray(spec.scale, q.dtype)).reshape(b, t, num_kv_heads, group, head_dim)
-    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, precision=precision, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores, jnp.float32(-jnp.inf))
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    # XLA:CPU multiplies bfloat16 into float32 only where the result keeps the order of the operands.
-    out = jnp.einsum("bkgts,bksh->bkgth", weights, values, precision=precision, preferred_element_type=jnp.float32)
+    def attend(i: jax.Array | int, state: _Softmax) -> _Softmax:
+        pages = lax.dynamic_slice_in_dim(block_tables, i * block_pages, block_pages, axis=1)
+        keys, values = (_gather(of_all, pages) for of_all in (k_pages, v_pages))
+        cached = i * block_pages * spec.page_size + jnp.arange(keys.shape[2], dtype=jnp.int32)
+        return _attend_block(state, grouped, keys, values, cached, positions)
+
+    rows = (b, spec.num_kv_heads, spec.group_size, t)
+    state = _Softmax(
+        largest=jnp.full(rows, -jnp.inf, jnp.float32),
+        total=jnp.zeros(rows, jnp.float32),
+        out=jnp.zeros((*rows, spec.head_dim), jnp.float32),
+    )
+    if num_blocks == 1:
+        state = attend(0, state)
+    else:
+        num_used = jnp.max(positions) // (block_pages * spec.page_size) + 1
+        state = lax.fori_loop(0, num_used, attend, state)
+    out = state.out / state.total[..., None]
     return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+class _Softmax(NamedTuple):
+    """Of each query, over the tokens so far. [B, K, G, T], and [B, K, G, T, H] of `out`; float32."""
+
+    largest: jax.Array  # score
+    total: jax.Array  # of exp(score - largest)
+    out: jax.Array  # the same times the values
+
+
+def _attend_block(
+    state: _Softmax, q: jax.Array, keys: jax.Array, values: jax.Array, cached: jax.Array, positions: jax.Array
+) -> _Softmax:
+    """`q` is [B, T, K, G, H] and scaled, `keys` and `values` [B, K, S, H], at the positions `cached` [S]."""
+    precision = matmul_precision(q.dtype)
+    visible = cached <= positions[..., None]  # [B, T, S]
+    readable = jnp.any(visible, axis=1)  # [B, S]; the rest may be stale, so 0 * NaN must not happen
+    values = jnp.where(readable[:, None, :, None], values, jnp.zeros((), values.dtype))
+    scores = jnp.einsum("btkgh,bksh->bkgts", q, keys, precision=precision, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores, jnp.float32(-jnp.inf))
+    largest = jnp.maximum(state.largest, jnp.max(scores, axis=-1))  # finite: the first block has a token for everyone
+    weights = jnp.exp(scores - largest[..., None])
+    kept = jnp.exp(state.largest - largest)
+    # XLA:CPU multiplies bfloat16 into float32 only where the result keeps the order of the operands.
+    new = jnp.einsum(
+        "bkgts,bksh->bkgth",
+        weights.astype(values.dtype),
+        values,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return _Softmax(largest, state.total * kept + jnp.sum(weights, axis=-1), state.out * kept[..., None] + new)
 
 
 def _gather(pages: jax.Array, block_tables: jax.Array) -> jax.Array:

@@ -128,6 +128,10 @@ def _rounded(x: jax.Array) -> jax.Array:
     return x.astype(jnp.bfloat16).astype(x.dtype)
 
 
+def _round_softmax(attend: Callable) -> Callable:
+    return lambda *arguments: jax.tree.map(_rounded, attend(*arguments))
+
+
 FAULTS = [
     Fault("rope theta over 50", _config(lambda c: {"rope": dataclasses.replace(c.rope, theta=c.rope.theta / 50)})),
     Fault(
@@ -158,7 +162,7 @@ FAULTS = [
         lambda patch: patch.setattr(ModelConfig, "softmax_scale", property(lambda config: 1 / config.head_dim)),
     ),
     Fault("weights in bfloat16", _weights(lambda path, a: _rounded(a))),
-    Fault("softmax in bfloat16", _wrap(jax.nn, "softmax", lambda softmax: lambda x, axis: _rounded(softmax(x, axis)))),
+    Fault("softmax in bfloat16", _wrap(xla, "_attend_block", _round_softmax)),
     Fault("decode one position late", _wrap(batch, "build", _decode_one_late)),
     Fault("later chunks one position late", _wrap(batch, "build", _chunks_one_late), needs_long_prompt=True),
     Fault("mask shows the next token", _attention(lambda attend, q, positions: attend(q, positions + 1))),
