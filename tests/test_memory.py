@@ -12,6 +12,7 @@ from jaxinfer.engine_config import EngineConfig
 from jaxinfer.memory import Demand
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
+from pallas_kernels.paged_attention import xla
 from tests.parity import driver
 
 SMALL = ModelConfig(
@@ -72,8 +73,15 @@ def test_the_workspace_is_what_compiled_steps_allocate(model: dict[str, int], me
 def test_what_sampling_keeps_of_each_slot_is_in_the_workspace():
     """A history of 4-byte tokens and a bias per token of the vocabulary, mostly."""
     few, many = (demand(max_num_seqs=count, max_num_batched_tokens=512).plan().workspace_bytes for count in (1, 2))
-    of_step = 2 * 1024 * SMALL.num_kv_heads * SMALL.head_dim * 4 + 3 * 4 * 1024 * SMALL.num_q_heads  # of a row
+    block = xla.block_tokens(1024, 16)
+    of_step = 2 * block * SMALL.num_kv_heads * SMALL.head_dim * 4 + 3 * 4 * block * SMALL.num_q_heads  # of a row
     assert 4 * (1024 + SMALL.vocab_size) < many - few - of_step < 4 * (1024 + SMALL.vocab_size) + 4096
+
+
+@pytest.fixture
+def whole_contexts(monkeypatch: pytest.MonkeyPatch):
+    """Attention gathers them, as on a GPU, so that its workspace is what matters most."""
+    monkeypatch.setattr(xla, "_CPU_BLOCK_TOKENS", 2**20)
 
 
 def advice(asked: Demand) -> list[str]:
@@ -86,6 +94,7 @@ def flags_of(texts: list[str]) -> dict[str, str]:
     return dict(text.removeprefix("--").split("=") for text in texts)
 
 
+@pytest.mark.usefixtures("whole_contexts")
 def test_each_flag_of_the_advice_is_enough_and_the_next_size_is_not():
     sizes = {"max_num_seqs": 32, "max_num_batched_tokens": 128}
     whole = demand(**sizes).plan()
@@ -117,6 +126,7 @@ def test_a_strategy_that_was_chosen_is_kept():
     assert "mesh" not in flags_of(advice(demand(free_bytes=free_bytes, sharding="replicated")))
 
 
+@pytest.mark.usefixtures("whole_contexts")
 def test_the_data_axis_divides_the_advised_sequences():
     sizes = {"max_num_seqs": 64, "max_num_batched_tokens": 128}
     whole = demand(mesh="data:2", **sizes).plan()
@@ -125,6 +135,7 @@ def test_the_data_axis_divides_the_advised_sequences():
     assert int(flags["max_num_seqs"]) in range(50, 64, 2) and flags["mesh"] == "data:2,tensor:2"
 
 
+@pytest.mark.usefixtures("whole_contexts")
 def test_a_cache_that_was_chosen_too_small_or_too_large():
     assert advice(demand(kv_cache_bytes=20_000))[0] == "no --kv_cache_bytes at all"
     whole = demand().plan()
