@@ -213,7 +213,6 @@ class AsyncEngine:
         self, live: LiveRequest, prompt: Prompt, params: SamplingParams, priority: int, arrival: float
     ) -> None:
         requests = self.engine._make_requests(prompt, params, priority)
-        self._core.scheduler.check_fits(requests[0])  # the others are as long
         for request in requests:
             request.arrival_time = arrival
         live.reached = [Reached() for _ in requests]

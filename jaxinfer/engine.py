@@ -191,7 +191,9 @@ class Engine:
 
     def _make_requests(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[Request]:
         self._check_open()
-        return self._intake.make_requests(prompt, params, priority)
+        requests = self._intake.make_requests(prompt, params, priority)
+        self._core.scheduler.check_fits(requests[0])  # the others are as long
+        return requests
 
     def _deltas(self, group: list[Request]) -> Iterator[Delta]:
         """What `stream` yields, after a first delta that is empty."""
@@ -208,7 +210,6 @@ class Engine:
             self.abort(request_id)
 
     def _add(self, group: list[Request]) -> None:
-        self._core.scheduler.check_fits(group[0])  # the others are as long
         for request in group:
             self._core.scheduler.add(request)
         self._unfinished[group[0].request_id] = group

@@ -16,8 +16,6 @@ from jaxinfer.tokenizer import Tokenizer
 
 Prompt = str | Iterable[int]
 
-_CONTEXT_TOKENS = 16  # of the prompt, for the first word of the output: its leading space, its first bytes
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Intake:
@@ -77,7 +75,7 @@ class Intake:
     def _output_text(self, params: SamplingParams, prompt: list[int]) -> OutputText:
         stream = None
         if self.tokenizer is not None:
-            stream = self.tokenizer.stream(params.skip_special_tokens, prompt[-_CONTEXT_TOKENS:])
+            stream = self.tokenizer.stream(params.skip_special_tokens, prompt)
         return OutputText(
             stream,
             params.stop_strings,

@@ -40,7 +40,7 @@ def workspace_bytes(
 
     For `rows` sequences that decode beside a prompt's chunk, when attention gathers `context_tokens` of each at once;
     heads and `mlp_dim` are those on the device. Attention, MLP and sampling follow each
-    other and use the same memory, so the largest counts. XLA was seen to allocate as much, or up to four tenths less,
+    other and use the same memory, so the largest counts. XLA was seen to allocate as much, or up to a third less,
     in float32 on a CPU, where bfloat16 takes more, because it is computed in float32.
     """
     gathered = 2 * context_tokens * num_kv_heads * head_dim * itemsize  # of one sequence; 2: keys and values

@@ -50,7 +50,7 @@ def demand(model: ModelConfig = SMALL, mesh: str = "", free_bytes: int | None = 
     ids=["chunk's scores", "on a mesh", "rows' pages", "logits", "logits of a mesh", "mlp"],
 )
 def test_the_workspace_is_what_compiled_steps_allocate(model: dict[str, int], mesh: str, flags: dict[str, int]):
-    """The estimate is at least that, and at most 1.6 times as much: on a mesh XLA keeps the scores once less."""
+    """The estimate is at least that, and at most half as much again."""
     wanted = demand(dataclasses.replace(SMALL, **model), mesh, **flags)
     plan, config = wanted.plan(), wanted.config
     assert config.max_model_len is not None
@@ -67,7 +67,7 @@ def test_the_workspace_is_what_compiled_steps_allocate(model: dict[str, int], me
         assert memory is not None
         allocated = max(allocated, memory.temp_size_in_bytes)
     assert allocated <= 1.02 * plan.workspace_bytes
-    assert plan.workspace_bytes <= 1.6 * allocated
+    assert plan.workspace_bytes <= 1.5 * allocated
 
 
 def test_what_sampling_keeps_of_each_slot_is_in_the_workspace():

@@ -11,7 +11,8 @@ beyond a sequence's last token may hold anything, NaN included: what is masked i
 
 It goes over the context in blocks with a running softmax (Milakov and Gimelshein, arXiv:1805.02867; the scheme of
 FlashAttention), up to the longest sequence's last block, so `block_tables` may be wider than any sequence is long.
-On a CPU a block is small enough to stay in its caches: several times as fast as one pass over everything gathered.
+On a CPU a block is small enough to stay in its caches: for many sequences several times as fast as one pass over
+everything gathered.
 Elsewhere it is the whole context, for there a short operation costs its launch.
 """
 

@@ -4,6 +4,7 @@ import pytest
 
 from jaxinfer import Engine, SamplingParams
 from jaxinfer.batch import StepShape
+from tests import fake_runner
 from tests.engine.prompts import GREEDY
 
 
@@ -64,3 +65,10 @@ def test_as_many_params_as_prompts_or_one(engine: Engine):
 def test_a_shape_that_was_not_compiled_is_an_error(engine: Engine):
     with pytest.raises(RuntimeError, match=r"StepShape\(chunk_tokens=5, .*\) is not a compiled shape"):
         engine._core.runner.dispatch(StepShape(5, 4, 8, 1), None)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_prompt_that_no_pool_holds_is_named_before_any_runs():
+    small = fake_runner.make_engine(pages_per_shard=9)
+    with pytest.raises(ValueError, match=r"^prompt 1: prompt of 50 tokens plus max_tokens 9 needs 15 cache pages and"):
+        small.generate([[1], [1] * 50], SamplingParams(max_tokens=9))
+    assert not small.has_unfinished_requests and not small._core.stats.steps
