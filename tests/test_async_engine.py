@@ -61,6 +61,13 @@ def gated(engine: Engine) -> threading.Event:
     return gate
 
 
+def stepped(engine: Engine) -> threading.Semaphore:
+    """A step is started for each permit that the semaphore gets; or after ten seconds, lest a test that fails hang."""
+    permits = threading.Semaphore(0)
+    before_each_step(engine, lambda: permits.acquire(timeout=10))
+    return permits
+
+
 async def read(stream: RequestStream) -> tuple[list[int], str | None]:
     """All of its tokens, and why it ended."""
     token_ids, reason = [], None
@@ -75,6 +82,11 @@ async def read(stream: RequestStream) -> tuple[list[int], str | None]:
 async def until(condition: Callable[[], object]) -> None:
     while not condition():
         await asyncio.sleep(0.001)
+
+
+def all_are_queued(engine: AsyncEngine) -> bool:
+    """Whether the prompts have come through the intake thread."""
+    return all(live.requests for live in engine._live.values())
 
 
 @pytest.mark.parametrize("decode_steps", [1, 4])
@@ -118,7 +130,7 @@ def test_lower_priorities_run_first():
             order.append(priority)
 
         tasks = [asyncio.create_task(generate(priority)) for priority in (-9, 1, 0, -1)]
-        await until(lambda: len(async_engine._live) == 4 and all(live.requests for live in async_engine._live.values()))
+        await until(lambda: len(async_engine._live) == 4 and all_are_queued(async_engine))
         gate.set()
         await asyncio.gather(*tasks)
 
@@ -180,10 +192,10 @@ def test_a_thousand_cancellations_at_random_times_leak_nothing():
     assert sum(finished.values()) == sum(left.values())
 
 
-def long_engine() -> Engine:
-    """For requests that do not end by themselves while a test runs: a millisecond a token, ENDLESS tokens."""
-    engine = make_engine(max_model_len=2**16, pages_per_shard=2**14, decode_steps=1)
-    before_each_step(engine, lambda: time.sleep(1e-3))
+def long_engine(slots_per_shard: int = 4) -> Engine:
+    """For requests that do not end by themselves while a test runs: ten milliseconds a token, ENDLESS tokens."""
+    engine = make_engine(max_model_len=2**16, pages_per_shard=2**14, decode_steps=1, slots_per_shard=slots_per_shard)
+    before_each_step(engine, lambda: time.sleep(1e-2))
     return engine
 
 
@@ -193,49 +205,49 @@ ENDLESS = tokens(60_000)
 @pytest.mark.parametrize("way", ["cancel stream", "cancel generate", "break", "close", "drop", "abort"])
 def test_a_request_that_is_left_is_gone_within_two_steps(way: str):
     """Under way are the step that was started before, and the one that the thread is at."""
-    engine = long_engine()
+    engine = make_engine()
+    permits = stepped(engine)
 
     async def body(async_engine: AsyncEngine) -> None:
-        may_break = asyncio.Event()
-
-        async def read_until_told(stream: RequestStream) -> None:
+        async def read_one(stream: RequestStream) -> None:
             async for _ in stream:
-                if may_break.is_set():
-                    break
+                break
 
         names = [str(i) for i in range(4)]
         streams: list[RequestStream] = []
         tasks: list[asyncio.Task] = []
         if way == "cancel generate":
-            tasks = [asyncio.create_task(async_engine.generate([1], ENDLESS)) for _ in names]
+            tasks = [asyncio.create_task(async_engine.generate([1], tokens(60))) for _ in names]
         else:
-            streams = [async_engine.stream([1], ENDLESS, request_id=name) for name in names]
+            streams = [async_engine.stream([1], tokens(60), request_id=name) for name in names]
         if way in ("cancel stream", "break"):
-            tasks = [asyncio.create_task(read_until_told(stream)) for stream in streams]
-        await until(lambda: engine.metrics().num_running == 4)
-        steps = engine._core.stats.steps
+            tasks = [asyncio.create_task((read if way == "cancel stream" else read_one)(s)) for s in streams]
+        await until(lambda: len(async_engine._live) == 4 and all_are_queued(async_engine))
+        permits.release(6)
+        await until(lambda: engine._core.stats.steps == 5)  # the sixth is read when the seventh has been started
+        assert engine.metrics().num_running == 4
         match way:
             case "cancel stream" | "cancel generate":
                 for task in tasks:
                     task.cancel()
-            case "break":
-                streams.clear()
-                may_break.set()
-                steps += 1  # it is the next delta that they leave at
             case "close":
                 for stream in streams:
                     await stream.aclose()
                     assert await read(stream) == ([], None)
-            case "drop":
-                streams.clear()
             case "abort":
-                await asyncio.gather(*map(async_engine.abort, names))
-        while engine.metrics().num_running:
-            assert engine._core.stats.steps - steps <= 2
-            await asyncio.sleep(0)
+                tasks = [asyncio.create_task(async_engine.abort(name)) for name in names]
+                await asyncio.sleep(0)
+        if way != "abort":
+            await asyncio.gather(*tasks, return_exceptions=True)
+        streams.clear()
+        permits.release(1)
+        await until(lambda: not engine.metrics().num_running)
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    start = time.monotonic()
     run(body, engine)
+    assert engine.metrics().finished["abort"] == 4 and engine._core.stats.steps <= 7
+    assert time.monotonic() - start < 10, "a step more was started, by a permit that nobody gave"
 
 
 def test_a_stream_that_nobody_reads_is_ended_when_it_is_dropped():
@@ -257,11 +269,14 @@ def test_a_stream_that_nobody_reads_is_ended_when_it_is_dropped():
 
 def test_a_slow_reader_gets_longer_deltas_and_holds_up_nobody():
     engine = make_engine(decode_steps=1)
+    permits = stepped(engine)
 
     async def body(async_engine: AsyncEngine) -> None:
+        permits.release(9)
         slow = async_engine.stream([1], tokens(50))
         fast = [async_engine.stream([2 + i], tokens(50)) for i in range(9)]
         first = await anext(slow)
+        permits.release(1000)
         assert [len(token_ids) for token_ids, _ in await asyncio.gather(*map(read, fast))] == [50] * 9
         rest = await anext(slow)
         assert first.token_ids + rest.token_ids == solo([1], 50) and rest.finish_reason == "length"
@@ -336,7 +351,7 @@ def test_what_cannot_run_is_refused_to_whoever_asked(prompt, priority, message: 
 
 def test_an_id_is_one_requests_at_a_time():
     async def body(engine: AsyncEngine) -> None:
-        first = engine.stream([1], tokens(60), request_id="request-0")
+        first = engine.stream([1], ENDLESS, request_id="request-0")
         with pytest.raises(ValueError, match="request_id='request-0': an unfinished request has this id"):
             engine.stream([2], tokens(5), request_id="request-0")
         assert engine.stream([2], tokens(5)).request_id == "request-1"
@@ -348,7 +363,7 @@ def test_an_id_is_one_requests_at_a_time():
         assert await read(second) == (solo([2], 5), "length")
         assert (await read(first))[1] == "abort"
 
-    run(body)
+    run(body, long_engine())
 
 
 def test_a_request_is_aborted_while_its_prompt_is_being_encoded():
@@ -380,7 +395,7 @@ def test_a_step_that_fails_ends_what_ran_and_nothing_else(at: str):
 
     async def body(async_engine: AsyncEngine) -> None:
         tasks = [asyncio.create_task(read(async_engine.stream([i], tokens(9)))) for i in range(6)]
-        await until(lambda: all(live.requests for live in async_engine._live.values()) and async_engine._live)
+        await until(lambda: len(async_engine._live) == 6 and all_are_queued(async_engine))
         runner_of(engine).fail_at = at
         gate.set()
         outputs = await asyncio.gather(*tasks)
@@ -456,17 +471,16 @@ def test_everybody_is_told_that_the_engine_died(what: str):
 
 @pytest.mark.parametrize("drain", [False, True])
 def test_closing_with_live_streams(drain: bool):
-    engine = make_engine(slots_per_shard=2)
-    before_each_step(engine, lambda: time.sleep(1e-3))
+    engine = make_engine(slots_per_shard=2) if drain else long_engine(slots_per_shard=2)
 
     async def body(async_engine: AsyncEngine) -> None:
-        streams = [async_engine.stream([i], tokens(40)) for i in range(6)]
+        streams = [async_engine.stream([i], tokens(40) if drain else ENDLESS) for i in range(6)]
         tasks = [asyncio.create_task(read(stream)) for stream in streams[:5]]
-        await anext(streams[5]) if drain else await asyncio.sleep(0.01)
+        await (anext(streams[5]) if drain else until(lambda: engine.metrics().num_running == 2))
         await asyncio.gather(async_engine.close(drain=drain), async_engine.close(drain=drain))
         outputs = [await task for task in tasks]
         assert {reason for _, reason in outputs} == {"length" if drain else "abort"}
-        assert all(ids == solo([i], 40)[: len(ids)] for i, (ids, _) in enumerate(outputs))
+        assert all(ids == solo([i], len(ids)) for i, (ids, _) in enumerate(outputs))
         assert (await read(streams[5]))[1] == ("length" if drain else "abort")  # it was not read until now
         for call in (async_engine.check_health, lambda: async_engine.stream([1])):
             with pytest.raises(RuntimeError, match="the engine is closed; make a new one"):

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from jaxinfer import Engine, SamplingParams
-from jaxinfer.engine_core import EngineCore
 from jaxinfer.request import Request
-from jaxinfer.scheduler import Scheduler
 from tests import tiny_model
+from tests.fresh_core import fresh_core
 from tests.test_sampling_extras import random_load
 
 MESHES = ("", "tensor:2", "data:2", "data:2,tensor:2")
@@ -44,24 +43,14 @@ def load(engine: Engine) -> list[Request]:
 
 def run(engine: Engine, requests: list[Request], *, chunk: int, prefix: bool, starved: bool, decode_steps: int) -> int:
     """Runs them by a new scheduler over the engine's programs; the number of preemptions."""
-    runner, resolved = engine._core.runner, engine.resolved
-    num_shards = runner.buckets.num_shards
-    scheduler = Scheduler(
-        num_shards=num_shards,
-        pages_per_shard=1 + MAX_MODEL_LEN // 4 if starved else resolved.memory.num_pages,
-        page_size=4,
-        slots_per_shard=4 // num_shards,
-        max_num_batched_tokens=chunk,
-        decode_steps=decode_steps,
-        enable_prefix_caching=prefix,
-    )
-    core = EngineCore(scheduler, runner, engine.stats)
+    pages = 1 + MAX_MODEL_LEN // 4 if starved else None
+    core = fresh_core(engine, chunk=chunk, prefix=prefix, decode_steps=decode_steps, pages_per_shard=pages)
     for request in requests:
-        scheduler.add(request)
+        core.scheduler.add(request)
     while core.has_work:
         core.step()
-        scheduler.check()
-    return scheduler.num_preemptions
+        core.scheduler.check()
+    return core.scheduler.num_preemptions
 
 
 def logprobs(request: Request) -> dict[tuple[str, int, int], float]:

@@ -16,10 +16,9 @@ import pytest
 from jaxinfer import Engine, SamplingParams
 from jaxinfer.engine_core import EngineCore
 from jaxinfer.request import Request
-from jaxinfer.scheduler import Scheduler
-from jaxinfer.stats import EngineStats
 from tests import tiny_model
 from tests.campaign import campaign, report
+from tests.fresh_core import fresh_core
 
 NUM_STEPS = int(os.environ.get("JAXINFER_TEST_STEPS", "600"))  # over all combinations
 LONGEST, SLOTS = 64, 4  # tokens of prompt and output; sequences that run together
@@ -73,20 +72,6 @@ def solo(model_dir: pathlib.Path, scripts: list[Script]) -> list[list[int]]:
         return [engine.generate(prompt, params)[0].outputs[0].token_ids for prompt, params in scripts]
 
 
-def make_core(engine: Engine, page_size: int, chunk: int, prefix: bool) -> EngineCore:
-    """A new scheduler over the engine's programs, with pages for a sequence and a half."""
-    scheduler = Scheduler(
-        num_shards=1,
-        pages_per_shard=1 + LONGEST * 3 // 2 // page_size,
-        page_size=page_size,
-        slots_per_shard=SLOTS,
-        max_num_batched_tokens=chunk,
-        decode_steps=4,
-        enable_prefix_caching=prefix,
-    )
-    return EngineCore(scheduler, engine._core.runner, EngineStats())
-
-
 def poison_free_pages(core: EngineCore) -> None:
     """NaN into the scratch page and every page whose content nobody may use again."""
     runner, free = core.runner, core.scheduler.allocators[0]._free
@@ -107,7 +92,8 @@ def test_random_engine_steps_equal_solo(
     totals: dict[str, int] = {}
     with make_engine(model_dir, page_size) as engine:
         for chunk, prefix, preempt_every in COMBINATIONS:
-            core = make_core(engine, page_size, chunk, prefix)
+            pages = 1 + LONGEST * 3 // 2 // page_size  # of a sequence and a half
+            core = fresh_core(engine, chunk=chunk, prefix=prefix, decode_steps=4, pages_per_shard=pages)
             rng = random.Random(f"{page_size} {chunk} {preempt_every}")
             drawn: dict[Request, int] = {}
 

@@ -10,10 +10,10 @@ import random
 import pytest
 
 from jaxinfer import Engine, SamplingParams, batch
-from jaxinfer.engine_core import EngineCore, step_result
+from jaxinfer.engine_core import step_result
 from jaxinfer.request import Request
-from jaxinfer.scheduler import Scheduler
 from tests import tiny_model
+from tests.fresh_core import fresh_core
 
 MESHES = ("", "tensor:2", "data:2", "data:2,tensor:2")
 MAX_MODEL_LEN = 64
@@ -68,18 +68,9 @@ def run(
     engine: Engine, *, chunk: int, prefix: bool, starved: bool, overlap: bool, decode_steps: int
 ) -> tuple[list[list[int]], int]:
     """Tokens of `load`, and preemptions, by a new scheduler over the engine's programs."""
-    runner, resolved = engine._core.runner, engine.resolved
-    num_shards = runner.buckets.num_shards
-    scheduler = Scheduler(
-        num_shards=num_shards,
-        pages_per_shard=1 + MAX_MODEL_LEN // 4 if starved else resolved.memory.num_pages,
-        page_size=4,
-        slots_per_shard=4 // num_shards,
-        max_num_batched_tokens=chunk,
-        decode_steps=decode_steps,
-        enable_prefix_caching=prefix,
-    )
-    core = EngineCore(scheduler, runner, engine.stats)
+    pages = 1 + MAX_MODEL_LEN // 4 if starved else None
+    core = fresh_core(engine, chunk=chunk, prefix=prefix, decode_steps=decode_steps, pages_per_shard=pages)
+    runner, scheduler = core.runner, core.scheduler
     requests = load(engine)
     for request in requests:
         scheduler.add(request)

@@ -1,0 +1,23 @@
+"""Another scheduler over an engine's compiled programs: to schedule otherwise without compiling again."""
+
+from jaxinfer import Engine
+from jaxinfer.engine_core import EngineCore
+from jaxinfer.scheduler import Scheduler
+from jaxinfer.stats import EngineStats
+
+
+def fresh_core(
+    engine: Engine, *, chunk: int, prefix: bool, decode_steps: int, pages_per_shard: int | None = None
+) -> EngineCore:
+    """`chunk` is the budget of tokens per step, `prefix` whether pages are shared; None: as many pages as there are."""
+    runner, resolved = engine._core.runner, engine.resolved
+    scheduler = Scheduler(
+        num_shards=runner.buckets.num_shards,
+        pages_per_shard=pages_per_shard or resolved.memory.num_pages,
+        page_size=resolved.memory.page_size,
+        slots_per_shard=resolved.slots_per_shard,
+        max_num_batched_tokens=chunk,
+        decode_steps=decode_steps,
+        enable_prefix_caching=prefix,
+    )
+    return EngineCore(scheduler, runner, EngineStats())
