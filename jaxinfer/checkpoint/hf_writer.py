@@ -4,6 +4,7 @@ Sizes are known beforehand, so the header of the safetensors file can be written
 tensor at a time, whatever the size of the model.
 """
 
+import gc
 import json
 import math
 import pathlib
@@ -43,6 +44,7 @@ def write_files(
         file.write(_header(definition, arrays))
         for spec, array in zip(definition.params, arrays, strict=True):
             file.write(_stored(spec, array, num_kv_heads).reshape(-1).view(np.uint8).data)
+            gc.collect(1)  # since jax 0.12 an array and its host copy are in a cycle; the young ones take no time
 
 
 def _header(definition: ModelDefinition, arrays: tuple[jax.Array, ...]) -> bytes:
