@@ -1,6 +1,5 @@
 """What a model attends to: nothing but its own tokens (training), or a paged cache (inference)."""
 
-from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.kv_cache import Cache
 from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
 from pallas_kernels.paged_attention import AttentionSpec
+from pallas_kernels.paged_attention.ragged import token_places
 from pallas_kernels.precision import matmul_precision
 from sharding_rules import axes as ax
 
@@ -43,18 +43,26 @@ def attention_spec(config: ModelConfig, partitioner: Partitioner, page_size: int
     )
 
 
-class Segment(NamedTuple):
-    """Sequences with equally many new tokens each: B of them in one data shard, T tokens, M pages; D shards."""
+class Rows(NamedTuple):
+    """B sequences with one new token each, in each of D data shards; block tables of M pages."""
 
     block_tables: jax.Array  # int32 [D, B, M]; page ids local to the shard
-    positions: jax.Array  # int32 [D, B, T] of the new tokens
-    valid: jax.Array  # bool [D, B, T]; false for padding
+    positions: jax.Array  # int32 [D, B] of the new tokens
+    valid: jax.Array  # bool [D, B]; false for padding
+
+
+class Prompts(NamedTuple):
+    """C sequences with any number of new tokens each, which follow each other in a shard's tokens."""
+
+    block_tables: jax.Array  # int32 [D, C, M]
+    starts: jax.Array  # int32 [D, C]; position of the first new token
+    lengths: jax.Array  # int32 [D, C]; new tokens; 0 for padding
 
 
 class PagedAttention:
     """The `attend` of one step: writes the new tokens into the cache, then attends over their pages.
 
-    The model sees each shard's tokens in a row, [D, S, ...]; here they are the segments again, one after the other.
+    The model sees each shard's tokens in a row, [D, S, ...]: those of `rows`, then those of `prompts`, then padding.
 
     An object of the trace: each layer's call replaces that layer's arrays in `cache`, which the step returns.
     All work happens on the local shard (`shard_map`): left to itself XLA would gather every page to every
@@ -64,14 +72,15 @@ class PagedAttention:
     def __init__(
         self,
         cache: Cache,
-        segments: Sequence[Segment],
+        rows: Rows | None,
+        prompts: Prompts | None,
         *,
         spec: AttentionSpec,  # heads of one shard
         backend: ModuleType,
         partitioner: Partitioner,
     ):
         self._cache = list(cache)
-        self._segments = tuple(segments)
+        self._rows, self._prompts = rows, prompts
         self._spec, self._backend, self._partitioner = spec, backend, partitioner
 
     @property
@@ -85,34 +94,40 @@ class PagedAttention:
             pages = self._partitioner.spec(kv_cache.CACHE_AXES)
             heads = self._partitioner.spec((ax.BATCH, None, ax.HEADS, ax.HEAD_DIM))
             kv_heads = self._partitioner.spec((ax.BATCH, None, ax.KV_HEADS, ax.HEAD_DIM))
-            rows = self._partitioner.spec((ax.BATCH, None, None))
+            sequences = self._partitioner.spec((ax.BATCH,))
             attend = jax.shard_map(
                 attend,
                 mesh=self._partitioner.mesh,
-                in_specs=(heads, kv_heads, kv_heads, pages, pages, rows),
+                in_specs=(heads, kv_heads, kv_heads, pages, pages, sequences, sequences),
                 out_specs=(heads, pages, pages),
                 check_vma=False,
             )
         k_pages, v_pages = self._cache[layer]
-        out, k_pages, v_pages = attend(q, k, v, k_pages, v_pages, self._segments)
+        out, k_pages, v_pages = attend(q, k, v, k_pages, v_pages, self._rows, self._prompts)
         self._cache[layer] = (k_pages, v_pages)
         return out
 
-    def _attend_local(self, q, k, v, k_pages, v_pages, segments: tuple[Segment, ...]):
+    def _attend_local(self, q, k, v, k_pages, v_pages, rows: Rows | None, prompts: Prompts | None):
         """Of one shard: the first dimension is 1. All is written before anything is read: pages stay in place."""
-        segments = tuple(Segment(*(x[0] for x in segment)) for segment in segments)
-        sizes = [segment.positions.size for segment in segments]
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-
-        def rows(x: jax.Array, i: int) -> jax.Array:
-            return x[0, starts[i] : starts[i] + sizes[i]].reshape(*segments[i].positions.shape, *x.shape[2:])
-
+        q, k, v, rows, prompts = jax.tree.map(lambda x: x[0], (q, k, v, rows, prompts))
+        num_rows = 0 if rows is None else rows.positions.size
         with jax.named_scope("cache_write"):
-            for i, (block_tables, positions, valid) in enumerate(segments):
-                k_pages = kv_cache.write(k_pages, rows(k, i), block_tables, positions, valid)
-                v_pages = kv_cache.write(v_pages, rows(v, i), block_tables, positions, valid)
-        outs = [
-            self._backend.paged_attention(rows(q, i), k_pages, v_pages, block_tables, positions, spec=self._spec)
-            for i, (block_tables, positions, _) in enumerate(segments)
-        ]
-        return jnp.concatenate([out.reshape(-1, *q.shape[2:]) for out in outs])[None], k_pages, v_pages
+            if rows is not None:
+                write = (rows.block_tables, jnp.arange(num_rows), rows.positions, rows.valid)
+                k_pages = kv_cache.write(k_pages, k[:num_rows], *write)
+                v_pages = kv_cache.write(v_pages, v[:num_rows], *write)
+            if prompts is not None:
+                place = token_places(prompts.lengths, q.shape[0] - num_rows)
+                positions = prompts.starts[place.sequence] + place.offset
+                write = (prompts.block_tables, place.sequence, positions, place.valid)
+                k_pages = kv_cache.write(k_pages, k[num_rows:], *write)
+                v_pages = kv_cache.write(v_pages, v[num_rows:], *write)
+        outs = []
+        if rows is not None:
+            of_rows = (rows.block_tables, jnp.where(rows.valid, rows.positions, -1)[:, None])
+            out = self._backend.paged_attention(q[:num_rows, None], k_pages, v_pages, *of_rows, spec=self._spec)
+            outs.append(out[:, 0])
+        if prompts is not None:
+            out = self._backend.ragged_paged_attention(q[num_rows:], k_pages, v_pages, *prompts, spec=self._spec)
+            outs.append(out)
+        return jnp.concatenate(outs)[None], k_pages, v_pages

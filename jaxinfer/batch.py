@@ -2,8 +2,9 @@
 
 Three types, one owner each: `scheduler` makes a StepPlan (requests and ints), this module the StepBatch,
 `runner` moves it to the devices. Everything is grouped by data shard, the first dimension D. Of each shard come R
-rows: those that decode, padded to a bucket, and then, in a step that prefills, one more for the chunk of a prompt.
-A row that is padding uses the scratch slot and the scratch page, and generates nothing.
+rows: those that decode, padded to a bucket, and then, in a step that prefills, one for each chunk of a prompt. The
+tokens of a shard's chunks follow each other, padded at the end only. A row that is padding uses the scratch slot and
+the scratch page, and generates nothing.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import numpy as np
 from jaxinfer.integers import cdiv
 from jaxinfer.request import MAX_STOP_TOKEN_IDS, Request
 from jaxinfer.sampling import SamplingArrays
-from jaxinfer.step_plan import Chunk, StepPlan
+from jaxinfer.step_plan import MAX_CHUNKS, Chunk, StepPlan
 
 # What never changes of a row, packed: so a step joins bytes instead of asking every request for every parameter.
 _SAMPLING_COLUMNS = {
@@ -31,15 +32,15 @@ Array = Any  # NumPy as built here, traced inside a program, abstract while it i
 
 
 class ChunkArrays(NamedTuple):
-    """The piece of a prompt that each shard prefills: T tokens, of which the first `length` count."""
+    """The pieces of C prompts that each shard prefills: T tokens, one piece after the other."""
 
     tokens: Array  # int32 [D, T]
-    start: Array  # int32 [D]; position of the first
-    length: Array  # int32 [D]; 0 where the shard prefills nothing
+    starts: Array  # int32 [D, C]; position of the first token of each
+    lengths: Array  # int32 [D, C]; 0 for padding
 
 
 class StepBatch(NamedTuple):
-    """R rows of each of D data shards over M pages. The last row is the chunk's, if there is a chunk."""
+    """R rows of each of D data shards over M pages. With chunks, the last C rows are theirs."""
 
     slots: Array  # int32 [D, R]; where the row's last token is kept; -1 for padding
     positions: Array  # int32 [D, R]; of the row's last token, which the next one comes after
@@ -47,13 +48,14 @@ class StepBatch(NamedTuple):
     stop_token_ids: Array  # int32 [D, R, MAX_STOP_TOKEN_IDS]; -1 where unused, which no token is
     block_tables: Array  # int32 [D, R, M]
     sampling: SamplingArrays  # of D * R rows
-    chunk: ChunkArrays | None
+    chunks: ChunkArrays | None
 
 
 class StepShape(NamedTuple):
     """What distinguishes a compiled step from others."""
 
-    chunk_tokens: int  # 0: none is prefilled
+    chunk_tokens: int  # of all chunks of a data shard; 0: none is prefilled
+    chunks: int  # per data shard
     rows: int  # per data shard; 0: none decodes
     pages: int
     num_steps: int
@@ -67,7 +69,7 @@ class Buckets:
       rows: decode rows per data shard.
       pages: pages per sequence that a decode step attends over.
       chunk_pages: pages per sequence that a step with a chunk attends over.
-      chunk_tokens: tokens of a prompt's chunk.
+      chunk_tokens: tokens of a data shard's chunks together.
       page_size: tokens per page.
       decode_steps: tokens of each row in a step without a chunk when nobody waits.
       num_shards: data shards.
@@ -83,10 +85,18 @@ class Buckets:
 
     @classmethod
     def create(
-        cls, *, max_rows: int, max_model_len: int, max_chunk: int, page_size: int, decode_steps: int, num_shards: int
+        cls,
+        *,
+        max_rows: int,
+        max_model_len: int,
+        max_chunk: int,
+        page_size: int,
+        decode_steps: int,
+        num_shards: int,
+        min_chunk: int = 32,
     ) -> "Buckets":
-        """Rows by powers of two, chunks (from 32) of four; contexts of two (from 128 tokens), with a chunk of four
-        (from 512: there they cost little, and programs take long to compile)."""
+        """Rows by powers of two, chunks (from `min_chunk`) of four; contexts of two (from 128 tokens), with a chunk of
+        four (from 512: there they cost little, and programs take long to compile)."""
 
         def pages(first: int, factor: int) -> tuple[int, ...]:
             return tuple(dict.fromkeys(cdiv(n, page_size) for n in _powers(first, max_model_len, factor)))
@@ -95,42 +105,47 @@ class Buckets:
             rows=_powers(1, max_rows, 2),
             pages=pages(128, 2),
             chunk_pages=pages(512, 4),
-            chunk_tokens=_powers(32, min(max_chunk, max_model_len), 4),
+            chunk_tokens=_powers(min_chunk, max_chunk_tokens(max_chunk, max_model_len, max_rows), 4),
             page_size=page_size,
             decode_steps=decode_steps,
             num_shards=num_shards,
         )
 
     @property
+    def num_chunks(self) -> int:
+        """Of a data shard, at most: C."""
+        return min(MAX_CHUNKS, self.rows[-1])
+
+    @property
     def rows_beside_chunk(self) -> int:
-        """Of a step with a chunk. All of them: idle ones cost little there, and less is compiled than with a choice."""
+        """Of a step with chunks. All of them: idle ones cost little there, and less is compiled than with a choice."""
         return self.rows[-1] if self.rows[-1] * self.num_shards > 1 else 0  # an only slot prefills or decodes
 
     def shapes(self) -> list[StepShape]:
         """Every shape that a step can have, those of a first request first."""
         chunks = [
-            StepShape(tokens, self.rows_beside_chunk, pages, 1)
+            StepShape(tokens, self.num_chunks, self.rows_beside_chunk, pages, 1)
             for tokens in self.chunk_tokens
             for pages in self.chunk_pages
             if pages >= self._chunk_pages(tokens)
         ]
-        decode = [StepShape(0, rows, pages, self.decode_steps) for rows in self.rows for pages in self.pages]
-        single = [StepShape(0, self.rows[-1], pages, 1) for pages in self._single_pages]
+        decode = [StepShape(0, 0, rows, pages, self.decode_steps) for rows in self.rows for pages in self.pages]
+        single = [StepShape(0, 0, self.rows[-1], pages, 1) for pages in self._single_pages]
         return list(dict.fromkeys((*chunks, *decode, *single)))
 
     def shape(self, plan: StepPlan) -> StepShape:
         """The smallest compiled shape that holds a plan."""
         ends = [start + plan.num_steps for starts in plan.starts for start in starts]
-        chunks = [chunk for chunk in plan.chunks if chunk is not None]
-        if chunks:
-            tokens = _round_up(max(chunk.stop - chunk.start for chunk in chunks), self.chunk_tokens)
-            pages = self._chunk_pages(max(tokens, *(chunk.stop for chunk in chunks), *ends))
-            return StepShape(tokens, self.rows_beside_chunk, pages, 1)
+        if any(plan.chunks):
+            tokens = _round_up(max(sum(c.num_tokens for c in chunks) for chunks in plan.chunks), self.chunk_tokens)
+            stops = [chunk.stop for chunks in plan.chunks for chunk in chunks]
+            pages = self._chunk_pages(max(tokens, *stops, *ends))
+            return StepShape(tokens, self.num_chunks, self.rows_beside_chunk, pages, 1)
         rows = self.rows[-1] if plan.num_steps < self.decode_steps else max(map(len, plan.rows))
         end = min(max(ends), self.pages[-1] * self.page_size)  # a row may end within the step
         buckets = self._single_pages if plan.num_steps < self.decode_steps else self.pages
         pages = _round_up(cdiv(end, self.page_size), buckets)
-        return StepShape(0, _round_up(rows, self.rows), pages, plan.num_steps)
+        return StepShape(0, 0, _round_up(rows, self.rows), pages, plan.num_steps)
 
     @property
     def _single_pages(self) -> tuple[int, ...]:
@@ -138,26 +153,26 @@ class Buckets:
         return self.pages if self.rows_beside_chunk else self.pages[-1:]
 
     def _chunk_pages(self, num_tokens: int) -> int:
-        return _round_up(cdiv(num_tokens, self.page_size), self.chunk_pages)
+        return _round_up(min(cdiv(num_tokens, self.page_size), self.chunk_pages[-1]), self.chunk_pages)
+
+
+def max_chunk_tokens(max_num_batched_tokens: int, max_model_len: int, max_rows: int) -> int:
+    """Tokens that the chunks of a data shard can have together in a step."""
+    return min(max_num_batched_tokens, max_model_len * min(MAX_CHUNKS, max_rows))
 
 
 def build(plan: StepPlan, shape: StepShape) -> StepBatch:
     """The arrays of a plan, whose shape is `Buckets.shape(plan)`."""
-    has_chunk = shape.chunk_tokens > 0
     requests: list[Request | None] = []
     positions: list[int] = []
     limits: list[int] = []  # of the positions at which a token may still be generated
-    for rows, starts, chunk in zip(plan.rows, plan.starts, plan.chunks, strict=True):
-        padding = shape.rows - len(rows)
-        requests += rows + [None] * padding
-        positions += starts + [0] * padding
-        limits += [request.max_num_cached for request in rows] + [0] * padding
-        if has_chunk:
-            last = chunk.stop - 1 if chunk else 0
-            requests.append(chunk.request if chunk else None)
-            positions.append(last)
-            limits.append(chunk.request.max_num_cached if chunk and chunk.is_last else last)
-    by_shard = (len(plan.rows), shape.rows + has_chunk)
+    for rows, starts, chunks in zip(plan.rows, plan.starts, plan.chunks, strict=True):
+        no_rows, no_chunks = [0] * (shape.rows - len(rows)), [0] * (shape.chunks - len(chunks))
+        requests += [*rows, *[None for _ in no_rows], *[c.request for c in chunks], *[None for _ in no_chunks]]
+        positions += [*starts, *no_rows, *[c.stop - 1 for c in chunks], *no_chunks]
+        limits += [*[r.max_num_cached for r in rows], *no_rows]
+        limits += [*[c.request.max_num_cached if c.is_last else c.stop - 1 for c in chunks], *no_chunks]
+    by_shard = (len(plan.rows), shape.rows + shape.chunks)
     num_bytes = 4 * shape.pages  # of a row's table; 4: int32
     tables = [r.page_ids[: shape.pages].tobytes().ljust(num_bytes, b"\0") if r else bytes(num_bytes) for r in requests]
     packed = [(r.constants or _constants(r)) if r else _PADDING for r in requests]
@@ -170,18 +185,20 @@ def build(plan: StepPlan, shape: StepShape) -> StepBatch:
         stop_token_ids=constants["stop_token_ids"].reshape(*by_shard, MAX_STOP_TOKEN_IDS),
         block_tables=np.frombuffer(b"".join(tables), np.int32).reshape(*by_shard, shape.pages),
         sampling=_sampling(constants),
-        chunk=_chunk_arrays(plan.chunks, shape.chunk_tokens) if has_chunk else None,
+        chunks=_chunk_arrays(plan.chunks, shape) if shape.chunks else None,
     )
 
 
-def _chunk_arrays(chunks: list[Chunk | None], num_tokens: int) -> ChunkArrays:
-    tokens = np.zeros((len(chunks), num_tokens), np.int32)
-    start, length = np.zeros((2, len(chunks)), np.int32)
-    for shard, chunk in enumerate(chunks):
-        if chunk is not None:
-            start[shard], length[shard] = chunk.start, chunk.stop - chunk.start
-            tokens[shard, : length[shard]] = chunk.request.token_ids[chunk.start : chunk.stop]
-    return ChunkArrays(tokens, start, length)
+def _chunk_arrays(by_shard: list[list[Chunk]], shape: StepShape) -> ChunkArrays:
+    tokens = np.zeros((len(by_shard), shape.chunk_tokens), np.int32)
+    starts, lengths = np.zeros((2, len(by_shard), shape.chunks), np.int32)
+    for shard, chunks in enumerate(by_shard):
+        end = 0
+        for i, chunk in enumerate(chunks):
+            start, end = end, end + chunk.num_tokens
+            starts[shard, i], lengths[shard, i] = chunk.start, chunk.num_tokens
+            tokens[shard, start:end] = chunk.request.token_ids[chunk.start : chunk.stop]
+    return ChunkArrays(tokens, starts, lengths)
 
 
 def _constants(request: Request) -> bytes:

@@ -60,6 +60,7 @@ class Engine:
             page_size=self.resolved.memory.page_size,
             slots_per_shard=self.resolved.slots_per_shard,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            chunk_sizes=self.resolved.buckets.chunk_tokens,
             decode_steps=config.decode_steps,
             enable_prefix_caching=config.enable_prefix_caching,
         )

@@ -8,13 +8,16 @@ the host to read, decide and convert.
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from types import MappingProxyType
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from jaxinfer import batch as batches
 from jaxinfer import extras
+from jaxinfer.batch import StepShape
 from jaxinfer.logprobs import Logprobs
 from jaxinfer.metrics import EngineMetrics
 from jaxinfer.outputs import TokenLogprobs
@@ -25,6 +28,8 @@ from jaxinfer.stats import EngineStats
 from jaxinfer.step_plan import StepPlan, StepResult
 from jaxinfer.steps import StepOutput
 
+_T = TypeVar("_T")
+
 
 class EngineDeadError(RuntimeError):
     """The engine cannot go on; the cause says why."""
@@ -33,6 +38,7 @@ class EngineDeadError(RuntimeError):
 @dataclasses.dataclass(frozen=True)
 class _StepUnderWay:
     plan: StepPlan
+    shape: StepShape
     output: StepOutput  # on the devices
     start_time: float
 
@@ -108,13 +114,13 @@ class EngineCore:
         start_time = time.perf_counter()
         shape = self.runner.buckets.shape(plan)
         of_step = batches.build(plan, shape), extras.build(plan, shape, self.runner.extras_spec)
-        return _StepUnderWay(plan, self.runner.dispatch(shape, *of_step), start_time)
+        return _StepUnderWay(plan, shape, self.runner.dispatch(shape, *of_step), start_time)
 
     def _commit(self, step: _StepUnderWay) -> None:
         output = jax.device_get(step.output)
         now = time.perf_counter()
         seconds, self._last_commit_time = now - max(step.start_time, self._last_commit_time), now
-        result = step_result(step.plan, output)
+        result = step_result(step.plan, step.shape, output)
         self.stats.add_step(step.plan, result, seconds)
         self.scheduler.commit(step.plan, result, self._told)
 
@@ -129,20 +135,24 @@ class EngineCore:
         self.runner.reset_cache()
 
 
-def step_result(plan: StepPlan, output: StepOutput) -> StepResult:
+def step_result(plan: StepPlan, shape: StepShape, output: StepOutput) -> StepResult:
     """Of a step's output, on the devices or the host."""
     tokens, counts, finite = (np.asarray(x) for x in output[:3])
-    shards = range(len(plan.rows))
-    has_chunk = any(plan.chunks)
+    logprobs = _by_token(output.logprobs)
+
+    def of_rows(by_row: Sequence[Sequence[_T]], of_plan: Sequence[Sequence[object]], start: int) -> list[Sequence[_T]]:
+        return [rows[start : start + len(planned)] for rows, planned in zip(by_row, of_plan, strict=True)]
+
     return StepResult(
-        chunk_tokens=tokens[:, -1, 0].tolist() if has_chunk else [0 for _ in shards],
-        chunk_is_finite=finite[:, -1].tolist() if has_chunk else [True for _ in shards],
+        chunk_tokens=of_rows(tokens[..., 0].tolist(), plan.chunks, shape.rows),
+        chunk_is_finite=of_rows(finite.tolist(), plan.chunks, shape.rows),
         row_tokens=[
-            [row[:count] for row, count in zip(tokens[d, :n].tolist(), counts[d, :n].tolist(), strict=True)]
-            for d, n in enumerate(map(len, plan.rows))
+            [row[:count] for row, count in zip(tokens[d, : len(rows)].tolist(), counts[d].tolist(), strict=False)]
+            for d, rows in enumerate(plan.rows)
         ],
-        row_is_finite=[finite[d, : len(plan.rows[d])].tolist() for d in shards],
-        logprobs=_by_token(output.logprobs),
+        row_is_finite=of_rows(finite.tolist(), plan.rows, 0),
+        row_logprobs=logprobs and of_rows(logprobs, plan.rows, 0),
+        chunk_logprobs=logprobs and of_rows(logprobs, plan.chunks, shape.rows),
         prompt_logprobs=_by_token(output.prompt_logprobs),
     )
 

@@ -5,6 +5,7 @@ the host's knowledge of the output included, and extended there by each token th
 late. So a step itself has little to carry.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from jaxinfer.batch import Array, Buckets, StepShape
 from jaxinfer.logits_processors import ProcessorArrays
 from jaxinfer.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_STOP_TOKEN_IDS, Request
 from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.step_plan import Chunk, StepPlan
+from jaxinfer.step_plan import StepPlan
 
 
 class SlotParams(NamedTuple):
@@ -44,14 +45,14 @@ class FullRows(NamedTuple):
 class Score(NamedTuple):
     """The tokens of prompts whose log-probabilities are wanted."""
 
-    targets: Array  # int32 [D, T]; the token after each of the chunk
-    length: Array  # int32 []; tokens of the longest chunk
+    targets: Array  # int32 [D, T]; the token after each of the chunks
+    length: Array  # int32 []; most tokens of a shard's chunks
 
 
 class Extras(NamedTuple):
-    """Each part, or None if the step does not need it."""
+    """Each part, or nothing if the step does not need it."""
 
-    load: SlotLoad | None
+    loads: tuple[SlotLoad, ...]
     rows: FullRows | None
     score: Score | None
 
@@ -62,7 +63,7 @@ class ExtrasSpec(NamedTuple):
     num_slots: int
     max_len: int  # tokens of the longest sequence
     vocab_size: int
-    max_chunk: int  # tokens of the longest chunk
+    max_chunk: int  # most tokens of a shard's chunks
 
     @classmethod
     def create(cls, buckets: Buckets, vocab_size: int) -> "ExtrasSpec":
@@ -80,13 +81,13 @@ def build(plan: StepPlan, shape: StepShape, spec: ExtrasSpec) -> Extras | None:
     """None if the plain sampler does and nobody asks about a prompt."""
     if not plan.has_extras:
         return None
-    chunks = [chunk for chunk in plan.chunks if chunk is not None]
-    last_chunks = [chunk if chunk and chunk.is_last else None for chunk in plan.chunks]
-    rows = _full_rows(plan, last_chunks, shape)
-    new = [chunk.request if chunk and chunk.request.needs_full_sampler else None for chunk in last_chunks]
-    load = slot_load(new, spec) if any(new) else None
-    score = _score(plan, spec) if any(chunk.request.wants_prompt_logprobs for chunk in chunks) else None
-    return Extras(load, rows, score) if rows or score else None
+    rows = _full_rows(plan, shape)
+    is_new = lambda chunk: chunk.is_last and chunk.request.needs_full_sampler  # noqa: E731
+    new = [[chunk.request for chunk in filter(is_new, chunks)] for chunks in plan.chunks]
+    loads = tuple(slot_load(requests, spec) for requests in itertools.zip_longest(*new))
+    asked = any(chunk.request.wants_prompt_logprobs for chunks in plan.chunks for chunk in chunks)
+    score = _score(plan, spec) if asked else None
+    return Extras(loads, rows, score) if rows or score else None
 
 
 def slot_load(requests: Sequence[Request | None], spec: ExtrasSpec) -> SlotLoad:
@@ -102,11 +103,12 @@ def slot_load(requests: Sequence[Request | None], spec: ExtrasSpec) -> SlotLoad:
     return SlotLoad(slots, SlotParams(history, bias, processors))
 
 
-def _full_rows(plan: StepPlan, last_chunks: Sequence[Chunk | None], shape: StepShape) -> FullRows | None:
-    is_full = np.zeros((len(plan.rows), shape.rows + (shape.chunk_tokens > 0)), bool)
+def _full_rows(plan: StepPlan, shape: StepShape) -> FullRows | None:
+    is_full = np.zeros((len(plan.rows), shape.rows + shape.chunks), bool)
     wants_logprobs = draws = False
-    for shard, (requests, chunk) in enumerate(zip(plan.rows, last_chunks, strict=True)):
-        for row, request in [*enumerate(requests), *([(-1, chunk.request)] if chunk else [])]:
+    for shard, (requests, chunks) in enumerate(zip(plan.rows, plan.chunks, strict=True)):
+        of_chunks = [(i, chunk.request) for i, chunk in enumerate(chunks, shape.rows) if chunk.is_last]
+        for row, request in [*enumerate(requests), *of_chunks]:
             is_full[shard, row] = request.needs_full_sampler
             wants_logprobs |= request.params.logprobs is not None
             draws |= request.params.temperature > 0
@@ -115,11 +117,13 @@ def _full_rows(plan: StepPlan, last_chunks: Sequence[Chunk | None], shape: StepS
 
 def _score(plan: StepPlan, spec: ExtrasSpec) -> Score:
     targets = np.zeros((len(plan.chunks), spec.max_chunk), np.int32)
-    for shard, chunk in enumerate(plan.chunks):
-        if chunk is not None:
+    ends = [0 for _ in plan.chunks]
+    for shard, chunks in enumerate(plan.chunks):
+        for chunk in chunks:
             following = chunk.request.token_ids[chunk.start + 1 : chunk.stop + 1]
-            targets[shard, : len(following)] = following
-    return Score(targets, np.array(max(chunk.stop - chunk.start for chunk in plan.chunks if chunk), np.int32))
+            targets[shard, ends[shard] : ends[shard] + len(following)] = following
+            ends[shard] += chunk.num_tokens
+    return Score(targets, np.array(max(ends), np.int32))
 
 
 def _add_bias(bias: np.ndarray, params: SamplingParams) -> None:

@@ -82,7 +82,7 @@ class FullSampler:
     def score(self, weights: Arrays, hidden: jax.Array, score: Score) -> Logprobs:
         """Of each token in `score.targets` [D, T], by the activations [D, T, E] of the tokens before them.
 
-        As many positions as the longest chunk has, block by block: the logits of all would not fit.
+        As many positions as the chunks of a shard have, block by block: the logits of all would not fit.
         """
         model, partitioner = self.definition.bind(weights), self.definition.partitioner
         num_shards, num_tokens = score.targets.shape

@@ -76,14 +76,20 @@ def allocator(spec: CacheSpec, partitioner: Partitioner) -> Callable[[], Cache]:
 
 
 def write(
-    pages: jax.Array, new: jax.Array, block_tables: jax.Array, positions: jax.Array, valid: jax.Array
+    pages: jax.Array,
+    new: jax.Array,
+    block_tables: jax.Array,
+    sequence: jax.Array,
+    positions: jax.Array,
+    valid: jax.Array,
 ) -> jax.Array:
-    """Puts one token's keys or values at each position; what is not valid goes to the scratch page.
+    """Puts the keys or values of S tokens where they belong; those of a token that is not valid on the scratch page.
 
-    pages [P, K, page_size, H], new [B, T, K, H], block_tables int32 [B, M], positions int32 and valid bool [B, T].
-    For one data shard. page_size 4, block_tables [[7, 2]], positions [[3, 4]] -> pages 7 and 2, rows 3 and 0.
+    pages [P, K, page_size, H], new [S, K, H], block_tables int32 [B, M]; of each token the row of its sequence in the
+    block tables, its position, int32 [S], and whether it is `valid`, bool [S]. For one data shard.
+    page_size 4, block_tables [[7, 2]], sequence [0, 0], positions [3, 4] -> pages 7 and 2, rows 3 and 0.
     """
     page_size = pages.shape[2]
-    page_ids = jnp.take_along_axis(block_tables, positions // page_size, axis=1, mode="clip")
+    page_ids = block_tables.at[sequence, positions // page_size].get(mode="clip")
     page_ids = jnp.where(valid, page_ids, 0)
     return pages.at[page_ids, :, positions % page_size].set(new.astype(pages.dtype), mode="promise_in_bounds")

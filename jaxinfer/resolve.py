@@ -85,6 +85,7 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
         page_size=page_size,
         decode_steps=config.decode_steps,
         num_shards=num_shards,
+        min_chunk=32 if on_cpu else 128,  # fewer tokens take a GPU no less time: it waits for the weights
     )
     memory = Demand(
         config=dataclasses.replace(config, max_model_len=max_model_len),

@@ -1,6 +1,6 @@
 """Owns what is on the devices: weights, cache, each slot's last token, and one compiled program per shape.
 
-A step decodes rows, or prefills a chunk of a prompt per data shard beside them; it takes cache and slots and gives
+A step decodes rows, or prefills chunks of prompts beside them; it takes cache and slots and gives
 them back. All programs are compiled by `compile_all`; a shape outside that list is an error, never a silent
 compilation.
 """
@@ -133,7 +133,7 @@ class Runner:
     def _abstract_batch(self, shape: StepShape) -> StepBatch:
         """The shapes and dtypes of any batch of this shape: those of an empty one."""
         shards = range(self._partitioner.num_shards(ax.BATCH))
-        plan = StepPlan([None for _ in shards], [[] for _ in shards], [[] for _ in shards], shape.num_steps)
+        plan = StepPlan(*[[[] for _ in shards] for _ in range(3)], num_steps=shape.num_steps)
         return jax.tree.map(lambda a: self._array(a.dtype, *a.shape), batch.build(plan, shape))
 
     def _empty_slots(self) -> SlotState:

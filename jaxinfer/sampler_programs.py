@@ -1,7 +1,7 @@
 """Owns the parameters that requests have in their slots on the devices, and the programs of `full_sampler`.
 
-A handful of programs whatever shapes the steps have: one that writes a slot, one that draws per number of rows, one
-that scores prompts.
+A handful of programs whatever shapes the steps have: one that writes a slot of each shard, one that draws per number
+of rows, one that scores prompts.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ class SamplerPrograms:
 
     def lowerings(self, batches: list[StepBatch], weights: Any) -> dict[Key, Callable[[], jax.stages.Lowered]]:
         """What to compile, and `add`, for steps of one token with such batches; all abstract."""
-        batches = [batch._replace(block_tables=None, chunk=None) for batch in batches]
+        batches = [batch._replace(block_tables=None, chunks=None) for batch in batches]
         by_rows: dict[Key, StepBatch] = {batch.slots.shape[1]: batch for batch in batches}
         draws = {rows: lambda batch=batch: self.lowered_sample(batch) for rows, batch in by_rows.items()}
         return draws | {_LOAD: self.lowered_load, _SCORE: lambda: self.lowered_score(weights)}
@@ -67,10 +67,10 @@ class SamplerPrograms:
         extras: Extras,
     ) -> tuple[SlotState, StepOutput]:
         """Does a step's extras behind it; donates `slots`. The batch's and the extras' arrays are on the devices."""
-        if extras.load is not None:
-            self._params = self._programs[_LOAD](self._params, extras.load)
+        for load in extras.loads:
+            self._params = self._programs[_LOAD](self._params, load)
         if extras.rows is not None:
-            batch = batch._replace(block_tables=None, chunk=None)
+            batch = batch._replace(block_tables=None, chunks=None)
             sample = self._programs[batch.slots.shape[1]]
             slots, self._params, output = sample(slots, self._params, activations.logits, output, batch, extras.rows)
         if extras.score is not None:
@@ -94,7 +94,7 @@ class SamplerPrograms:
         return jitted.lower(self._abstract, load)
 
     def lowered_sample(self, batch: StepBatch) -> jax.stages.Lowered:
-        """For the rows of an abstract batch, which has no block tables and no chunk."""
+        """For the rows of an abstract batch, which has no block tables and no chunks."""
         num_shards, num_rows = batch.slots.shape
         slots = SlotState(*(self._rows((num_shards, self.spec.num_slots), dtype) for dtype in (jnp.int32, jnp.bool_)))
         output = StepOutput(
@@ -126,7 +126,7 @@ class SamplerPrograms:
 
     @property
     def activation_shardings(self) -> Activations:
-        """How steps leave their activations; those of a step without a chunk have no `hidden`."""
+        """How steps leave their activations; those of a step without chunks have no `hidden`."""
         spec = self._partitioner.sharding
         return Activations(spec((ax.BATCH, None, ax.VOCAB)), spec((ax.BATCH, None, ax.EMBED)))
 

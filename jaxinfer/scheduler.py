@@ -3,8 +3,8 @@
     waiting -> prefilling, piece by piece -> decoding -> finished
        ^------------- preempted ---------------'
 
-A step decodes every running sequence and, beside them, prefills a piece of one prompt per data shard, within a
-budget of tokens. Requests run in order of priority, then of arrival. Pages are taken as sequences grow; when none
+A step decodes every running sequence and, beside them, prefills prompts or pieces of them, within a budget of
+tokens per data shard. Requests run in order of priority, then of arrival. Pages are taken as sequences grow; when none
 is free, the last in order is preempted: it gives up its pages and later starts over from prompt and output, of
 which the prefix cache still has what was not evicted. The first in order is never preempted, so there is always
 progress. With `data` in the mesh each shard has its own slots and pages, and a request goes to the least loaded.
@@ -16,19 +16,21 @@ devices do nothing for it.
 
 import time
 from bisect import bisect_left, insort
-from itertools import chain, islice
+from collections.abc import Sequence
+from itertools import chain, islice, pairwise
 
 from jaxinfer.integers import cdiv
 from jaxinfer.page_allocator import PageAllocator, extend_digests
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.request_stats import RequestStats
-from jaxinfer.step_plan import Chunk, StepPlan, StepResult, outcomes
+from jaxinfer.step_plan import MAX_CHUNKS, Chunk, StepPlan, StepResult, outcomes, prompt_logprobs
 
 
 class Scheduler:
     """Waiting and running requests, and who holds which slots and pages.
 
-    `max_num_batched_tokens` is per shard and step; rows count one each. `decode_steps` is how many tokens a row
+    `max_num_batched_tokens` is per shard and step; rows count one each. `chunk_sizes`, ascending, are the numbers of
+    tokens that a shard's chunks are padded to; none: there is no padding. `decode_steps` is how many tokens a row
     generates in a step when nobody waits.
     """
 
@@ -40,11 +42,13 @@ class Scheduler:
         page_size: int,
         slots_per_shard: int,
         max_num_batched_tokens: int,
+        chunk_sizes: Sequence[int] = (),
         decode_steps: int,
         enable_prefix_caching: bool = True,
     ):
         self.page_size = page_size
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.chunk_sizes = chunk_sizes
         self.decode_steps = decode_steps
         self.enable_prefix_caching = enable_prefix_caching
         self.waiting: list[Request] = []  # in order
@@ -83,17 +87,17 @@ class Scheduler:
         for allocator, rows in zip(self.allocators, self.running, strict=True):
             self._grow(allocator, rows)
         self._admit()
-        chunks = [self._next_chunk(rows) for rows in self.running]
+        chunks = [self._next_chunks(rows) for rows in self.running]
         rows = [[r for r in rows if r.can_decode] for rows in self.running]
         if not any(chunks) and not any(rows):
             return None
         others_wait = self.waiting and self._slots_per_shard * len(self.running) > 1
         wants_one = others_wait or any(chunks) or self._num_full > 0
         num_steps = 1 if wants_one or not self._grow_for_more_steps(rows) else self.decode_steps
-        has_extras = self._num_full > 0 or any(chunk and chunk.request.wants_prompt_logprobs for chunk in chunks)
+        has_extras = self._num_full > 0 or any(c.request.wants_prompt_logprobs for c in chain.from_iterable(chunks))
         starts = [[r.num_cached for r in requests] for requests in rows]
         plan = StepPlan(chunks, rows, starts, num_steps, has_extras)
-        for chunk in filter(None, chunks):
+        for chunk in chain.from_iterable(chunks):
             chunk.request.num_cached = chunk.stop
             chunk.request.num_in_flight += 1
         for request in chain.from_iterable(rows):
@@ -106,12 +110,8 @@ class Scheduler:
 
         Adds to `touched` who got tokens or ended: the first of them also if the text of another raises.
         """
-        if result.prompt_logprobs is not None:
-            for chunk, is_finite, logprobs in zip(
-                plan.chunks, result.chunk_is_finite, result.prompt_logprobs, strict=True
-            ):
-                if chunk is not None and is_finite and chunk.request.wants_prompt_logprobs:
-                    chunk.request.add_prompt_logprobs(chunk.start, logprobs[: chunk.stop - chunk.start])
+        for chunk, logprobs in prompt_logprobs(plan, result):
+            chunk.request.add_prompt_logprobs(chunk.start, logprobs)
         for request, num_cached, tokens, is_finite, logprobs in outcomes(plan, result):
             request.num_in_flight -= 1
             if request.finish_reason is not None:
@@ -157,7 +157,7 @@ class Scheduler:
             assert sorted(slots) == [*range(self._slots_per_shard)], "a slot is lost or taken twice"
             assert all(r.shard == shard and r.finish_reason is None for r in rows)
             assert all(r.num_cached <= len(r.page_ids) * self.page_size for r in rows)
-            assert sum(not r.is_prefilled for r in rows) <= 1, "one prompt at a time"
+            assert sum(not r.is_prefilled for r in rows) <= MAX_CHUNKS, "more prompts than a step has chunks"
         assert self._num_full == sum(r.needs_full_sampler for rows in self.running for r in rows)
         assert self.waiting == sorted(self.waiting, key=lambda r: r.order)
         assert not any(request.page_ids for request in self.waiting)
@@ -203,7 +203,7 @@ class Scheduler:
         request.num_cached = request.num_published = 0
 
     def _admit(self) -> None:
-        """Starts waiting requests, in order, while there is room; at most one per shard is being prefilled."""
+        """Starts waiting requests, in order, while there is room for them, and in the step for their prompts."""
         while self.waiting:
             request = self.waiting[0]
             if request.num_in_flight:  # preempted with tokens under way, which belong to what is prefilled again
@@ -217,7 +217,7 @@ class Scheduler:
 
     def _has_room(self, shard: int, request: Request) -> bool:
         rows, allocator = self.running[shard], self.allocators[shard]
-        if not self._free_slots[shard] or not all(r.is_prefilled for r in rows):
+        if not self._free_slots[shard] or not self._can_prefill_more(rows):
             return False
         if self.enable_prefix_caching and request.index and any(map(request.must_follow, rows)):
             return False
@@ -247,13 +247,29 @@ class Scheduler:
         insort(self.running[shard], request, key=lambda r: r.order)
         self._num_full += request.needs_full_sampler
 
-    def _next_chunk(self, rows: list[Request]) -> Chunk | None:
-        for request in rows:
-            if not request.is_prefilled:
-                room = max(1, self.max_num_batched_tokens - sum(r.can_decode for r in rows))
+    def _can_prefill_more(self, rows: list[Request]) -> bool:
+        """Whether the next step has tokens left when the prompts that have been started take theirs."""
+        started = [r for r in rows if not r.is_prefilled]
+        return len(started) < MAX_CHUNKS and _num_to_prefill(started) < self._prefill_budget(rows)
+
+    def _prefill_budget(self, rows: list[Request]) -> int:
+        left = max(1, self.max_num_batched_tokens - sum(r.can_decode for r in rows))
+        return min(left, self.chunk_sizes[-1]) if self.chunk_sizes else left
+
+    def _next_chunks(self, rows: list[Request]) -> list[Chunk]:
+        """What the next step prefills of prompts that have been started, the first in order first."""
+        started = [r for r in rows if not r.is_prefilled]
+        num_tokens = min(_num_to_prefill(started), self._prefill_budget(rows))
+        for smaller, larger in pairwise(self.chunk_sizes):
+            if smaller < num_tokens <= larger // 2:  # more would be padding than not: the rest can wait for a step
+                num_tokens = smaller
+        chunks: list[Chunk] = []
+        for request in started:
+            if num_tokens:
                 start = request.num_cached
-                return Chunk(request, start, min(request.num_prefill_tokens, start + room))
-        return None
+                chunks.append(Chunk(request, start, min(request.num_prefill_tokens, start + num_tokens)))
+                num_tokens -= chunks[-1].num_tokens
+        return chunks
 
     def _publish(self, request: Request, num_cached: int) -> None:
         """Lets others share the pages that are full by now."""
@@ -267,3 +283,7 @@ class Scheduler:
             page = request.num_published
             allocator.publish(request.page_ids[page], request.page_digests[page])
             request.num_published += 1
+
+
+def _num_to_prefill(requests: list[Request]) -> int:
+    return sum(r.num_prefill_tokens - r.num_cached for r in requests)

@@ -39,11 +39,11 @@ class EngineStats:
         setattr(self, field, getattr(self, field) + time.perf_counter() - start)
 
     def add_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
-        """A step and the time that it kept the devices busy. With a chunk in it, that is prefill's."""
+        """A step and the time that it kept the devices busy. With chunks in it, that is prefill's."""
         counts = [len(tokens) for rows in result.row_tokens for tokens in rows]
         self.steps += 1
         if any(plan.chunks):
-            self.prefill_tokens += sum(chunk.stop - chunk.start for chunk in plan.chunks if chunk)
+            self.prefill_tokens += sum(chunk.num_tokens for chunks in plan.chunks for chunk in chunks)
             self.prefill_s += seconds
         else:
             num_steps = max(counts)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from jaxinfer.outputs import TokenLogprobs
 from jaxinfer.request import Request
 
+MAX_CHUNKS = 8  # of a data shard in a step
+
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
@@ -19,20 +21,24 @@ class Chunk:
     def is_last(self) -> bool:
         return self.stop == self.request.num_prefill_tokens
 
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
     """One dispatch. With a chunk in it, or a row for the full sampler, there is one decode step.
 
     Attributes:
-      chunks: at most one for each data shard.
+      chunks: at most MAX_CHUNKS for each data shard, of different prompts.
       rows: the requests that decode, by shard.
       starts: of each row, the position of its next token.
       num_steps: tokens that each row generates.
       has_extras: whether one of them needs the full sampler, or the log-probabilities of its prompt.
     """
 
-    chunks: list[Chunk | None]
+    chunks: list[list[Chunk]]
     rows: list[list[Request]]
     starts: list[list[int]]
     num_steps: int
@@ -44,19 +50,20 @@ class StepResult:
     """What became of a StepPlan, in its order.
 
     Attributes:
-      chunk_tokens: the token after each chunk; means something for a last chunk.
-      chunk_is_finite: whether the logits were.
+      chunk_tokens: the token after each chunk, by shard; means something for a last chunk.
+      chunk_is_finite: whether its logits were.
       row_tokens: the tokens of each row, by shard; fewer than num_steps where the row ended.
       row_is_finite: whether all logits of the row were.
-      logprobs: by shard, of the only token of each row and, last, of the chunk; None if nobody wants them.
-      prompt_logprobs: by shard, of the tokens that follow those of the chunk; None if nobody wants them.
+      row_logprobs, chunk_logprobs: of the only token of each, by shard; None if nobody wants them.
+      prompt_logprobs: by shard, of the tokens that follow those of the chunks, chunk after chunk; None likewise.
     """
 
-    chunk_tokens: Sequence[int]
-    chunk_is_finite: Sequence[bool]
+    chunk_tokens: Sequence[Sequence[int]]
+    chunk_is_finite: Sequence[Sequence[bool]]
     row_tokens: Sequence[Sequence[Sequence[int]]]
     row_is_finite: Sequence[Sequence[bool]]
-    logprobs: Sequence[Sequence[TokenLogprobs]] | None = None
+    row_logprobs: Sequence[Sequence[TokenLogprobs]] | None = None
+    chunk_logprobs: Sequence[Sequence[TokenLogprobs]] | None = None
     prompt_logprobs: Sequence[Sequence[TokenLogprobs]] | None = None
 
 
@@ -65,15 +72,28 @@ def outcomes(
 ) -> Iterator[tuple[Request, int, Sequence[int], bool, TokenLogprobs | None]]:
     """Of each request in the step: tokens in the cache after it, tokens generated, whether logits were finite, and
     log-probabilities."""
-    for shard, (chunk, token, is_finite) in enumerate(
-        zip(plan.chunks, result.chunk_tokens, result.chunk_is_finite, strict=True)
-    ):
-        if chunk is not None:
+    for shard, chunks in enumerate(plan.chunks):
+        logprobs = result.chunk_logprobs[shard] if result.chunk_logprobs else [None] * len(chunks)
+        for chunk, token, is_finite, of_token in zip(
+            chunks, result.chunk_tokens[shard], result.chunk_is_finite[shard], logprobs, strict=True
+        ):
             tokens = [token] if chunk.is_last and is_finite else []
-            yield chunk.request, chunk.stop, tokens, is_finite, result.logprobs[shard][-1] if result.logprobs else None
+            yield chunk.request, chunk.stop, tokens, is_finite, of_token
     for shard, requests in enumerate(plan.rows):
-        logprobs = result.logprobs[shard][: len(requests)] if result.logprobs else [None] * len(requests)
+        logprobs = result.row_logprobs[shard] if result.row_logprobs else [None] * len(requests)
         for request, start, tokens, is_finite, of_token in zip(
             requests, plan.starts[shard], result.row_tokens[shard], result.row_is_finite[shard], logprobs, strict=True
         ):
             yield request, start + len(tokens), tokens, is_finite, of_token
+
+
+def prompt_logprobs(plan: StepPlan, result: StepResult) -> Iterator[tuple[Chunk, Sequence[TokenLogprobs]]]:
+    """Of each chunk of whose prompt they are wanted and whose logits were finite."""
+    if result.prompt_logprobs is None:
+        return
+    for chunks, are_finite, logprobs in zip(plan.chunks, result.chunk_is_finite, result.prompt_logprobs, strict=True):
+        end = 0
+        for chunk, is_finite in zip(chunks, are_finite, strict=True):
+            start, end = end, end + chunk.num_tokens
+            if is_finite and chunk.request.wants_prompt_logprobs:
+                yield chunk, logprobs[start:end]

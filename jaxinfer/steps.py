@@ -5,19 +5,21 @@ one token also gives out what it drew from, for the full sampler to draw again: 
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.attention import PagedAttention, Segment, attention_spec
-from jaxinfer.batch import Array, ChunkArrays, StepBatch
+from jaxinfer.attention import PagedAttention, Prompts, Rows, attention_spec
+from jaxinfer.batch import Array, StepBatch
 from jaxinfer.kv_cache import Cache
 from jaxinfer.logprobs import Logprobs
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.sampling import SamplingArrays, sample
 from pallas_kernels import paged_attention
+from pallas_kernels.paged_attention.ragged import token_places
 from sharding_rules import axes as ax
 
 Arrays = tuple[jax.Array, ...]
@@ -45,14 +47,14 @@ class StepOutput(NamedTuple):
     counts: Array
     finite: Array  # bool [D, R]; whether all its logits were
     logprobs: Logprobs | None = None  # [D, R, ...]; of the tokens, from the full sampler
-    prompt_logprobs: Logprobs | None = None  # [D, T, ...]; of the token after each of the chunk
+    prompt_logprobs: Logprobs | None = None  # [D, T, ...]; of the token after each of the chunks
 
 
 class Activations(NamedTuple):
     """What a step of one token drew from."""
 
     logits: Array  # float32 [D, R, V]
-    hidden: Array | None  # [D, T, E]; of the chunk if there is one, T the longest chunk's length, zeros after this one
+    hidden: Array | None  # [D, T, E]; of the chunks if there are any, T the most tokens they may have, zeros after them
 
 
 def is_stop(tokens: jax.Array, stop_token_ids: Array) -> jax.Array:
@@ -71,7 +73,7 @@ class StepFunctions:
       page_size: tokens per page.
       backend_name: of the attention.
       num_steps: tokens of each row.
-      max_chunk: tokens of the longest chunk, to which `Activations.hidden` is padded.
+      max_chunk: most tokens of a shard's chunks, to which `Activations.hidden` is padded.
     """
 
     definition: ModelDefinition
@@ -90,7 +92,7 @@ class StepFunctions:
 
         def step(i: jax.Array | int, state):
             cache, tokens, positions, active, finite, out, counts = state
-            attend = self._attend(cache, [self._decode_segment(batch.block_tables, positions, active)])
+            attend = self._attend(cache, Rows(batch.block_tables, positions, active), None)
             logits = model.logits(model(tokens, positions, attend))  # [D, R, V]
             is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
             finite &= is_finite | ~active
@@ -124,25 +126,24 @@ class StepFunctions:
     def prefill(
         self, weights: Arrays, cache: Cache, slots: SlotState, batch: StepBatch
     ) -> tuple[Cache, SlotState, StepOutput, Activations]:
-        """Caches a chunk per shard and decodes one token of the other rows. Donates `cache` and `slots`."""
-        assert batch.chunk is not None
-        model, chunk = self.definition.bind(weights), batch.chunk
+        """Caches each shard's chunks and decodes one token of the other rows. Donates `cache` and `slots`."""
+        assert batch.chunks is not None
+        model, chunks = self.definition.bind(weights), batch.chunks
+        num_rows = batch.slots.shape[1] - chunks.lengths.shape[1]  # the chunks' rows are behind them
         last_tokens, stopped = self._last_tokens(slots, batch)
-        is_chunk = jnp.arange(batch.slots.shape[1]) == batch.slots.shape[1] - 1
-        active = jnp.where(is_chunk, chunk.length[:, None] > 0, ~stopped & (batch.num_remaining > 0))
-        tokens = jnp.concatenate([last_tokens[:, :-1], chunk.tokens], axis=1)
-        segment = self._chunk_segment(batch.block_tables[:, -1:], chunk)
-        positions = jnp.concatenate([batch.positions[:, :-1], segment.positions[:, 0]], axis=1)
-        segments = [segment]
-        if batch.slots.shape[1] > 1:
-            rows = self._decode_segment(batch.block_tables[:, :-1], batch.positions[:, :-1], active[:, :-1])
-            segments = [rows, segment]
-        attend = self._attend(cache, segments)
+        active = ~stopped & (batch.num_remaining > 0)
+        active = jnp.concatenate([active[:, :num_rows], chunks.lengths > 0], axis=1)
+        tokens = jnp.concatenate([last_tokens[:, :num_rows], chunks.tokens], axis=1)
+        place = jax.vmap(functools.partial(token_places, num_tokens=chunks.tokens.shape[1]))(chunks.lengths)
+        positions = jnp.take_along_axis(chunks.starts, place.sequence, axis=1) + place.offset
+        positions = jnp.concatenate([batch.positions[:, :num_rows], positions], axis=1)
+        rows = Rows(*(x[:, :num_rows] for x in (batch.block_tables, batch.positions, active)))
+        prompts = Prompts(batch.block_tables[:, num_rows:], chunks.starts, chunks.lengths)
+        attend = self._attend(cache, rows if num_rows else None, prompts)
         hidden = model(tokens, positions, attend)
-        num_rows = batch.slots.shape[1] - 1  # beside the chunk, which is behind them
-        last = num_rows + jnp.maximum(chunk.length - 1, 0)
-        of_chunk = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-        logits = model.logits(jnp.concatenate([hidden[:, :num_rows], of_chunk], axis=1))
+        last = num_rows + jnp.maximum(jnp.cumsum(chunks.lengths, axis=1) - 1, 0)
+        of_chunks = jnp.take_along_axis(hidden, last[..., None], axis=1)
+        logits = model.logits(jnp.concatenate([hidden[:, :num_rows], of_chunks], axis=1))
         finite = jnp.all(jnp.isfinite(logits), axis=-1) | ~active
         new = self._sample(logits, batch.sampling, batch.positions + 1)
         counts = (active & finite & (batch.num_remaining > 0)).astype(jnp.int32)
@@ -152,7 +153,7 @@ class StepFunctions:
         return attend.cache, slots.put(batch.slots, new, stopped), output, activations
 
     def _pad(self, hidden: jax.Array) -> jax.Array:
-        """To the longest chunk, so that one program reads the activations of all."""
+        """To the most tokens of chunks, so that one program reads the activations of all."""
         return jnp.pad(hidden, ((0, 0), (0, self.max_chunk - hidden.shape[1]), (0, 0)))
 
     def _last_tokens(self, slots: SlotState, batch: StepBatch) -> tuple[jax.Array, jax.Array]:
@@ -160,15 +161,6 @@ class StepFunctions:
         index = jnp.maximum(batch.slots, 0)
         tokens, stopped = (jnp.take_along_axis(x, index, axis=1, mode="clip") for x in slots)
         return tokens, stopped
-
-    def _decode_segment(self, block_tables: jax.Array, positions: jax.Array, active: jax.Array) -> Segment:
-        return Segment(block_tables, positions[..., None], active[..., None])
-
-    def _chunk_segment(self, block_tables: jax.Array, chunk: ChunkArrays) -> Segment:
-        offsets = jnp.arange(chunk.tokens.shape[1], dtype=jnp.int32)
-        valid = offsets < chunk.length[:, None]
-        positions = jnp.where(valid, chunk.start[:, None] + offsets, 0)
-        return Segment(block_tables, positions[:, None], valid[:, None])
 
     def _sample(self, logits: jax.Array, sampling: SamplingArrays, positions: jax.Array) -> jax.Array:
         """[D, R, V] -> [D, R]."""
@@ -178,11 +170,12 @@ class StepFunctions:
     def _gather(self, logits: jax.Array) -> jax.Array:
         return self.definition.partitioner.constrain(logits, (ax.BATCH, None))
 
-    def _attend(self, cache: Cache, segments: list[Segment]) -> PagedAttention:
+    def _attend(self, cache: Cache, rows: Rows | None, prompts: Prompts | None) -> PagedAttention:
         spec = attention_spec(self.definition.config, self.definition.partitioner, self.page_size)
         return PagedAttention(
             cache,
-            segments,
+            rows,
+            prompts,
             spec=spec,
             backend=paged_attention.backend(self.backend_name, spec),
             partitioner=self.definition.partitioner,

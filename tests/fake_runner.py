@@ -97,7 +97,7 @@ class FakeRunner:
         fail_at, self.fail_at = self.fail_at, ""
         if fail_at == "dispatch":
             raise RuntimeError("failed at dispatch")
-        assert batch.block_tables.shape == (self._shape[0], shape.rows + (shape.chunk_tokens > 0), shape.pages)
+        assert batch.block_tables.shape == (self._shape[0], shape.rows + shape.chunks, shape.pages)
         counts, finite = np.zeros(batch.slots.shape, np.int32), np.ones(batch.slots.shape, bool)
         tokens = np.zeros((*batch.slots.shape, shape.num_steps), np.int32)
         # As on a device, all rows of a step are written before any is read.
@@ -112,7 +112,7 @@ class FakeRunner:
                 seen = self._read(shard, batch.block_tables[shard, row], start + len(written))
                 self._generate(shard, row, seen, batch, tokens, counts, finite, step)
                 if step == 0 and extras is not None and counts[shard, row]:
-                    self._check_history(shard, row, seen, batch, extras, int(tokens[shard, row, 0]))
+                    self._check_history(shard, row, seen, batch, extras, int(tokens[shard, row, 0]), shape.rows)
         return StepOutput(
             Unreadable() if fail_at == "read" else tokens,
             counts,
@@ -121,11 +121,12 @@ class FakeRunner:
             prompt_logprobs=self._score(batch, extras),
         )
 
-    def _check_history(self, shard: int, row: int, seen, batch: StepBatch, extras: Extras, token: int) -> None:
+    def _check_history(self, shard: int, row: int, seen, batch: StepBatch, extras: Extras, token: int, rows: int):
         slot = batch.slots[shard, row]
-        if extras.load is not None and extras.load.slots[shard] == slot:
-            assert batch.chunk is not None and row == batch.slots.shape[1] - 1, "written when its prefill ends"
-            self.history[shard, slot] = extras.load.params.history[shard]
+        for load in extras.loads:
+            if load.slots[shard] == slot:
+                assert row >= rows, "written when its prefill ends"
+                self.history[shard, slot] = load.params.history[shard]
         if extras.rows is not None and extras.rows.is_full[shard, row]:
             np.testing.assert_array_equal(self.history[shard, slot, : len(seen)], seen)
             self.history[shard, slot, len(seen)] = token
@@ -133,18 +134,24 @@ class FakeRunner:
     def _score(self, batch: StepBatch, extras: Extras | None) -> Logprobs | None:
         if extras is None or extras.score is None:
             return None
-        assert batch.chunk is not None and extras.score.length == batch.chunk.length.max()
-        targets = extras.score.targets
-        return _fake_logprobs(batch.chunk.start[:, None] + np.arange(targets.shape[1]) + 1, targets)
+        chunks, targets = batch.chunks, extras.score.targets
+        assert chunks is not None and extras.score.length == chunks.lengths.sum(axis=1).max()
+        positions = np.zeros(targets.shape, np.int32)
+        for shard, (starts, lengths) in enumerate(zip(chunks.starts, chunks.lengths, strict=True)):
+            of_shard = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+            positions[shard, : len(of_shard)] = of_shard + 1
+        return _fake_logprobs(positions, targets)
 
     def _active_rows(self, shape: StepShape, batch: StepBatch, counts, finite, step: int):
         """(shard, row, tokens to write, position of the first) of each row that runs in this step."""
         for shard, row in np.ndindex(batch.slots.shape):
             slot = batch.slots[shard, row]
-            if batch.chunk is not None and row == shape.rows:
-                length = batch.chunk.length[shard]
+            if batch.chunks is not None and row >= shape.rows:
+                chunk = row - shape.rows
+                length, end = batch.chunks.lengths[shard, chunk], batch.chunks.lengths[shard, : chunk + 1].sum()
                 if length:
-                    yield shard, row, batch.chunk.tokens[shard, :length].astype(np.int64), batch.chunk.start[shard]
+                    tokens = batch.chunks.tokens[shard, end - length : end].astype(np.int64)
+                    yield shard, row, tokens, batch.chunks.starts[shard, chunk]
                 continue
             is_active = slot >= 0 and not self.stopped[shard, slot] and finite[shard, row]
             if is_active and counts[shard, row] == step < batch.num_remaining[shard, row]:
@@ -205,6 +212,7 @@ def make_core(
         page_size=page_size,
         slots_per_shard=slots_per_shard,
         max_num_batched_tokens=max_num_batched_tokens,
+        chunk_sizes=buckets.chunk_tokens,
         decode_steps=decode_steps,
         enable_prefix_caching=enable_prefix_caching,
     )

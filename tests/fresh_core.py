@@ -17,6 +17,7 @@ def fresh_core(
         page_size=resolved.memory.page_size,
         slots_per_shard=resolved.slots_per_shard,
         max_num_batched_tokens=chunk,
+        chunk_sizes=runner.buckets.chunk_tokens,
         decode_steps=decode_steps,
         enable_prefix_caching=prefix,
     )

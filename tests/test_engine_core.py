@@ -161,7 +161,7 @@ class FailingText(OutputText):
 def test_who_ended_before_another_ones_text_failed_is_reported():
     """Both in the same step: the first had ended and was forgotten, and whoever waited for it waited for ever."""
     core = make_core(decode_steps=1)
-    first, second = make_request(0, [1] * 4, 3), make_request(1, [2] * 4, 9)
+    first, second = make_request(0, [1] * 4, 2), make_request(1, [2] * 4, 9)
     second.text = FailingText(None, ())
     with pytest.raises(ValueError, match="no text"):
         run(core, [first, second])

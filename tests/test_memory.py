@@ -7,8 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+from jaxinfer.batch import max_chunk_tokens
 from jaxinfer.config import ModelConfig, RopeConfig
 from jaxinfer.engine_config import EngineConfig
+from jaxinfer.extras import ExtrasSpec
 from jaxinfer.memory import Demand
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
@@ -37,27 +39,40 @@ def demand(model: ModelConfig = SMALL, mesh: str = "", free_bytes: int | None = 
     return Demand(config=EngineConfig(**settings), definition=definition, page_size=16, free_bytes=free_bytes)
 
 
+@pytest.fixture
+def whole_contexts(monkeypatch: pytest.MonkeyPatch):
+    """Attention gathers them, as on a GPU, so that its workspace is what matters most."""
+    monkeypatch.setattr(xla, "_CPU_BLOCK_TOKENS", 2**20)
+    monkeypatch.setattr(xla, "_CPU_GROUP_ROWS", 2**20)
+    monkeypatch.setattr(xla, "_CPU_TILE_TOKENS", 128)
+
+
 @pytest.mark.parametrize(
-    ("model", "mesh", "flags"),
+    ("contexts", "model", "mesh", "flags"),
     [
-        ({}, "", {"max_num_batched_tokens": 256}),
-        ({}, "data:2,tensor:2", {"max_num_batched_tokens": 256}),
-        ({}, "", {"max_num_seqs": 32, "max_num_batched_tokens": 16}),
-        ({"vocab_size": 64_000}, "", {"max_model_len": 64}),
-        ({"vocab_size": 64_000}, "tensor:2", {"max_model_len": 64}),
-        ({"mlp_dim": 8192}, "", {"max_model_len": 128}),
+        ("blocks", {}, "", {"max_num_batched_tokens": 256}),
+        ("blocks", {}, "data:2,tensor:2", {"max_num_batched_tokens": 256}),
+        ("whole", {}, "", {"max_num_batched_tokens": 256}),
+        ("whole", {}, "", {"max_num_seqs": 32, "max_num_batched_tokens": 16}),
+        ("blocks", {"vocab_size": 64_000}, "", {"max_model_len": 64}),
+        ("blocks", {"vocab_size": 64_000}, "tensor:2", {"max_model_len": 64}),
+        ("blocks", {"mlp_dim": 8192}, "", {"max_model_len": 128}),
     ],
-    ids=["chunk's scores", "on a mesh", "rows' pages", "logits", "logits of a mesh", "mlp"],
+    ids=["blocks", "blocks on a mesh", "chunks' scores", "rows' pages", "logits", "logits of a mesh", "mlp"],
 )
-def test_the_workspace_is_what_compiled_steps_allocate(model: dict[str, int], mesh: str, flags: dict[str, int]):
+def test_the_workspace_is_what_compiled_steps_allocate(
+    contexts: str, model: dict[str, int], mesh: str, flags: dict[str, int], request: pytest.FixtureRequest
+):
     """The estimate is at least that, and at most half as much again."""
+    if contexts == "whole":
+        request.getfixturevalue("whole_contexts")
     wanted = demand(dataclasses.replace(SMALL, **model), mesh, **flags)
     plan, config = wanted.plan(), wanted.config
     assert config.max_model_len is not None
     shapes = driver.Shapes(
         rows=plan.num_pages // (config.max_model_len // 16),
         max_len=config.max_model_len,
-        chunk=min(config.max_num_batched_tokens, config.max_model_len),
+        chunk=max_chunk_tokens(config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs),
         num_steps=1,
     )
     runner = driver.make_runner(wanted.definition, (), shapes)
@@ -70,18 +85,13 @@ def test_the_workspace_is_what_compiled_steps_allocate(model: dict[str, int], me
     assert plan.workspace_bytes <= 1.5 * allocated
 
 
-def test_what_sampling_keeps_of_each_slot_is_in_the_workspace():
+def test_what_sampling_keeps_of_each_slot_is_in_the_workspace(monkeypatch: pytest.MonkeyPatch):
     """A history of 4-byte tokens and a bias per token of the vocabulary, mostly."""
-    few, many = (demand(max_num_seqs=count, max_num_batched_tokens=512).plan().workspace_bytes for count in (1, 2))
-    block = xla.block_tokens(1024, 16)
-    of_step = 2 * block * SMALL.num_kv_heads * SMALL.head_dim * 4 + 3 * 4 * block * SMALL.num_q_heads  # of a row
-    assert 4 * (1024 + SMALL.vocab_size) < many - few - of_step < 4 * (1024 + SMALL.vocab_size) + 4096
-
-
-@pytest.fixture
-def whole_contexts(monkeypatch: pytest.MonkeyPatch):
-    """Attention gathers them, as on a GPU, so that its workspace is what matters most."""
-    monkeypatch.setattr(xla, "_CPU_BLOCK_TOKENS", 2**20)
+    asked = demand(max_num_seqs=4)
+    whole = asked.plan().workspace_bytes
+    monkeypatch.setattr(ExtrasSpec, "slots_bytes", 0)
+    of_slot = (whole - asked.plan().workspace_bytes) / 4
+    assert 4 * (1024 + SMALL.vocab_size) < of_slot < 4 * (1024 + SMALL.vocab_size) + 4096
 
 
 def advice(asked: Demand) -> list[str]:
@@ -138,8 +148,9 @@ def test_the_data_axis_divides_the_advised_sequences():
 @pytest.mark.usefixtures("whole_contexts")
 def test_a_cache_that_was_chosen_too_small_or_too_large():
     assert advice(demand(kv_cache_bytes=20_000))[0] == "no --kv_cache_bytes at all"
-    whole = demand().plan()
-    asked = demand(free_bytes=int((whole.weights_bytes + whole.workspace_bytes) * 1.2), kv_cache_bytes=2**40)
+    sizes = {"max_num_batched_tokens": 64}
+    whole = demand(**sizes).plan()
+    asked = demand(free_bytes=int((whole.weights_bytes + whole.workspace_bytes) * 1.2), kv_cache_bytes=2**40, **sizes)
     assert advice(asked)[0] == "no --kv_cache_bytes at all"
 
 

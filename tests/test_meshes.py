@@ -90,9 +90,9 @@ def compile_step(
         partitioner = dataclasses.replace(partitioner, rules=rules)
     definition = ModelDefinition.create(config, partitioner, jnp.dtype("float32"))
     runner = driver.make_runner(definition, (), SHAPES)  # no weights: it is compiled and never run
-    compiled = runner.lowered(
-        StepShape(chunk_tokens, SHAPES.rows, SHAPES.buckets().pages[0], 1 if chunk_tokens else num_steps)
-    ).compile()
+    buckets = SHAPES.buckets()
+    chunks, num_steps = (buckets.num_chunks, 1) if chunk_tokens else (0, num_steps)
+    compiled = runner.lowered(StepShape(chunk_tokens, chunks, SHAPES.rows, buckets.pages[0], num_steps)).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert hlo is not None and memory is not None
     spec = driver.cache_spec(definition, SHAPES)
@@ -176,7 +176,7 @@ def test_extras_move_logits_once_and_nothing_else(mesh: str):
     config = llama.parse_config(HFConfig(CONFIG))
     definition = ModelDefinition.create(config, Partitioner.create(mesh), jnp.dtype("float32"))
     runner = driver.make_runner(definition, (), SHAPES)
-    batch = runner._abstract_batch(StepShape(0, SHAPES.rows, SHAPES.buckets().pages[0], 1))
+    batch = runner._abstract_batch(StepShape(0, 0, SHAPES.rows, SHAPES.buckets().pages[0], 1))
     num_shards = batch.slots.shape[0]
     collectives = {}
     for name, lower in runner._sampler.lowerings([batch], runner._abstract_weights()).items():

@@ -102,6 +102,61 @@ def test_matches_the_formula_and_never_reads_what_is_masked(name: str, dtype: st
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=rtol, atol=rtol * np.abs(expected).max() / 8)
 
 
+@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.num_queries == 1] + [Case(4, 2, 16, 8, 1, (3, 70, 40))], ids=str
+)
+def test_ragged_sequences_match_the_formula(name: str, dtype: str, case: Case):
+    """Of each sequence another number of its last tokens asks, of the second none; four tokens are padding."""
+    arrays = make(case)
+    counts = [0 if i == 1 else min(length, 1 + 33 * i) for i, length in enumerate(case.lengths)]
+    num_tokens = sum(counts) + 4
+    q = np.random.default_rng(1).normal(size=(num_tokens, case.num_q_heads, case.head_dim)).astype(np.float32)
+    pools = {k: jnp.array(arrays[k]).astype(dtype) for k in ("k_pages", "v_pages")}
+    starts = np.array(case.lengths, np.int32) - counts
+    attend = jax.jit(functools.partial(backend(name, case.spec).ragged_paged_attention, spec=case.spec))
+    ids = {"block_tables": arrays["block_tables"], "starts": starts, "lengths": np.array(counts, np.int32)}
+    out = attend(jnp.array(q).astype(dtype), **pools, **ids)
+    assert out.dtype == dtype and out.shape == q.shape
+    end, rtol = 0, TOLERANCES[dtype]
+    for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        of_sequence = slice(end, end := end + count)
+        asked = np.asarray(jnp.array(q[None, of_sequence]).astype(dtype), np.float64)
+        table, positions = arrays["block_tables"][row : row + 1], np.arange(start, start + count)[None]
+        wide = {k: np.asarray(v, np.float64) for k, v in pools.items()}
+        expected = reference(case, asked, **wide, block_tables=table, positions=positions)[0]
+        atol = rtol * np.abs(expected).max(initial=0) / 8
+        np.testing.assert_allclose(np.asarray(out[of_sequence], np.float64), expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("name", backends())
+def test_a_query_that_sees_nothing_gets_zeros_and_disturbs_nobody(name: str):
+    """In a group with others, and where a whole group sees nothing."""
+    case = CASES[0]
+    arrays = {k: jnp.array(v) for k, v in make(case).items()}
+    attend = functools.partial(backend(name, case.spec).paged_attention, spec=case.spec)
+    whole = np.asarray(attend(**arrays))
+    for idle in ([1], [0, 1, 2], [0, 1, 2, 3]):
+        out = np.asarray(attend(**arrays | {"positions": arrays["positions"].at[jnp.array(idle)].set(-1)}))
+        assert not out[idle].any()
+        np.testing.assert_array_equal(np.delete(out, idle, 0), np.delete(whole, idle, 0))
+
+
+@pytest.mark.parametrize("name", backends())
+def test_what_is_not_finite_stays_in_its_sequence(name: str):
+    case = Case(4, 2, 16, 8, 1, (30, 30, 30))
+    arrays = {k: jnp.array(v) for k, v in make(case).items()}
+    attend = functools.partial(backend(name, case.spec).ragged_paged_attention, spec=case.spec)
+    ids = {"block_tables": arrays["block_tables"], "starts": jnp.array([10, 20, 25]), "lengths": jnp.array([20, 10, 5])}
+    q = jax.random.normal(jax.random.key(0), (40, 4, 16))
+    whole = np.asarray(attend(q, arrays["k_pages"], arrays["v_pages"], **ids))
+    poisoned = arrays["v_pages"].at[arrays["block_tables"][1, 0]].set(jnp.nan)
+    out = np.asarray(attend(q, arrays["k_pages"], poisoned, **ids))
+    assert np.isnan(out[20:30]).all()
+    np.testing.assert_array_equal(np.delete(out, slice(20, 30), 0), np.delete(whole, slice(20, 30), 0))
+
+
 def test_causal_attention_is_paged_attention_over_a_whole_prompt():
     """What trains the demonstration model against what serves it."""
     case = Case(8, 2, 16, 4, 12, (12, 12))
@@ -157,9 +212,10 @@ def test_an_unknown_backend_lists_the_known_ones():
 def test_write_puts_tokens_at_their_positions_and_padding_on_the_scratch_page():
     """page_size 4, block table [7, 2], positions 3 and 4: page 7 row 3 and page 2 row 0; the third is padding."""
     pages = jnp.zeros((9, 1, 4, 2))
-    new = jnp.arange(1.0, 7.0).reshape(1, 3, 1, 2)
-    tables, positions = jnp.array([[7, 2]], jnp.int32), jnp.array([[3, 4, 1]], jnp.int32)
-    out = np.asarray(kv_cache.write(pages, new, tables, positions, jnp.array([[True, True, False]])))
+    new = jnp.arange(1.0, 7.0).reshape(3, 1, 2)
+    tables, sequence = jnp.array([[5, 6], [7, 2]], jnp.int32), jnp.array([1, 1, 0], jnp.int32)
+    positions, valid = jnp.array([3, 4, 1], jnp.int32), jnp.array([True, True, False])
+    out = np.asarray(kv_cache.write(pages, new, tables, sequence, positions, valid))
     assert out[7, 0, 3].tolist() == [1, 2] and out[2, 0, 0].tolist() == [3, 4]
     assert out[0, 0, 1].tolist() == [5, 6]
     assert np.count_nonzero(out) == 6

@@ -91,7 +91,9 @@ def _admit_with_tokens_under_way(admit: Method) -> Method:
 
 def _take_the_tokens_of_an_aborted_request(commit: Method) -> Method:
     def mistaken(self: Scheduler, plan: StepPlan, result, touched: list[Request]) -> None:
-        requests = [chunk.request for chunk in plan.chunks if chunk] + [r for rows in plan.rows for r in rows]
+        requests = [chunk.request for chunks in plan.chunks for chunk in chunks] + [
+            r for rows in plan.rows for r in rows
+        ]
         for request in requests:
             if request.finish_reason is FinishReason.ABORT:
                 request.token_ids.append(0)

@@ -207,8 +207,8 @@ def test_min_p_reaches_the_device_and_alone_asks_for_truncation():
         requests = [make_request(i, [1], 4) for i in range(len(min_p))]
         for request, value in zip(requests, min_p, strict=True):
             request.params = SamplingParams(min_p=value)
-        plan = StepPlan([None], [requests], [[1] * len(requests)], 1)
-        return batch.build(plan, StepShape(0, len(requests), 1, 1)).sampling
+        plan = StepPlan([[]], [requests], [[1] * len(requests)], 1)
+        return batch.build(plan, StepShape(0, 0, len(requests), 1, 1)).sampling
 
     plain, mixed = sampling(0.0, 0.0), sampling(0.0, 0.25)
     assert not plain.truncates and mixed.truncates

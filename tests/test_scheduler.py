@@ -7,7 +7,7 @@ import pytest
 
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.scheduler import Scheduler
-from jaxinfer.step_plan import StepPlan, StepResult
+from jaxinfer.step_plan import MAX_CHUNKS, StepPlan, StepResult
 from tests.fake_runner import make_core, make_request
 
 
@@ -33,9 +33,11 @@ def commit(scheduler: Scheduler, plan: StepPlan, token: int = 7) -> list[Request
         [[token] * min(plan.num_steps, r.max_num_cached - start) for r, start in zip(*shard, strict=True)]
         for shard in zip(plan.rows, plan.starts, strict=True)
     ]
+    tokens = [[token] * len(chunks) for chunks in plan.chunks]
+    are_finite = [[True] * len(chunks) for chunks in plan.chunks]
     finite = [[True] * len(shard) for shard in rows]
     touched: list[Request] = []
-    scheduler.commit(plan, StepResult([token] * len(rows), [True] * len(rows), rows, finite), touched)
+    scheduler.commit(plan, StepResult(tokens, are_finite, rows, finite), touched)
     scheduler.check()
     return touched
 
@@ -52,7 +54,7 @@ def turns(scheduler: Scheduler, most: int = 1000) -> list[StepPlan]:
 
 def spans(plans: list[StepPlan]) -> list[tuple[int, int, int]]:
     """(request, start, stop) of every chunk."""
-    return [(c.request.number, c.start, c.stop) for plan in plans for c in plan.chunks if c]
+    return [(c.request.number, c.start, c.stop) for plan in plans for chunks in plan.chunks for c in chunks]
 
 
 def numbers(requests: list[Request]) -> list[int]:
@@ -77,7 +79,14 @@ def test_order_is_priority_then_arrival(slots: int):
 def test_a_chunk_takes_what_the_rows_leave_of_the_budget():
     scheduler = make_scheduler(max_num_batched_tokens=8)
     add(scheduler, (20, 9), (3, 9), (9, 9))
-    assert spans(turns(scheduler)) == [(0, 0, 8), (0, 8, 16), (0, 16, 20), (1, 0, 3), (2, 0, 6), (2, 6, 9)]
+    plans = turns(scheduler)
+    assert [spans([plan]) for plan in plans[:4]] == [
+        [(0, 0, 8)],
+        [(0, 8, 16)],
+        [(0, 16, 20), (1, 0, 3), (2, 0, 1)],
+        [(2, 1, 7)],
+    ]
+    assert spans(plans[4:]) == [(2, 7, 9)]
 
 
 def test_rows_beyond_the_budget_leave_one_token_for_the_chunk():
@@ -85,14 +94,35 @@ def test_rows_beyond_the_budget_leave_one_token_for_the_chunk():
     add(scheduler, (1, 20), (1, 20), (1, 20), (3, 4))
     plans = turns(scheduler)
     assert spans(plans)[3:] == [(3, 0, 1), (3, 1, 2), (3, 2, 3)]
-    assert all(len(plan.rows[0]) == 3 for plan in plans if plan.chunks[0] and plan.chunks[0].request.number == 3)
+    assert all(len(plan.rows[0]) == 3 for plan in plans if spans([plan])[:1] > [(3, 0, 0)])
 
 
-def test_each_shard_prefills_one_prompt_at_a_time():
-    scheduler = make_scheduler(num_shards=2, max_num_batched_tokens=8)
-    add(scheduler, *[(16, 2)] * 4)
+def test_each_shard_fills_its_budget_with_prompts_in_order():
+    scheduler = make_scheduler(num_shards=2, slots_per_shard=3, max_num_batched_tokens=8)
+    add(scheduler, *[(6, 2)] * 6)
+    by_shard = [[[c.request.number for c in chunks] for chunks in plan.chunks] for plan in turns(scheduler)]
+    assert by_shard[:3] == [[[0, 2], [1, 3]], [[2, 4], [3, 5]], [[4], [5]]]
+
+
+def test_what_would_be_padding_mostly_waits_for_the_next_step():
+    """Chunks are padded to 4, 16 or 64 tokens; with 17 to 32 there would be more padding than tokens."""
+    totals = {}
+    for num_tokens in (3, 5, 8, 9, 16, 17, 32, 33, 64):
+        scheduler = make_scheduler(max_num_batched_tokens=64)
+        scheduler.chunk_sizes = (4, 16, 64)
+        add(scheduler, (num_tokens - 2, 2), (2, 2))
+        plans = turns(scheduler)
+        totals[num_tokens] = [n for plan in plans if (n := sum(c.num_tokens for c in plan.chunks[0]))]
+    assert totals == {
+        3: [3], 5: [4, 1], 8: [4, 4], 9: [9], 16: [16], 17: [16, 1], 32: [16, 16], 33: [33], 64: [64],
+    }  # fmt: skip
+
+
+def test_a_step_has_no_more_chunks_than_rows_are_compiled_for():
+    scheduler = make_scheduler(slots_per_shard=2 * MAX_CHUNKS, max_num_batched_tokens=100)
+    add(scheduler, *[(2, 2)] * (MAX_CHUNKS + 3))
     plans = turns(scheduler)
-    assert [[c and c.request.number for c in plan.chunks] for plan in plans][:4] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [len(plan.chunks[0]) for plan in plans[:2]] == [MAX_CHUNKS, 3]
 
 
 def test_a_request_goes_to_the_shard_with_the_fewest_running():
@@ -147,11 +177,12 @@ def test_many_steps_take_no_page_beyond_the_last_token():
 def test_admission_waits_for_pages(pages: int, is_running: bool):
     """The first has 3 pages and may need another; the second needs 3; nobody overtakes it."""
     scheduler = make_scheduler(pages_per_shard=1 + pages)
-    add(scheduler, (8, 8), (10, 3), (1, 1))
+    add(scheduler, (8, 8))
     turns(scheduler, 1)
+    add(scheduler, (10, 3), (1, 1))
     scheduler.schedule()
-    assert numbers(scheduler.running[0]) == ([0, 1] if is_running else [0])
-    assert numbers(scheduler.waiting) == ([2] if is_running else [1, 2])
+    assert numbers(scheduler.running[0])[:2] == ([0, 100] if is_running else [0])
+    assert 101 in numbers(scheduler.waiting) and (100 in numbers(scheduler.waiting)) != is_running
 
 
 def test_admission_waits_for_a_slot():
@@ -209,7 +240,7 @@ def test_what_can_never_fit_is_refused_at_once():
 def preempted_in_flight() -> tuple[Scheduler, StepPlan, Request]:
     """Two requests and four pages: the first takes a page of the last's whose last token is under way."""
     scheduler = make_scheduler(pages_per_shard=1 + 4, decode_steps=1)
-    _, last = add(scheduler, (4, 12), (3, 4))
+    _, last = add(scheduler, (4, 12), (3, 5))
     turns(scheduler, 4)
     under_way = scheduler.schedule()
     assert under_way is not None and last in under_way.rows[0]
@@ -223,7 +254,7 @@ def test_a_request_may_finish_while_it_is_preempted():
     """Once such a request would have been prefilled again and gone on past its end."""
     scheduler, under_way, last = preempted_in_flight()
     assert last in commit(scheduler, under_way)
-    assert last.finish_reason is FinishReason.LENGTH and not scheduler.waiting and len(last.output_token_ids) == 4
+    assert last.finish_reason is FinishReason.LENGTH and not scheduler.waiting and len(last.output_token_ids) == 5
 
 
 def test_what_is_under_way_of_an_aborted_request_is_dropped():

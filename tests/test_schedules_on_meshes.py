@@ -82,7 +82,7 @@ def run(
         while (plan := scheduler.schedule()) is not None:
             shape = runner.buckets.shape(plan)
             output = runner.dispatch(shape, batch.build(plan, shape))
-            scheduler.commit(plan, step_result(plan, output), [])
+            scheduler.commit(plan, step_result(plan, shape, output), [])
             scheduler.check()
     return [request.output_token_ids for request in requests], scheduler.num_preemptions
 

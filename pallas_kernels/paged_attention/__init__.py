@@ -1,7 +1,8 @@
 """Attention over a paged cache. A backend is a module in this folder with
 
 - `unsupported(spec: AttentionSpec) -> str | None`: why it cannot run `spec`, or None if it can;
-- `paged_attention(q, k_pages, v_pages, block_tables, positions, *, spec) -> out`, as `xla.py` documents it.
+- `paged_attention(q, k_pages, v_pages, block_tables, positions, *, spec) -> out`, as `xla.py` documents it;
+- `ragged_paged_attention(q, k_pages, v_pages, block_tables, starts, lengths, *, spec) -> out`, likewise.
 """
 
 import importlib
@@ -15,7 +16,7 @@ __all__ = ["AttentionSpec", "backend", "backends"]
 
 def backends() -> list[str]:
     """Names of all backends, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "spec")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in ("ragged", "spec"))
 
 
 def backend(name: str, spec: AttentionSpec) -> ModuleType:

@@ -6,14 +6,15 @@ For sequence b, query t at position p = positions[b, t], and query head n readin
     score[j] = scale * <q[b, t, n], key[j]>          for j <= p, else -inf
     out      = sum_j softmax(score)[j] * value[j]
 
-so a query sees the cached tokens up to and including its own, which must have been written before. Pages
-beyond a sequence's last token may hold anything, NaN included: what is masked is never multiplied.
+so a query sees the cached tokens up to and including its own, which must have been written before; at position -1
+it sees none, and the result is zero. Pages beyond a sequence's last token may hold anything, NaN included: what is
+masked is never multiplied.
 
 It goes over the context in blocks with a running softmax (Milakov and Gimelshein, arXiv:1805.02867; the scheme of
-FlashAttention), up to the longest sequence's last block, so `block_tables` may be wider than any sequence is long.
-On a CPU a block is small enough to stay in its caches: for many sequences several times as fast as one pass over
-everything gathered.
-Elsewhere it is the whole context, for there a short operation costs its launch.
+FlashAttention), and over the sequences in groups of like length, each up to its longest sequence's last block: so
+`block_tables` may be wider than any sequence is long, and a long sequence does not hold up the short ones. On a CPU
+blocks and groups are small enough to stay in its caches: for many sequences several times as fast as one pass over
+everything gathered. Elsewhere it is the whole context of all, for there a short operation costs its launch.
 """
 
 from typing import NamedTuple
@@ -22,10 +23,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.paged_attention import ragged
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.precision import matmul_precision
 
 _CPU_BLOCK_TOKENS = 64
+_CPU_GROUP_ROWS = 2
+_TILE_TOKENS, _CPU_TILE_TOKENS = 128, 32  # of ragged sequences, attended over as a row
 
 
 def block_tokens(context_tokens: int, page_size: int) -> int:
@@ -33,6 +37,16 @@ def block_tokens(context_tokens: int, page_size: int) -> int:
     if jax.default_backend() != "cpu":
         return context_tokens
     return min(context_tokens, max(1, _CPU_BLOCK_TOKENS // page_size) * page_size)
+
+
+def group_rows(num_rows: int) -> int:
+    """Sequences that are attended over at once."""
+    return num_rows if jax.default_backend() != "cpu" else min(num_rows, _CPU_GROUP_ROWS)
+
+
+def tile_tokens() -> int:
+    """New tokens of a ragged sequence that are attended over as a row."""
+    return _TILE_TOKENS if jax.default_backend() != "cpu" else _CPU_TILE_TOKENS
 
 
 def unsupported(spec: AttentionSpec) -> str | None:
@@ -46,12 +60,56 @@ def paged_attention(
     k_pages: jax.Array,  # [P, K, page_size, H]
     v_pages: jax.Array,  # [P, K, page_size, H]
     block_tables: jax.Array,  # int32 [B, M]; entries in [0, P)
-    positions: jax.Array,  # int32 [B, T]; in [0, M * page_size)
+    positions: jax.Array,  # int32 [B, T]; in [-1, M * page_size)
     *,
     spec: AttentionSpec,
 ) -> jax.Array:
     """Attention of T new tokens of each of B sequences -> [B, T, N, H] in q's dtype. Softmax in float32."""
     _check(q, k_pages, v_pages, block_tables, positions, spec)
+    b, rows = q.shape[0], group_rows(q.shape[0])
+    if rows == b:
+        return _attend_group(q, k_pages, v_pages, block_tables, positions, spec)
+    by_length = jnp.argsort(jnp.max(positions, axis=1))
+    order = jnp.pad(by_length, (-b % rows, 0), mode="edge")  # to whole groups, with the shortest again
+    q, block_tables, positions = q[order], block_tables[order], positions[order]
+
+    def attend(i: jax.Array, out: jax.Array) -> jax.Array:
+        of_group = (lax.dynamic_slice_in_dim(x, i * rows, rows) for x in (q, block_tables, positions))
+        group_q, group_tables, group_positions = of_group
+        new = _attend_group(group_q, k_pages, v_pages, group_tables, group_positions, spec)
+        return lax.dynamic_update_slice_in_dim(out, new, i * rows, axis=0)
+
+    out = lax.fori_loop(0, len(order) // rows, attend, jnp.zeros_like(q))
+    return out[-b % rows + jnp.argsort(by_length)]
+
+
+def ragged_paged_attention(
+    q: jax.Array,  # [S, N, H]
+    k_pages: jax.Array,  # [P, K, page_size, H]
+    v_pages: jax.Array,  # [P, K, page_size, H]
+    block_tables: jax.Array,  # int32 [C, M]
+    starts: jax.Array,  # int32 [C]
+    lengths: jax.Array,  # int32 [C]
+    *,
+    spec: AttentionSpec,
+) -> jax.Array:
+    """The same for C sequences of `lengths` new tokens from positions `starts` on, one after the other in q."""
+
+    def attend(q: jax.Array, block_tables: jax.Array, positions: jax.Array) -> jax.Array:
+        return paged_attention(q, k_pages, v_pages, block_tables, positions, spec=spec)
+
+    return ragged.attend_by_tiles(q, block_tables, starts, lengths, tile_tokens(), attend)
+
+
+def _attend_group(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    block_tables: jax.Array,
+    positions: jax.Array,
+    spec: AttentionSpec,
+) -> jax.Array:
+    """Of all rows at once, block by block up to the last that one of them sees."""
     (b, t), num_columns = positions.shape, block_tables.shape[1]
     block_pages = block_tokens(num_columns * spec.page_size, spec.page_size) // spec.page_size
     num_blocks = -(-num_columns // block_pages)
@@ -75,7 +133,7 @@ def paged_attention(
     else:
         num_used = jnp.max(positions) // (block_pages * spec.page_size) + 1
         state = lax.fori_loop(0, num_used, attend, state)
-    out = state.out / state.total[..., None]
+    out = state.out / jnp.maximum(state.total, jnp.finfo(jnp.float32).tiny)[..., None]
     return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
@@ -97,9 +155,10 @@ def _attend_block(
     values = jnp.where(readable[:, None, :, None], values, jnp.zeros((), values.dtype))
     scores = jnp.einsum("btkgh,bksh->bkgts", q, keys, precision=precision, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None, None], scores, jnp.float32(-jnp.inf))
-    largest = jnp.maximum(state.largest, jnp.max(scores, axis=-1))  # finite: the first block has a token for everyone
-    weights = jnp.exp(scores - largest[..., None])
-    kept = jnp.exp(state.largest - largest)
+    largest = jnp.maximum(state.largest, jnp.max(scores, axis=-1))
+    finite = jnp.where(largest > -jnp.inf, largest, 0)  # of a query that sees nothing
+    weights = jnp.exp(scores - finite[..., None])
+    kept = jnp.exp(state.largest - finite)
     # XLA:CPU multiplies bfloat16 into float32 only where the result keeps the order of the operands.
     new = jnp.einsum(
         "bkgts,bksh->bkgth",

@@ -64,7 +64,7 @@ def test_as_many_params_as_prompts_or_one(engine: Engine):
 
 def test_a_shape_that_was_not_compiled_is_an_error(engine: Engine):
     with pytest.raises(RuntimeError, match=r"StepShape\(chunk_tokens=5, .*\) is not a compiled shape"):
-        engine._core.runner.dispatch(StepShape(5, 4, 8, 1), None)  # pyright: ignore[reportArgumentType]
+        engine._core.runner.dispatch(StepShape(5, 1, 4, 8, 1), None)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_prompt_that_no_pool_holds_is_named_before_any_runs():

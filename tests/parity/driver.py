@@ -34,7 +34,7 @@ class Shapes:
     Attributes:
       rows: sequences per data shard.
       max_len: tokens of a sequence, prompt and output.
-      chunk: tokens of a prompt that are cached at once.
+      chunk: tokens of prompts that are cached at once.
       page_size: tokens per page.
       num_steps: tokens of each row in a step without a chunk.
     """
@@ -120,7 +120,7 @@ def generate(
         scheduler.add(request)
     while (plan := scheduler.schedule()) is not None:
         shape = runner.buckets.shape(plan)
-        result = step_result(plan, runner.dispatch(shape, batch.build(plan, shape)))
+        result = step_result(plan, shape, runner.dispatch(shape, batch.build(plan, shape)))
         observe(plan)
         scheduler.commit(plan, result, [])
     return [request.output_token_ids for request in requests]
@@ -163,7 +163,7 @@ class LogitsRecorder:
     """
 
     def __init__(self, chunk_tokens: int):
-        self._chunk_tokens = chunk_tokens  # the last of a step with a chunk
+        self._chunk_tokens = chunk_tokens  # the last of a step with chunks
         self._steps: list[np.ndarray] = []  # [1, S, V] of each model call since the last `observe`
         self._logits: dict[str, list[np.ndarray]] = {}
 
@@ -186,14 +186,16 @@ class LogitsRecorder:
     def observe(self, plan: StepPlan) -> None:
         """Gives what was recorded since the last call to the requests of `plan`."""
         jax.effects_barrier()
-        (chunk,), (rows,) = plan.chunks, plan.rows  # one device, one shard
+        (chunks,), (rows,) = plan.chunks, plan.rows  # one device, one shard
         for row, request in enumerate(rows):
             num_left = _num_left(request, plan.starts[0][row])
             self._take(request, np.stack([step[0, row] for step in self._steps])[:num_left])
-        if chunk is not None:
+        if chunks:
             (step,) = self._steps
-            end = step.shape[1] - self._chunk_tokens
-            self._take(chunk.request, step[0, end : end + chunk.stop - chunk.start])
+            start = step.shape[1] - self._chunk_tokens
+            for chunk in chunks:
+                self._take(chunk.request, step[0, start : start + chunk.num_tokens])
+                start += chunk.num_tokens
         self._steps.clear()
 
     def logits(self, request_id: int) -> np.ndarray:

@@ -95,8 +95,9 @@ def _decode_one_late(build: Callable) -> Callable:
     def changed(*args):
         built = build(*args)
         late = built.positions + (built.positions > 0)
-        if built.chunk is not None:
-            late[:, -1] = built.positions[:, -1]
+        if built.chunks is not None:
+            num_chunks = built.chunks.lengths.shape[1]
+            late[:, -num_chunks:] = built.positions[:, -num_chunks:]
         return built._replace(positions=late)
 
     return changed
@@ -105,9 +106,9 @@ def _decode_one_late(build: Callable) -> Callable:
 def _chunks_one_late(build: Callable) -> Callable:
     def changed(*args):
         built = build(*args)
-        if built.chunk is None:
+        if built.chunks is None:
             return built
-        return built._replace(chunk=built.chunk._replace(start=built.chunk.start + (built.chunk.start > 0)))
+        return built._replace(chunks=built.chunks._replace(starts=built.chunks.starts + (built.chunks.starts > 0)))
 
     return changed
 

@@ -1,0 +1,62 @@
+"""Sequences of different lengths, their tokens one after the other in one array; what is behind the last is padding.
+
+lengths [2, 3], 7 tokens: the sequences 0 0 1 1 1 and two tokens of padding.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class TokenPlaces(NamedTuple):
+    """Where each of S tokens belongs. Padding is in the last sequence, at offset 0."""
+
+    sequence: jax.Array  # int32 [S]
+    offset: jax.Array  # int32 [S]; within the sequence
+    valid: jax.Array  # bool [S]; false for padding
+
+
+def token_places(lengths: jax.Array, num_tokens: int) -> TokenPlaces:
+    """Of `num_tokens` tokens of sequences of int32 `lengths` [C]."""
+    ends = jnp.cumsum(lengths, dtype=jnp.int32)
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    sequence = jnp.minimum(jnp.sum(token[:, None] >= ends, axis=1, dtype=jnp.int32), lengths.shape[0] - 1)
+    valid = token < ends[-1]
+    return TokenPlaces(sequence, jnp.where(valid, token - (ends - lengths)[sequence], 0), valid)
+
+
+def attend_by_tiles(
+    q: jax.Array,  # [S, N, H]
+    block_tables: jax.Array,  # int32 [C, M]
+    starts: jax.Array,  # int32 [C]
+    lengths: jax.Array,  # int32 [C]
+    tile: int,
+    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """Attention of sequences' new tokens by one that wants equally many of each -> [S, N, H].
+
+    Sequence c has its new tokens at positions starts[c], ..., starts[c] + lengths[c] - 1. They are cut into tiles of
+    `tile` tokens, each with its sequence's block table, and the tiles are the rows of
+    `attend(q [W, tile, N, H], block_tables [W, M], positions [W, tile]) -> [W, tile, N, H]`; so no sequence
+    reads another's pages, not even to multiply them by zero.
+    """
+    num_tokens, num_sequences = q.shape[0], lengths.shape[0]
+    tile = min(tile, num_tokens)
+    num_tiles = max_num_tiles(num_tokens, num_sequences, tile)
+    tiles = token_places(-(-lengths // tile), num_tiles)
+    offset = tiles.offset[:, None] * tile + jnp.arange(tile, dtype=jnp.int32)
+    valid = tiles.valid[:, None] & (offset < lengths[tiles.sequence][:, None])
+    first_token = (jnp.cumsum(lengths) - lengths)[tiles.sequence][:, None]
+    token = jnp.where(valid, first_token + offset, 0)
+    positions = jnp.where(valid, starts[tiles.sequence][:, None] + offset, -1)
+    out = attend(q[token], block_tables[tiles.sequence], positions)
+    place = token_places(lengths, num_tokens)
+    num_before = jnp.cumsum(-(-lengths // tile)) - -(-lengths // tile)  # tiles of the sequences before
+    return out.reshape(-1, *q.shape[1:]).at[num_before[place.sequence] * tile + place.offset].get(mode="clip")
+
+
+def max_num_tiles(num_tokens: int, num_sequences: int, tile: int) -> int:
+    """How many tiles `num_tokens` tokens of so many sequences may take."""
+    return (num_tokens + num_sequences * (tile - 1)) // tile
