@@ -147,7 +147,9 @@ def step_result(plan: StepPlan, shape: StepShape, output: StepOutput) -> StepRes
         chunk_tokens=of_rows(tokens[..., 0].tolist(), plan.chunks, shape.rows),
         chunk_is_finite=of_rows(finite.tolist(), plan.chunks, shape.rows),
         row_tokens=[
-            [row[:count] for row, count in zip(tokens[d, : len(rows)].tolist(), counts[d].tolist(), strict=False)]
+            [row[:n] for row, n in zip(tokens[d, : len(rows)].tolist(), counts[d].tolist(), strict=False)]
+            if counts[d, : len(rows)].min(initial=plan.num_steps) < plan.num_steps
+            else tokens[d, : len(rows)].tolist()
             for d, rows in enumerate(plan.rows)
         ],
         row_is_finite=of_rows(finite.tolist(), plan.rows, 0),

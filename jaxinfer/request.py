@@ -144,13 +144,16 @@ class Request:
         """Whether some of them are still to come: then the prompt must run, cached or not."""
         return self.prompt_logprobs is not None and 1 + len(self.prompt_logprobs.entries) < self.num_prompt_tokens
 
-    def append(self, token_ids: Sequence[int], logprobs: TokenLogprobs | None = None) -> None:
-        """Takes generated tokens in, up to the one that ends the request; `logprobs` are of an only token."""
-        if token_ids and self.first_token_time is None:
+    def append(self, token_ids: Sequence[int], logprobs: TokenLogprobs | None = None) -> int:
+        """Takes generated tokens in, up to the one that ends the request, and says how many.
+
+        There is at least one; `logprobs` are of an only one.
+        """
+        if self.first_token_time is None:
             self.first_token_time = time.perf_counter()
-        if logprobs is not None and self.logprobs is not None and token_ids:
+        if logprobs is not None and self.logprobs is not None:
             self.logprobs.add(token_ids[0], logprobs)
-        for token_id in token_ids:
+        for count, token_id in enumerate(token_ids, start=1):
             self.token_ids.append(token_id)
             if token_id in self.stop_token_ids:
                 if self.params.include_stop_str_in_output:  # else the text ends before it
@@ -161,7 +164,8 @@ class Request:
             elif len(self.token_ids) == self.max_num_tokens:
                 self.finish(FinishReason.LENGTH)
             if self.finish_reason is not None:
-                return
+                return count
+        return len(token_ids)
 
     def add_prompt_logprobs(self, start: int, logprobs: Sequence[TokenLogprobs]) -> None:
         """Of the tokens that follow those of a chunk from `start` on; what is known already, or no prompt, is left."""

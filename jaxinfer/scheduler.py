@@ -17,8 +17,9 @@ devices do nothing for it.
 import time
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 
+from jaxinfer.chunk_policy import ChunkPolicy
 from jaxinfer.integers import cdiv
 from jaxinfer.page_allocator import PageAllocator, extend_digests
 from jaxinfer.request import FinishReason, Request
@@ -29,8 +30,7 @@ from jaxinfer.step_plan import MAX_CHUNKS, Chunk, StepPlan, StepResult, outcomes
 class Scheduler:
     """Waiting and running requests, and who holds which slots and pages.
 
-    `max_num_batched_tokens` is per shard and step; rows count one each. `chunk_sizes`, ascending, are the numbers of
-    tokens that a shard's chunks are padded to; none: there is no padding. `decode_steps` is how many tokens a row
+    `max_num_batched_tokens` and `chunk_sizes` are those of `ChunkPolicy`. `decode_steps` is how many tokens a row
     generates in a step when nobody waits.
     """
 
@@ -47,8 +47,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
     ):
         self.page_size = page_size
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.chunk_sizes = chunk_sizes
+        self.chunk_policy = ChunkPolicy(max_num_batched_tokens, chunk_sizes)
         self.decode_steps = decode_steps
         self.enable_prefix_caching = enable_prefix_caching
         self.waiting: list[Request] = []  # in order
@@ -87,8 +86,8 @@ class Scheduler:
         for allocator, rows in zip(self.allocators, self.running, strict=True):
             self._grow(allocator, rows)
         self._admit()
-        chunks = [self._next_chunks(rows) for rows in self.running]
         rows = [[r for r in rows if r.can_decode] for rows in self.running]
+        chunks = [self._next_chunks(*of_shard) for of_shard in zip(self.running, map(len, rows), strict=True)]
         if not any(chunks) and not any(rows):
             return None
         others_wait = self.waiting and self._slots_per_shard * len(self.running) > 1
@@ -101,7 +100,8 @@ class Scheduler:
             chunk.request.num_cached = chunk.stop
             chunk.request.num_in_flight += 1
         for request in chain.from_iterable(rows):
-            request.num_cached = min(request.num_cached + num_steps, request.max_num_cached)
+            num_cached = request.num_cached + num_steps
+            request.num_cached = num_cached if num_cached < request.max_num_cached else request.max_num_cached
             request.num_in_flight += 1
         return plan
 
@@ -116,12 +116,11 @@ class Scheduler:
             request.num_in_flight -= 1
             if request.finish_reason is not None:
                 continue  # it was aborted, or ended in the step before
-            num_before = len(request.token_ids)
-            request.append([*tokens], logprobs)
-            self.stats.generation_tokens += len(request.token_ids) - num_before
+            if tokens:
+                self.stats.generation_tokens += request.append(tokens, logprobs)
             if not is_finite:
                 request.finish(FinishReason.ERROR)
-            elif request.page_ids:
+            elif num_cached // self.page_size > request.num_published and request.page_ids:
                 self._publish(request, num_cached)
             if request.finish_reason is not None:
                 self.release(request)
@@ -164,7 +163,9 @@ class Scheduler:
 
     def _grow(self, allocator: PageAllocator, rows: list[Request]) -> None:
         """Gives each row a page for its next token, preempting the last in order where there is none."""
-        for request in [r for r in rows if r.num_cached == len(r.page_ids) * self.page_size and r.can_decode]:
+        page_size = self.page_size
+        at_page_end = [r for r in rows if r.num_cached % page_size == 0]
+        for request in [r for r in at_page_end if r.num_cached == len(r.page_ids) * page_size and r.can_decode]:
             while request.page_ids and not allocator.num_free:
                 self._preempt(rows[-1])
             if request.page_ids:  # it was not preempted itself
@@ -217,7 +218,9 @@ class Scheduler:
 
     def _has_room(self, shard: int, request: Request) -> bool:
         rows, allocator = self.running[shard], self.allocators[shard]
-        if not self._free_slots[shard] or not self._can_prefill_more(rows):
+        if not self._free_slots[shard]:
+            return False
+        if not self.chunk_policy.has_room([r for r in rows if not r.is_prefilled], sum(r.can_decode for r in rows)):
             return False
         if self.enable_prefix_caching and request.index and any(map(request.must_follow, rows)):
             return False
@@ -247,29 +250,10 @@ class Scheduler:
         insort(self.running[shard], request, key=lambda r: r.order)
         self._num_full += request.needs_full_sampler
 
-    def _can_prefill_more(self, rows: list[Request]) -> bool:
-        """Whether the next step has tokens left when the prompts that have been started take theirs."""
-        started = [r for r in rows if not r.is_prefilled]
-        return len(started) < MAX_CHUNKS and _num_to_prefill(started) < self._prefill_budget(rows)
-
-    def _prefill_budget(self, rows: list[Request]) -> int:
-        left = max(1, self.max_num_batched_tokens - sum(r.can_decode for r in rows))
-        return min(left, self.chunk_sizes[-1]) if self.chunk_sizes else left
-
-    def _next_chunks(self, rows: list[Request]) -> list[Chunk]:
-        """What the next step prefills of prompts that have been started, the first in order first."""
-        started = [r for r in rows if not r.is_prefilled]
-        num_tokens = min(_num_to_prefill(started), self._prefill_budget(rows))
-        for smaller, larger in pairwise(self.chunk_sizes):
-            if smaller < num_tokens <= larger // 2:  # more would be padding than not: the rest can wait for a step
-                num_tokens = smaller
-        chunks: list[Chunk] = []
-        for request in started:
-            if num_tokens:
-                start = request.num_cached
-                chunks.append(Chunk(request, start, min(request.num_prefill_tokens, start + num_tokens)))
-                num_tokens -= chunks[-1].num_tokens
-        return chunks
+    def _next_chunks(self, rows: list[Request], num_decoding: int) -> list[Chunk]:
+        if len(rows) == num_decoding:
+            return []
+        return self.chunk_policy.chunks([r for r in rows if not r.is_prefilled], num_decoding)
 
     def _publish(self, request: Request, num_cached: int) -> None:
         """Lets others share the pages that are full by now."""
@@ -283,7 +267,3 @@ class Scheduler:
             page = request.num_published
             allocator.publish(request.page_ids[page], request.page_digests[page])
             request.num_published += 1
-
-
-def _num_to_prefill(requests: list[Request]) -> int:
-    return sum(r.num_prefill_tokens - r.num_cached for r in requests)

@@ -46,6 +46,35 @@ def test_streams_beside_each_other_equal_the_plain_engine(engine: Engine):
     assert [output.outputs[0] for output in engine.generate(TEXTS, GREEDY)] == expected
 
 
+def test_several_outputs_and_logprobs_equal_the_plain_engine(engine: Engine):
+    params = SamplingParams(n=3, seed=5, max_tokens=9, logprobs=2, prompt_logprobs=1)
+    expected = engine.generate(TEXTS[1], params)[0]
+
+    def values(entries) -> dict[tuple[int, int], float]:
+        return {(i, token): logprob.logprob for i, entry in enumerate(entries) for token, logprob in entry.items()}
+
+    async def main() -> None:
+        async with asyncio.timeout(120), AsyncEngine.from_engine(engine) as async_engine:
+            whole = asyncio.create_task(async_engine.generate(TEXTS[1], params))
+            deltas = [delta async for delta in async_engine.stream(TEXTS[1], params)]
+            for output in expected.outputs:
+                own = [delta for delta in deltas if delta.index == output.index]
+                assert [t for delta in own for t in delta.token_ids] == output.token_ids
+                logprobs = values([entry for delta in own for entry in delta.logprobs or ()])
+                assert logprobs == pytest.approx(values(output.logprobs), abs=1e-4)
+                assert [delta.finish_reason for delta in own if delta.finish_reason] == [output.finish_reason]
+            outputs = (await whole).outputs
+            assert [(o.index, o.token_ids, o.text) for o in outputs] == [
+                (o.index, o.token_ids, o.text) for o in expected.outputs
+            ]
+            prompt_logprobs = (await whole).prompt_logprobs
+            assert prompt_logprobs is not None and expected.prompt_logprobs is not None
+            assert values(prompt_logprobs[1:]) == pytest.approx(values(expected.prompt_logprobs[1:]), abs=1e-4)
+
+    asyncio.run(main())
+    assert len({tuple(output.token_ids) for output in expected.outputs}) == 3, "three draws"
+
+
 def test_fifty_cancellations_leave_nothing(engine: Engine):
     expected = [output.outputs[0] for output in engine.generate(TEXTS, GREEDY)]
     rng = random.Random(0)

@@ -20,6 +20,7 @@ LAYERS = {
     # Host only: never jax.
     "jaxinfer.beam_search": 1,
     "jaxinfer.chat_template": 1,
+    "jaxinfer.chunk_policy": 1,
     "jaxinfer.config": 1,
     "jaxinfer.config_file": 1,
     "jaxinfer.engine_config": 1,

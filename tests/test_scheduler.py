@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from jaxinfer.chunk_policy import ChunkPolicy
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.step_plan import MAX_CHUNKS, StepPlan, StepResult
@@ -109,7 +110,7 @@ def test_what_would_be_padding_mostly_waits_for_the_next_step():
     totals = {}
     for num_tokens in (3, 5, 8, 9, 16, 17, 32, 33, 64):
         scheduler = make_scheduler(max_num_batched_tokens=64)
-        scheduler.chunk_sizes = (4, 16, 64)
+        scheduler.chunk_policy = ChunkPolicy(64, (4, 16, 64))
         add(scheduler, (num_tokens - 2, 2), (2, 2))
         plans = turns(scheduler)
         totals[num_tokens] = [n for plan in plans if (n := sum(c.num_tokens for c in plan.chunks[0]))]
