@@ -113,15 +113,19 @@ class PagedAttention:
         num_rows = 0 if rows is None else rows.positions.size
         with jax.named_scope("cache_write"):
             if rows is not None:
-                write = (rows.block_tables, jnp.arange(num_rows), rows.positions, rows.valid)
-                k_pages = kv_cache.write(k_pages, k[:num_rows], *write)
-                v_pages = kv_cache.write(v_pages, v[:num_rows], *write)
+                columns = rows.positions[:, None] // self._spec.page_size
+                page_ids = jnp.take_along_axis(rows.block_tables, columns, axis=1, mode="clip")[:, 0]
+                where = (jnp.where(rows.valid, page_ids, 0), rows.positions)  # 0: the scratch page
+                k_pages = kv_cache.write(k_pages, k[:num_rows], *where)
+                v_pages = kv_cache.write(v_pages, v[:num_rows], *where)
             if prompts is not None:
                 place = token_places(prompts.lengths, q.shape[0] - num_rows)
                 positions = prompts.starts[place.sequence] + place.offset
-                write = (prompts.block_tables, place.sequence, positions, place.valid)
-                k_pages = kv_cache.write(k_pages, k[num_rows:], *write)
-                v_pages = kv_cache.write(v_pages, v[num_rows:], *write)
+                columns = positions // self._spec.page_size
+                page_ids = prompts.block_tables.at[place.sequence, columns].get(mode="clip")
+                where = (jnp.where(place.valid, page_ids, 0), positions)
+                k_pages = kv_cache.write(k_pages, k[num_rows:], *where)
+                v_pages = kv_cache.write(v_pages, v[num_rows:], *where)
         outs = []
         if rows is not None:
             of_rows = (rows.block_tables, jnp.where(rows.valid, rows.positions, -1)[:, None])

@@ -75,21 +75,11 @@ def allocator(spec: CacheSpec, partitioner: Partitioner) -> Callable[[], Cache]:
     return lambda: tuple((make(), make()) for _ in range(spec.num_layers))
 
 
-def write(
-    pages: jax.Array,
-    new: jax.Array,
-    block_tables: jax.Array,
-    sequence: jax.Array,
-    positions: jax.Array,
-    valid: jax.Array,
-) -> jax.Array:
-    """Puts the keys or values of S tokens where they belong; those of a token that is not valid on the scratch page.
+def write(pages: jax.Array, new: jax.Array, page_ids: jax.Array, positions: jax.Array) -> jax.Array:
+    """Puts the keys or values of S tokens at their positions in their pages.
 
-    pages [P, K, page_size, H], new [S, K, H], block_tables int32 [B, M]; of each token the row of its sequence in the
-    block tables, its position, int32 [S], and whether it is `valid`, bool [S]. For one data shard.
-    page_size 4, block_tables [[7, 2]], sequence [0, 0], positions [3, 4] -> pages 7 and 2, rows 3 and 0.
+    pages [P, K, page_size, H], new [S, K, H], page_ids and positions int32 [S], in the sequence. For one data shard.
+    page_size 4, page_ids [7, 2], positions [3, 4] -> pages 7 and 2, rows 3 and 0.
     """
-    page_size = pages.shape[2]
-    page_ids = block_tables.at[sequence, positions // page_size].get(mode="clip")
-    page_ids = jnp.where(valid, page_ids, 0)
-    return pages.at[page_ids, :, positions % page_size].set(new.astype(pages.dtype), mode="promise_in_bounds")
+    rows = positions % pages.shape[2]
+    return pages.at[page_ids, :, rows].set(new.astype(pages.dtype), mode="promise_in_bounds")

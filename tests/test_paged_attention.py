@@ -209,13 +209,12 @@ def test_an_unknown_backend_lists_the_known_ones():
         backend("magic", CASES[0].spec)
 
 
-def test_write_puts_tokens_at_their_positions_and_padding_on_the_scratch_page():
-    """page_size 4, block table [7, 2], positions 3 and 4: page 7 row 3 and page 2 row 0; the third is padding."""
+def test_write_puts_tokens_at_their_positions():
+    """page_size 4, pages 7 and 2, positions 3 and 4: page 7 row 3 and page 2 row 0; the third is padding."""
     pages = jnp.zeros((9, 1, 4, 2))
     new = jnp.arange(1.0, 7.0).reshape(3, 1, 2)
-    tables, sequence = jnp.array([[5, 6], [7, 2]], jnp.int32), jnp.array([1, 1, 0], jnp.int32)
-    positions, valid = jnp.array([3, 4, 1], jnp.int32), jnp.array([True, True, False])
-    out = np.asarray(kv_cache.write(pages, new, tables, sequence, positions, valid))
+    page_ids, positions = jnp.array([7, 2, 0], jnp.int32), jnp.array([3, 4, 1], jnp.int32)
+    out = np.asarray(kv_cache.write(pages, new, page_ids, positions))
     assert out[7, 0, 3].tolist() == [1, 2] and out[2, 0, 0].tolist() == [3, 4]
     assert out[0, 0, 1].tolist() == [5, 6]
     assert np.count_nonzero(out) == 6
