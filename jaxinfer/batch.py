@@ -68,10 +68,10 @@ class Buckets:
     Attributes:
       rows: decode rows per data shard.
       pages: pages per sequence that a decode step attends over.
-      chunk_pages: pages per sequence that a step with a chunk attends over.
+      chunk_pages: pages per sequence that a step with chunks attends over.
       chunk_tokens: tokens of a data shard's chunks together.
       page_size: tokens per page.
-      decode_steps: tokens of each row in a step without a chunk when nobody waits.
+      decode_steps: tokens of each row in a step without chunks when nobody waits.
       num_shards: data shards.
     """
 
@@ -95,7 +95,7 @@ class Buckets:
         num_shards: int,
         min_chunk: int = 32,
     ) -> "Buckets":
-        """Rows by powers of two, chunks (from `min_chunk`) of four; contexts of two (from 128 tokens), with a chunk of
+        """Rows by powers of two, chunks (from `min_chunk`) of four; contexts of two (from 128 tokens), with chunks of
         four (from 512: there they cost little, and programs take long to compile)."""
 
         def pages(first: int, factor: int) -> tuple[int, ...]:
@@ -127,7 +127,7 @@ class Buckets:
             StepShape(tokens, self.num_chunks, self.rows_beside_chunk, pages, 1)
             for tokens in self.chunk_tokens
             for pages in self.chunk_pages
-            if pages >= self._chunk_pages(tokens)
+            if pages >= self._least_pages(tokens)
         ]
         decode = [StepShape(0, 0, rows, pages, self.decode_steps) for rows in self.rows for pages in self.pages]
         single = [StepShape(0, 0, self.rows[-1], pages, 1) for pages in self._single_pages]
@@ -139,7 +139,7 @@ class Buckets:
         if any(plan.chunks):
             tokens = _round_up(max(sum(c.num_tokens for c in chunks) for chunks in plan.chunks), self.chunk_tokens)
             stops = [chunk.stop for chunks in plan.chunks for chunk in chunks]
-            pages = self._chunk_pages(max(tokens, *stops, *ends))
+            pages = max(self._least_pages(tokens), self._chunk_pages(max(*stops, *ends, 0)))
             return StepShape(tokens, self.num_chunks, self.rows_beside_chunk, pages, 1)
         rows = self.rows[-1] if plan.num_steps < self.decode_steps else max(map(len, plan.rows))
         end = min(max(ends), self.pages[-1] * self.page_size)  # a row may end within the step
@@ -152,8 +152,12 @@ class Buckets:
         """Of a step of one token that could be of several. An only slot takes it for the full sampler alone."""
         return self.pages if self.rows_beside_chunk else self.pages[-1:]
 
+    def _least_pages(self, chunk_tokens: int) -> int:
+        """Compiled beside so many tokens: enough for one prompt, though there may be several shorter ones."""
+        return self._chunk_pages(min(chunk_tokens, self.chunk_pages[-1] * self.page_size))
+
     def _chunk_pages(self, num_tokens: int) -> int:
-        return _round_up(min(cdiv(num_tokens, self.page_size), self.chunk_pages[-1]), self.chunk_pages)
+        return _round_up(cdiv(num_tokens, self.page_size), self.chunk_pages)
 
 
 def max_chunk_tokens(max_num_batched_tokens: int, max_model_len: int, max_rows: int) -> int:

@@ -11,7 +11,8 @@ class ChunkPolicy:
     """Of one data shard, whose started prompts are given in order, with the number of rows that decode.
 
     `max_num_batched_tokens` is the budget of a step; rows that decode count one each. `chunk_sizes`, ascending, are
-    the numbers of tokens that the chunks of a step are padded to; none: there is no padding.
+    the numbers of tokens that the chunks of a step are padded to; none: there is no padding. Each shard decides by
+    itself; the largest of their numbers is what all are padded to.
     """
 
     def __init__(self, max_num_batched_tokens: int, chunk_sizes: Sequence[int] = ()):

@@ -78,7 +78,8 @@ def allocator(spec: CacheSpec, partitioner: Partitioner) -> Callable[[], Cache]:
 def write(pages: jax.Array, new: jax.Array, page_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """Puts the keys or values of S tokens at their positions in their pages.
 
-    pages [P, K, page_size, H], new [S, K, H], page_ids and positions int32 [S], in the sequence. For one data shard.
+    pages [P, K, page_size, H], new [S, K, H], page_ids int32 [S], positions int32 [S] in their sequences. For one
+    data shard.
     page_size 4, page_ids [7, 2], positions [3, 4] -> pages 7 and 2, rows 3 and 0.
     """
     rows = positions % pages.shape[2]

@@ -135,10 +135,6 @@ class Request:
         """Whether it generates another token after the steps under way, unless one of those ends it."""
         return self.num_prefill_tokens <= self.num_cached < self.max_num_cached
 
-    def must_follow(self, other: "Request") -> bool:
-        """Whether `other` has the same prompt and its pages are not known yet: a step later they can be shared."""
-        return self.request_id == other.request_id and other.first_token_time is None
-
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether some of them are still to come: then the prompt must run, cached or not."""

@@ -222,9 +222,10 @@ class Scheduler:
             return False
         if not self.chunk_policy.has_room([r for r in rows if not r.is_prefilled], sum(r.can_decode for r in rows)):
             return False
-        if self.enable_prefix_caching and request.index and any(map(request.must_follow, rows)):
+        digests = self._usable_digests(request)
+        num_cached, num_evictable = allocator.num_cached(digests)
+        if any(_will_publish(row, digests, num_cached) for row in rows):
             return False
-        num_cached, num_evictable = allocator.num_cached(self._usable_digests(request))
         needed = cdiv(min(len(request.token_ids) + 1, request.max_num_cached), self.page_size) - num_cached
         # Room for the others to grow, or the new one would be preempted at once.
         return needed + len(rows) <= allocator.num_free - num_evictable
@@ -267,3 +268,11 @@ class Scheduler:
             page = request.num_published
             allocator.publish(request.page_ids[page], request.page_digests[page])
             request.num_published += 1
+
+
+def _will_publish(row: Request, digests: Sequence[bytes], num_known: int) -> bool:
+    """Whether a running request is at the first of these pages that is not known yet: soon it can be shared."""
+    next_page = digests[num_known : num_known + 1]
+    return (
+        bool(next_page) and row.num_published <= num_known and row.page_digests[num_known : num_known + 1] == next_page
+    )

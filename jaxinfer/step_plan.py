@@ -28,7 +28,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """One dispatch. With a chunk in it, or a row for the full sampler, there is one decode step.
+    """One dispatch. With chunks in it, or a row for the full sampler, there is one decode step.
 
     Attributes:
       chunks: at most MAX_CHUNKS for each data shard, of different prompts.

@@ -196,6 +196,7 @@ def make_core(
     max_num_batched_tokens: int = 16,
     decode_steps: int = 4,
     enable_prefix_caching: bool = True,
+    min_chunk: int = 32,
 ) -> EngineCore:
     """A scheduler and a fake runner that belong together."""
     buckets = Buckets.create(
@@ -205,6 +206,7 @@ def make_core(
         page_size=page_size,
         decode_steps=decode_steps,
         num_shards=num_shards,
+        min_chunk=min_chunk,
     )
     scheduler = Scheduler(
         num_shards=num_shards,

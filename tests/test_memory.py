@@ -69,10 +69,11 @@ def test_the_workspace_is_what_compiled_steps_allocate(
     wanted = demand(dataclasses.replace(SMALL, **model), mesh, **flags)
     plan, config = wanted.plan(), wanted.config
     assert config.max_model_len is not None
+    rows = plan.num_pages // (config.max_model_len // 16)
     shapes = driver.Shapes(
-        rows=plan.num_pages // (config.max_model_len // 16),
+        rows=rows,
         max_len=config.max_model_len,
-        chunk=max_chunk_tokens(config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs),
+        chunk=max_chunk_tokens(config.max_num_batched_tokens, config.max_model_len, rows),
         num_steps=1,
     )
     runner = driver.make_runner(wanted.definition, (), shapes)

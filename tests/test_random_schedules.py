@@ -11,6 +11,7 @@ import random
 import pytest
 
 from jaxinfer.request import FinishReason, Request
+from jaxinfer.step_plan import MAX_CHUNKS
 from tests.campaign import campaign, report
 from tests.fake_runner import POISON, VOCAB_SIZE, make_core, make_request, missing_logprobs, run, solo
 
@@ -56,6 +57,7 @@ def test_random_schedules_equal_solo(
         max_num_batched_tokens=chunk,
         decode_steps=decode_steps,
         enable_prefix_caching=enable_prefix_caching,
+        min_chunk=4,  # so that chunks are cut to 4 and 16 tokens
     )
     rng = random.Random(f"{num_shards} {page_size} {chunk} {decode_steps}")
     stem = [rng.randrange(VOCAB_SIZE) for _ in range(LONGEST)]
@@ -126,3 +128,25 @@ def test_other_salts_share_nothing():
     for request in requests:
         run(core, [request])
     assert core.stats.prefill_tokens == 41 + 1 + 41
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_many_short_prompts_in_a_step_equal_solo(num_shards: int):
+    """More slots than a step has chunks, pages for a third of what they could need, and a budget for all."""
+    slots = 2 * MAX_CHUNKS
+    core = make_core(
+        num_shards=num_shards,
+        slots_per_shard=slots,
+        pages_per_shard=1 + LONGEST // 4 * slots // 3,
+        max_num_batched_tokens=LONGEST * slots,
+        min_chunk=4,
+    )
+    rng = random.Random(num_shards)
+    stem = [rng.randrange(VOCAB_SIZE) for _ in range(LONGEST)]
+    plans, schedule = [], core.scheduler.schedule
+    core.scheduler.schedule = lambda: plans.append(schedule()) or plans[-1]
+    requests = [random_request(rng, number, LONGEST, stem) for number in range(NUM_STEPS // 8)]
+    run(core, requests)
+    assert [request.output_token_ids for request in requests] == [*map(expected, requests)]
+    num_chunks = [len(chunks) for plan in plans if plan is not None for chunks in plan.chunks]
+    assert max(num_chunks) == MAX_CHUNKS and core.scheduler.num_preemptions > 0

@@ -105,6 +105,18 @@ def test_each_shard_fills_its_budget_with_prompts_in_order():
     assert by_shard[:3] == [[[0, 2], [1, 3]], [[2, 4], [3, 5]], [[4], [5]]]
 
 
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_prompts_that_start_alike_wait_for_the_pages_of_the_first(enable_prefix_caching: bool):
+    """The stem is prefilled once, by the first; the others start when its pages are known, and then together."""
+    scheduler = make_scheduler(enable_prefix_caching=enable_prefix_caching, max_num_batched_tokens=32)
+    for number in range(3):
+        scheduler.add(make_request(number, [1] * 8 + [2 + number] * 3, 2))
+    plans = turns(scheduler)
+    once = [(0, 0, 11), (1, 8, 11), (2, 8, 11)]
+    assert spans(plans) == (once if enable_prefix_caching else [(0, 0, 11), (1, 0, 11), (2, 0, 10), (2, 10, 11)])
+    assert [len(plan.chunks[0]) for plan in plans[:2]] == ([1, 2] if enable_prefix_caching else [3, 1])
+
+
 def test_what_would_be_padding_mostly_waits_for_the_next_step():
     """Chunks are padded to 4, 16 or 64 tokens; with 17 to 32 there would be more padding than tokens."""
     totals = {}

@@ -61,14 +61,6 @@ class NoModel:
 def make_core(num_running: int, page_size: int, decode_steps: int) -> EngineCore:
     """With a page for everything, so that nothing is evicted or preempted."""
     budget = num_running + 512
-    scheduler = Scheduler(
-        num_shards=1,
-        pages_per_shard=1 + num_running * cdiv(_MAX_MODEL_LEN, page_size),
-        page_size=page_size,
-        slots_per_shard=num_running,
-        max_num_batched_tokens=budget,
-        decode_steps=decode_steps,
-    )
     buckets = Buckets.create(
         max_rows=num_running,
         max_model_len=_MAX_MODEL_LEN,
@@ -76,6 +68,15 @@ def make_core(num_running: int, page_size: int, decode_steps: int) -> EngineCore
         page_size=page_size,
         decode_steps=decode_steps,
         num_shards=1,
+    )
+    scheduler = Scheduler(
+        num_shards=1,
+        pages_per_shard=1 + num_running * cdiv(_MAX_MODEL_LEN, page_size),
+        page_size=page_size,
+        slots_per_shard=num_running,
+        max_num_batched_tokens=budget,
+        chunk_sizes=buckets.chunk_tokens,
+        decode_steps=decode_steps,
     )
     return EngineCore(scheduler, NoModel(buckets), EngineStats())  # pyright: ignore[reportArgumentType]
 
