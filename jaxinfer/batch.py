@@ -15,7 +15,7 @@ import numpy as np
 from jaxinfer.integers import cdiv
 from jaxinfer.request import MAX_STOP_TOKEN_IDS, Request
 from jaxinfer.sampling import SamplingArrays
-from jaxinfer.step_plan import MAX_CHUNKS, Chunk, StepPlan
+from jaxinfer.step_plan import Chunk, StepPlan, num_chunks
 
 # What never changes of a row, packed: so a step joins bytes instead of asking every request for every parameter.
 _SAMPLING_COLUMNS = {
@@ -114,7 +114,7 @@ class Buckets:
     @property
     def num_chunks(self) -> int:
         """Of a data shard, at most: C."""
-        return min(MAX_CHUNKS, self.rows[-1])
+        return num_chunks(self.rows[-1])
 
     @property
     def rows_beside_chunk(self) -> int:
@@ -162,7 +162,7 @@ class Buckets:
 
 def max_chunk_tokens(max_num_batched_tokens: int, max_model_len: int, max_rows: int) -> int:
     """Tokens that the chunks of a data shard can have together in a step."""
-    return min(max_num_batched_tokens, max_model_len * min(MAX_CHUNKS, max_rows))
+    return min(max_num_batched_tokens, max_model_len * num_chunks(max_rows))
 
 
 def build(plan: StepPlan, shape: StepShape) -> StepBatch:

@@ -11,12 +11,11 @@ from jaxinfer.attention import attention_spec
 from jaxinfer.batch import max_chunk_tokens
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.extras import ExtrasSpec
-from jaxinfer.integers import cdiv
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner, mesh_text, parse_mesh
 from jaxinfer.planner import MemoryPlan
-from jaxinfer.step_plan import MAX_CHUNKS
-from pallas_kernels.paged_attention import ragged, xla
+from jaxinfer.step_plan import num_chunks
+from pallas_kernels.paged_attention import xla
 from sharding_rules import axes as ax
 
 
@@ -52,21 +51,22 @@ class Demand:
         itemsize = self.definition.dtype.itemsize
         heads = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim, "itemsize": itemsize}
         rows = config.max_num_seqs // num_shards
+        chunks = num_chunks(rows)
         chunk_tokens = max_chunk_tokens(config.max_num_batched_tokens, config.max_model_len, rows)
-        chunks, tile = min(MAX_CHUNKS, rows), min(xla.tile_tokens(), chunk_tokens)
-        tiles = ragged.max_num_tiles(chunk_tokens, chunks, tile)
-        rows_at_once, tiles_at_once = xla.group_rows(rows), xla.group_rows(tiles)
         of_step = planner.workspace_bytes(
-            rows=rows,
-            chunks=chunks,
-            chunk_tokens=chunk_tokens,
-            attended=[(rows_at_once, 1), (tiles_at_once, tile)],
-            query_tokens=rows + cdiv(tiles, tiles_at_once) * tiles_at_once * tile,
-            context_tokens=xla.block_tokens(config.max_model_len, self.page_size),
-            vocab_size=model.vocab_size,
+            attention_bytes=xla.workspace_bytes(
+                spec,
+                rows=rows,
+                chunks=chunks,
+                chunk_tokens=chunk_tokens,
+                context_tokens=config.max_model_len,
+                itemsize=itemsize,
+            ),
+            num_tokens=rows + chunk_tokens,
             mlp_dim=model.mlp_dim // partitioner.num_shards(ax.MLP),
-            num_q_heads=spec.num_q_heads,
-            **heads,
+            num_drawn=rows + chunks,
+            vocab_size=model.vocab_size,
+            itemsize=itemsize,
         )
         sampling = ExtrasSpec(rows, config.max_model_len, model.vocab_size, chunk_tokens)
         return planner.plan_memory(

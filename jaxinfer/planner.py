@@ -1,7 +1,6 @@
 """Memory arithmetic: what fits on a device. Host only, ints in bytes."""
 
 import dataclasses
-from collections.abc import Sequence
 
 from jaxinfer.integers import cdiv
 
@@ -26,35 +25,17 @@ def page_bytes(*, num_layers: int, num_kv_heads: int, page_size: int, head_dim: 
 
 
 def workspace_bytes(
-    *,
-    rows: int,
-    chunks: int,
-    chunk_tokens: int,
-    attended: Sequence[tuple[int, int]],
-    query_tokens: int,
-    context_tokens: int,
-    vocab_size: int,
-    mlp_dim: int,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    itemsize: int,
+    *, attention_bytes: int, num_tokens: int, mlp_dim: int, num_drawn: int, vocab_size: int, itemsize: int
 ) -> int:
     """Most bytes that a step needs on one device beside weights and cache: an estimate.
 
-    For `rows` sequences that decode beside `chunks` pieces of prompts of `chunk_tokens` together, when attention
-    gathers `context_tokens` of each sequence at once, and of `attended`, (sequences, new tokens of each), at once, and
-    brings `query_tokens` into its order; heads and `mlp_dim` are those on the device. Attention, MLP and sampling
-    follow each other and use the same memory, so the largest counts. XLA was seen to allocate as much, or up to a
-    third less, in float32 on a CPU, where bfloat16 takes more, because it is computed in float32.
+    For a step of `num_tokens` that draws `num_drawn` tokens; `mlp_dim` is that on the device. Attention, MLP and
+    sampling follow each other and use the same memory, so the largest counts. XLA was seen to allocate as much, or up
+    to a third less, in float32 on a CPU, where bfloat16 takes more, because it is computed in float32.
     """
-    gathered = 2 * context_tokens * num_kv_heads * head_dim * itemsize  # of one sequence; 2: keys and values
-    scores = 2 * 4 * context_tokens * num_q_heads  # of one token; 2: before and after softmax; 4: float32
-    queries = 4 * query_tokens * num_q_heads * head_dim * itemsize  # 4: with outputs, before and after
-    attention = queries + sum(sequences * (gathered + tokens * scores) for sequences, tokens in attended)
-    mlp = 3 * (rows + chunk_tokens) * mlp_dim * itemsize  # 3: gate, up and their product
-    sampling = 7 * 4 * (rows + chunks) * vocab_size  # 7: logits, noise, and what the search for top-k and top-p keeps
-    return max(attention, mlp, sampling)
+    mlp = 3 * num_tokens * mlp_dim * itemsize  # 3: gate, up and their product
+    sampling = 7 * 4 * num_drawn * vocab_size  # 7: logits, noise, and what the search for top-k and top-p keeps
+    return max(attention_bytes, mlp, sampling)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,11 @@ from jaxinfer.request import Request
 MAX_CHUNKS = 8  # of a data shard in a step
 
 
+def num_chunks(num_slots: int) -> int:
+    """How many chunks a step is compiled for, of a data shard with so many slots."""
+    return min(MAX_CHUNKS, num_slots)
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     """A piece to prefill: tokens [start, stop) of `request`."""

@@ -14,7 +14,7 @@ from jaxinfer.extras import ExtrasSpec
 from jaxinfer.memory import Demand
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
-from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention import AttentionSpec, xla
 from tests.parity import driver
 
 SMALL = ModelConfig(
@@ -45,6 +45,15 @@ def whole_contexts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(xla, "_CPU_BLOCK_TOKENS", 2**20)
     monkeypatch.setattr(xla, "_CPU_GROUP_ROWS", 2**20)
     monkeypatch.setattr(xla, "_CPU_TILE_TOKENS", 128)
+
+
+@pytest.mark.usefixtures("whole_contexts")
+def test_the_workspace_of_attention():
+    """Four rows and three tiles of 32: their keys and values, their tokens' scores, and their queries."""
+    spec = AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=8, page_size=4, scale=1.0)
+    sizes = {"rows": 4, "chunks": 3, "chunk_tokens": 32, "context_tokens": 100, "itemsize": 2}
+    scores, queries = (4 + 3 * 32) * (2 * 4 * 100 * 6), (4 + 3 * 32) * (4 * 6 * 8 * 2)
+    assert xla.workspace_bytes(spec, **sizes) == 7 * (2 * 100 * 2 * 8 * 2) + scores + queries
 
 
 @pytest.mark.parametrize(

@@ -32,17 +32,16 @@ def test_a_page_holds_keys_and_values_of_every_layer():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        # Seven sequences' keys and values, 4 + 3 * 16 tokens' scores, and 60 queries: attention.
-        ({}, 7 * (2 * 100 * 2 * 8 * 2) + 52 * (2 * 4 * 100 * 6) + 60 * (4 * 6 * 8 * 2)),
+        ({}, 50_000),
         ({"mlp_dim": 10_000}, 3 * 36 * 10_000 * 2),
         ({"vocab_size": 10_000}, 7 * 4 * 6 * 10_000),
         ({"mlp_dim": 10_000, "itemsize": 4}, 3 * 36 * 10_000 * 4),
     ],
 )
 def test_the_workspace_is_that_of_the_largest_part(changes: dict[str, int], expected: int):
-    sizes = {"rows": 4, "chunks": 2, "chunk_tokens": 32, "context_tokens": 100}
-    widths = {"vocab_size": 50, "mlp_dim": 20, "itemsize": 2, "num_q_heads": 6, "num_kv_heads": 2, "head_dim": 8}
-    assert workspace_bytes(attended=[(4, 1), (3, 16)], query_tokens=60, **sizes | widths | changes) == expected
+    """Of a step of 4 rows and 2 chunks of 32 tokens together."""
+    sizes = {"num_tokens": 36, "num_drawn": 6, "vocab_size": 50, "mlp_dim": 20, "itemsize": 2}
+    assert workspace_bytes(**{"attention_bytes": 50_000, **sizes, **changes}) == expected
 
 
 @pytest.mark.parametrize(

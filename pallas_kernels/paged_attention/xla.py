@@ -49,6 +49,24 @@ def tile_tokens() -> int:
     return _TILE_TOKENS if jax.default_backend() != "cpu" else _CPU_TILE_TOKENS
 
 
+def workspace_bytes(
+    spec: AttentionSpec, *, rows: int, chunks: int, chunk_tokens: int, context_tokens: int, itemsize: int
+) -> int:
+    """Most bytes that a step's attention needs beside the cache: an estimate.
+
+    For `rows` sequences of one new token and `chunks` ragged ones of `chunk_tokens` together, over block tables of
+    `context_tokens`.
+    """
+    block, tile = block_tokens(context_tokens, spec.page_size), min(tile_tokens(), chunk_tokens)
+    tiles = ragged.max_num_tiles(chunk_tokens, chunks, tile)
+    rows_at_once, tiles_at_once = group_rows(rows), group_rows(tiles)
+    gathered = 2 * block * spec.num_kv_heads * spec.head_dim * itemsize  # of one sequence; 2: keys and values
+    scores = 2 * 4 * block * spec.num_q_heads  # of one token; 2: before and after softmax; 4: float32
+    query_tokens = rows + -(-tiles // tiles_at_once) * tiles_at_once * tile
+    queries = 4 * query_tokens * spec.num_q_heads * spec.head_dim * itemsize  # 4: with outputs, each in two orders
+    return queries + rows_at_once * (gathered + scores) + tiles_at_once * (gathered + tile * scores)
+
+
 def unsupported(spec: AttentionSpec) -> str | None:
     """Nothing is: every spec runs on every platform."""
     del spec
