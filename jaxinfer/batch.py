@@ -13,20 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxinfer.integers import cdiv
-from jaxinfer.request import MAX_STOP_TOKEN_IDS, Request
 from jaxinfer.sampling import SamplingArrays
+from jaxinfer.slot_table import SlotTable
 from jaxinfer.step_plan import Chunk, StepPlan, num_chunks
-
-# What never changes of a row, packed: so a step joins bytes instead of asking every request for every parameter.
-_SAMPLING_COLUMNS = {
-    "temperature": np.float32,
-    "top_k": np.int32,
-    "top_p": np.float32,
-    "min_p": np.float32,
-    "seed": np.uint32,
-}
-_CONSTANTS = np.dtype([*_SAMPLING_COLUMNS.items(), ("stop_token_ids", np.int32, MAX_STOP_TOKEN_IDS)])
-_PADDING = np.array((0.0, 0, 1.0, 0.0, 0, [-1] * MAX_STOP_TOKEN_IDS), _CONSTANTS).tobytes()
 
 Array = Any  # NumPy as built here, traced inside a program, abstract while it is compiled
 
@@ -121,6 +110,10 @@ class Buckets:
         """Of a step with chunks. All of them: idle ones cost little there, and less is compiled than with a choice."""
         return self.rows[-1] if self.rows[-1] * self.num_shards > 1 else 0  # an only slot prefills or decodes
 
+    def empty_table(self) -> SlotTable:
+        """Of as many slots and pages as the largest of these shapes have."""
+        return SlotTable(self.num_shards, self.rows[-1], self.pages[-1])
+
     def shapes(self) -> list[StepShape]:
         """Every shape that a step can have, those of a first request first."""
         chunks = [
@@ -135,14 +128,14 @@ class Buckets:
 
     def shape(self, plan: StepPlan) -> StepShape:
         """The smallest compiled shape that holds a plan."""
-        ends = [start + plan.num_steps for starts in plan.starts for start in starts]
+        end = plan.num_steps + max(starts.max(initial=0).item() for starts in plan.starts)
         if any(plan.chunks):
             tokens = _round_up(max(sum(c.num_tokens for c in chunks) for chunks in plan.chunks), self.chunk_tokens)
             stops = [chunk.stop for chunks in plan.chunks for chunk in chunks]
-            pages = max(self._least_pages(tokens), self._chunk_pages(max(*stops, *ends, 0)))
+            pages = max(self._least_pages(tokens), self._chunk_pages(max(*stops, end)))
             return StepShape(tokens, self.num_chunks, self.rows_beside_chunk, pages, 1)
         rows = self.rows[-1] if plan.num_steps < self.decode_steps else max(map(len, plan.rows))
-        end = min(max(ends), self.pages[-1] * self.page_size)  # a row may end within the step
+        end = min(end, self.pages[-1] * self.page_size)  # a row may end within the step
         buckets = self._single_pages if plan.num_steps < self.decode_steps else self.pages
         pages = _round_up(cdiv(end, self.page_size), buckets)
         return StepShape(0, 0, _round_up(rows, self.rows), pages, plan.num_steps)
@@ -165,30 +158,26 @@ def max_chunk_tokens(max_num_batched_tokens: int, max_model_len: int, max_rows: 
     return min(max_num_batched_tokens, max_model_len * num_chunks(max_rows))
 
 
-def build(plan: StepPlan, shape: StepShape) -> StepBatch:
+def build(plan: StepPlan, shape: StepShape, table: SlotTable) -> StepBatch:
     """The arrays of a plan, whose shape is `Buckets.shape(plan)`."""
-    requests: list[Request | None] = []
-    positions: list[int] = []
-    limits: list[int] = []  # of the positions at which a token may still be generated
-    for rows, starts, chunks in zip(plan.rows, plan.starts, plan.chunks, strict=True):
-        no_rows, no_chunks = [0] * (shape.rows - len(rows)), [0] * (shape.chunks - len(chunks))
-        requests += [*rows, *[None for _ in no_rows], *[c.request for c in chunks], *[None for _ in no_chunks]]
-        positions += [*starts, *no_rows, *[c.stop - 1 for c in chunks], *no_chunks]
-        limits += [*[r.max_num_cached for r in rows], *no_rows]
-        limits += [*[c.request.max_num_cached if c.is_last else c.stop - 1 for c in chunks], *no_chunks]
-    by_shard = (len(plan.rows), shape.rows + shape.chunks)
-    num_bytes = 4 * shape.pages  # of a row's table; 4: int32
-    tables = [r.page_ids[: shape.pages].tobytes().ljust(num_bytes, b"\0") if r else bytes(num_bytes) for r in requests]
-    packed = [(r.constants or _constants(r)) if r else _PADDING for r in requests]
-    constants = np.frombuffer(b"".join(packed), _CONSTANTS)
-    position_array = np.array(positions, np.int32)
+    rows = (len(plan.rows), shape.rows + shape.chunks)
+    slots = np.full(rows, -1, np.int32)
+    positions, limits = np.zeros((2, *rows), np.int32)
+    for shard, (decoding, starts, chunks) in enumerate(zip(plan.slots, plan.starts, plan.chunks, strict=True)):
+        slots[shard, : len(decoding)] = decoding
+        positions[shard, : len(decoding)] = starts
+        limits[shard, : len(decoding)] = table.limits[shard, decoding]
+        for row, chunk in enumerate(chunks, shape.rows):
+            slots[shard, row], positions[shard, row] = chunk.request.slot, chunk.stop - 1
+            limits[shard, row] = chunk.request.max_num_cached if chunk.is_last else chunk.stop - 1
+    constants, shards = table.constants(slots), np.arange(len(plan.rows))[:, None]
     return StepBatch(
-        slots=np.array([r.slot if r else -1 for r in requests], np.int32).reshape(by_shard),
-        positions=position_array.reshape(by_shard),
-        num_remaining=(np.array(limits, np.int32) - position_array).reshape(by_shard),
-        stop_token_ids=constants["stop_token_ids"].reshape(*by_shard, MAX_STOP_TOKEN_IDS),
-        block_tables=np.frombuffer(b"".join(tables), np.int32).reshape(*by_shard, shape.pages),
-        sampling=_sampling(constants),
+        slots=slots,
+        positions=positions,
+        num_remaining=limits - positions,
+        stop_token_ids=constants.stop_token_ids,
+        block_tables=table.block_tables[shards, slots, : shape.pages],
+        sampling=SamplingArrays(**constants.sampling),
         chunks=_chunk_arrays(plan.chunks, shape) if shape.chunks else None,
     )
 
@@ -203,23 +192,6 @@ def _chunk_arrays(by_shard: list[list[Chunk]], shape: StepShape) -> ChunkArrays:
             starts[shard, i], lengths[shard, i] = chunk.start, chunk.num_tokens
             tokens[shard, start:end] = chunk.request.token_ids[chunk.start : chunk.stop]
     return ChunkArrays(tokens, starts, lengths)
-
-
-def _constants(request: Request) -> bytes:
-    """One item of `_CONSTANTS`, which the request keeps."""
-    params, num_unused = request.params, MAX_STOP_TOKEN_IDS - len(request.stop_token_ids)
-    stop_token_ids = [*request.stop_token_ids, *[-1] * num_unused]
-    values = (params.temperature, max(params.top_k, 0), params.top_p, params.min_p, request.seed, stop_token_ids)
-    request.constants = np.array(values, _CONSTANTS).tobytes()
-    return request.constants
-
-
-def _sampling(constants: np.ndarray) -> SamplingArrays:
-    columns = {name: np.ascontiguousarray(constants[name]) for name in _SAMPLING_COLUMNS}
-    # Decided here, because on a mesh with `data` asking every row would be an all-reduce per token.
-    draws = np.any(columns["temperature"] > 0)
-    truncates = np.any((columns["top_k"] > 0) | (columns["top_p"] < 1) | (columns["min_p"] > 0))
-    return SamplingArrays(**columns, draws=np.array(draws), truncates=np.array(truncates))
 
 
 def _powers(first: int, last: int, factor: int) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ class ChunkPolicy:
         chunks: list[Chunk] = []
         for request in started:
             if num_tokens:
-                start = request.num_cached
+                start = request.num_prefilled
                 chunks.append(Chunk(request, start, min(request.num_prefill_tokens, start + num_tokens)))
                 num_tokens -= chunks[-1].num_tokens
         return chunks
@@ -43,4 +43,4 @@ class ChunkPolicy:
 
 
 def _num_tokens(requests: Sequence[Request]) -> int:
-    return sum(r.num_prefill_tokens - r.num_cached for r in requests)
+    return sum(r.num_prefill_tokens - r.num_prefilled for r in requests)

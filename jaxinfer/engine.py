@@ -59,6 +59,7 @@ class Engine:
             pages_per_shard=self.resolved.memory.num_pages,
             page_size=self.resolved.memory.page_size,
             slots_per_shard=self.resolved.slots_per_shard,
+            max_model_len=self.resolved.max_model_len,
             max_num_batched_tokens=config.max_num_batched_tokens,
             chunk_sizes=self.resolved.buckets.chunk_tokens,
             decode_steps=config.decode_steps,

@@ -8,16 +8,15 @@ the host to read, decide and convert.
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxinfer import batch as batches
 from jaxinfer import extras
-from jaxinfer.batch import StepShape
+from jaxinfer.batch import StepBatch, StepShape
 from jaxinfer.logprobs import Logprobs
 from jaxinfer.metrics import EngineMetrics
 from jaxinfer.outputs import TokenLogprobs
@@ -28,8 +27,6 @@ from jaxinfer.stats import EngineStats
 from jaxinfer.step_plan import StepPlan, StepResult
 from jaxinfer.steps import StepOutput
 
-_T = TypeVar("_T")
-
 
 class EngineDeadError(RuntimeError):
     """The engine cannot go on; the cause says why."""
@@ -39,6 +36,7 @@ class EngineDeadError(RuntimeError):
 class _StepUnderWay:
     plan: StepPlan
     shape: StepShape
+    batch: StepBatch  # on the host
     output: StepOutput  # on the devices
     start_time: float
 
@@ -113,14 +111,15 @@ class EngineCore:
     def _start(self, plan: StepPlan) -> _StepUnderWay:
         start_time = time.perf_counter()
         shape = self.runner.buckets.shape(plan)
-        of_step = batches.build(plan, shape), extras.build(plan, shape, self.runner.extras_spec)
-        return _StepUnderWay(plan, shape, self.runner.dispatch(shape, *of_step), start_time)
+        batch = batches.build(plan, shape, self.scheduler.table)
+        output = self.runner.dispatch(shape, batch, extras.build(plan, shape, self.runner.extras_spec))
+        return _StepUnderWay(plan, shape, batch, output, start_time)
 
     def _commit(self, step: _StepUnderWay) -> None:
-        output = jax.device_get(step.output)
+        output = jax.tree.map(np.asarray, step.output)  # waits
         now = time.perf_counter()
         seconds, self._last_commit_time = now - max(step.start_time, self._last_commit_time), now
-        result = step_result(step.plan, step.shape, output)
+        result = step_result(step.plan, step.shape, step.batch, output)
         self.stats.add_step(step.plan, result, seconds)
         self.scheduler.commit(step.plan, result, self._told)
 
@@ -135,26 +134,34 @@ class EngineCore:
         self.runner.reset_cache()
 
 
-def step_result(plan: StepPlan, shape: StepShape, output: StepOutput) -> StepResult:
-    """Of a step's output, on the devices or the host."""
-    tokens, counts, finite = (np.asarray(x) for x in output[:3])
-    logprobs = _by_token(output.logprobs)
+def step_result(plan: StepPlan, shape: StepShape, batch: StepBatch, output: StepOutput) -> StepResult:
+    """Of a step's batch and its output, both on the host."""
+    tokens, counts, finite = output.tokens, output.counts, output.finite
+    is_short = counts < shape.num_steps
+    may_end = is_short | (counts == batch.num_remaining)
+    stops = np.flatnonzero(tokens[..., -1:] == batch.stop_token_ids)  # a few at most, where `any` takes all rows' time
+    may_end.reshape(-1)[stops // batch.stop_token_ids.shape[-1]] = True
+    logprobs, num_rows = _by_token(output.logprobs), [*map(len, plan.rows)]
+    row_tokens = [of_shard[:n].tolist() for of_shard, n in zip(tokens, num_rows, strict=True)]
+    for shard, n in enumerate(num_rows):
+        for row in np.flatnonzero(is_short[shard, :n]).tolist():
+            del row_tokens[shard][row][counts[shard, row] :]
 
-    def of_rows(by_row: Sequence[Sequence[_T]], of_plan: Sequence[Sequence[object]], start: int) -> list[Sequence[_T]]:
-        return [rows[start : start + len(planned)] for rows, planned in zip(by_row, of_plan, strict=True)]
+    def of_chunks(by_row: Any) -> list[Any]:
+        start = shape.rows
+        return [of_shard[start : start + len(chunks)] for of_shard, chunks in zip(by_row, plan.chunks, strict=True)]
+
+    def of_rows(by_row: Any) -> list[Any]:
+        return [of_shard[:n] for of_shard, n in zip(by_row, num_rows, strict=True)]
 
     return StepResult(
-        chunk_tokens=of_rows(tokens[..., 0].tolist(), plan.chunks, shape.rows),
-        chunk_is_finite=of_rows(finite.tolist(), plan.chunks, shape.rows),
-        row_tokens=[
-            [row[:n] for row, n in zip(tokens[d, : len(rows)].tolist(), counts[d].tolist(), strict=False)]
-            if counts[d, : len(rows)].min(initial=plan.num_steps) < plan.num_steps
-            else tokens[d, : len(rows)].tolist()
-            for d, rows in enumerate(plan.rows)
-        ],
-        row_is_finite=of_rows(finite.tolist(), plan.rows, 0),
-        row_logprobs=logprobs and of_rows(logprobs, plan.rows, 0),
-        chunk_logprobs=logprobs and of_rows(logprobs, plan.chunks, shape.rows),
+        chunk_tokens=[x[:, 0].tolist() for x in of_chunks(tokens)],
+        chunk_is_finite=[x.tolist() for x in of_chunks(finite)],
+        row_tokens=row_tokens,
+        row_is_finite=[x.tolist() for x in of_rows(finite)],
+        row_may_end=[x.tolist() for x in of_rows(may_end)],
+        row_logprobs=logprobs and of_rows(logprobs),
+        chunk_logprobs=logprobs and of_chunks(logprobs),
         prompt_logprobs=_by_token(output.prompt_logprobs),
     )
 
@@ -163,5 +170,5 @@ def _by_token(logprobs: Logprobs | None) -> list[list[TokenLogprobs]] | None:
     """Of arrays [D, R, ...], by shard and row."""
     if logprobs is None:
         return None
-    by_shard = zip(*(np.asarray(array).tolist() for array in logprobs), strict=True)
+    by_shard = zip(*(array.tolist() for array in logprobs), strict=True)
     return [[TokenLogprobs(*row) for row in zip(*columns, strict=True)] for columns in by_shard]

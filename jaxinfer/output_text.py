@@ -22,7 +22,7 @@ class OutputText:
         self._held = ""
         self.text = ""
 
-    def add(self, token_ids: list[int]) -> bool:
+    def add(self, token_ids: Sequence[int]) -> bool:
         """Appends tokens; True once a stop string was reached, which `text` then ends before, or with if included."""
         if self._stream is None:
             return False

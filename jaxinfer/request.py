@@ -1,6 +1,5 @@
 """A request on its way through the engine. Host only."""
 
-import array
 import dataclasses
 import enum
 import time
@@ -9,6 +8,7 @@ from typing import NamedTuple
 
 from jaxinfer.output_text import OutputText
 from jaxinfer.outputs import CompletionOutput, Delta, LogprobsRecord, RequestMetrics, RequestOutput, TokenLogprobs
+from jaxinfer.page_allocator import extend_digests
 from jaxinfer.sampling_params import SamplingParams
 
 # Per request; widths of tables on the devices.
@@ -36,8 +36,8 @@ class Reached(NamedTuple):
 class Request:
     """One sequence on its way: waiting -> prefilling -> decoding -> finished; preemption goes back to waiting.
 
-    What the devices will have done and what the host knows of it are a step apart: `num_cached` counts the step
-    that is under way, `token_ids` does not.
+    What the devices will have done and what the host knows of it are a step apart: `num_prefilled` counts the step
+    that is under way, as `SlotTable.positions` does; `token_ids` does not.
 
     Attributes:
       number: of its arrival; unique in the engine.
@@ -56,16 +56,15 @@ class Request:
       token_ids: prompt, never empty, and output; the end token, if there was one, is the last.
       num_prompt_tokens: how many of them are the prompt.
       num_prefill_tokens: how many are prefilled; the prompt, and after a preemption the output so far as well.
-      num_cached: tokens whose keys and values are in the cache when the steps under way are done.
-      num_in_flight: steps under way that it takes part in.
-      page_ids: its pages, in order of position; local to `shard`. An array, because every step copies it.
+      num_prefilled: how many of these are in the cache when the steps under way are done.
+      last_step: what it may still be part of, by the number of the step, when it is preempted.
       page_digests: what its full pages hold, as far as it has been computed.
       num_published: how many of its pages the allocator knows the content of.
-      shard, slot: the data shard that runs it, and its place there.
+      shard, slot: the data shard that runs it, and its place there; slot is -1 while none does.
       max_num_tokens: prompt and output at most.
       max_num_cached: tokens in the cache at most: the last one is never read.
       needs_full_sampler: `params.needs_full_sampler`, worked out once.
-      constants: what `batch` makes of what never changes.
+      watches_tokens: whether each of its tokens does more than to follow the others.
     """
 
     number: int
@@ -84,14 +83,13 @@ class Request:
     cache_salt: bytes = b""
     num_prompt_tokens: int = 0
     num_prefill_tokens: int = 0
-    num_cached: int = 0
-    num_in_flight: int = 0
+    num_prefilled: int = 0
+    last_step: int = 0
     num_preemptions: int = 0
-    page_ids: "array.array[int]" = dataclasses.field(default_factory=lambda: array.array("i"))
     page_digests: list[bytes] = dataclasses.field(default_factory=list)
     num_published: int = 0
     shard: int = 0
-    slot: int = 0
+    slot: int = -1
     finish_reason: FinishReason | None = None
     arrival_time: float = dataclasses.field(default_factory=time.perf_counter)
     start_time: float | None = None  # of its first prefill
@@ -100,13 +98,14 @@ class Request:
     max_num_tokens: int = dataclasses.field(init=False)
     max_num_cached: int = dataclasses.field(init=False)
     needs_full_sampler: bool = dataclasses.field(init=False)
-    constants: bytes = b""
+    watches_tokens: bool = dataclasses.field(init=False)
 
     def __post_init__(self):
         self.num_prompt_tokens = self.num_prefill_tokens = len(self.token_ids)
         self.max_num_tokens = self.num_prompt_tokens + self.max_tokens
         self.max_num_cached = self.max_num_tokens - 1
         self.needs_full_sampler = self.params.needs_full_sampler
+        self.watches_tokens = self.logprobs is not None or bool(self.params.stop)
 
     @property
     def request_id(self) -> str:
@@ -127,18 +126,21 @@ class Request:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
-    def is_prefilled(self) -> bool:
-        return self.num_cached >= self.num_prefill_tokens
+    def is_running(self) -> bool:
+        return self.slot >= 0
 
     @property
-    def can_decode(self) -> bool:
-        """Whether it generates another token after the steps under way, unless one of those ends it."""
-        return self.num_prefill_tokens <= self.num_cached < self.max_num_cached
+    def is_prefilled(self) -> bool:
+        return self.num_prefilled >= self.num_prefill_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether some of them are still to come: then the prompt must run, cached or not."""
         return self.prompt_logprobs is not None and 1 + len(self.prompt_logprobs.entries) < self.num_prompt_tokens
+
+    def extend_digests(self, page_size: int) -> None:
+        """Computes what is missing of `page_digests`."""
+        extend_digests(self.page_digests, self.token_ids, page_size, self.cache_salt)
 
     def append(self, token_ids: Sequence[int], logprobs: TokenLogprobs | None = None) -> int:
         """Takes generated tokens in, up to the one that ends the request, and says how many.

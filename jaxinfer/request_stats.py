@@ -72,9 +72,9 @@ class RequestStats:
         self.latencies = {field.name: Histogram() for field in dataclasses.fields(RequestMetrics)}
 
     def add_started(self, request: Request) -> None:
-        """A request that is about to be prefilled for the first time, on top of `request.num_cached` tokens."""
+        """A request that is about to be prefilled for the first time, on top of `request.num_prefilled` tokens."""
         self.prompt_tokens += request.num_prompt_tokens
-        self.cached_prompt_tokens += request.num_cached
+        self.cached_prompt_tokens += request.num_prefilled
 
     def add_finished(self, request: Request) -> None:
         assert request.finish_reason is not None

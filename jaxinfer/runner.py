@@ -133,8 +133,10 @@ class Runner:
     def _abstract_batch(self, shape: StepShape) -> StepBatch:
         """The shapes and dtypes of any batch of this shape: those of an empty one."""
         shards = range(self._partitioner.num_shards(ax.BATCH))
-        plan = StepPlan(*[[[] for _ in shards] for _ in range(3)], num_steps=shape.num_steps)
-        return jax.tree.map(lambda a: self._array(a.dtype, *a.shape), batch.build(plan, shape))
+        none = [np.zeros(0, np.int32) for _ in shards]
+        plan = StepPlan([[] for _ in shards], [[] for _ in shards], none, none, shape.num_steps)
+        empty = batch.build(plan, shape, self.buckets.empty_table())
+        return jax.tree.map(lambda a: self._array(a.dtype, *a.shape), empty)
 
     def _empty_slots(self) -> SlotState:
         shape = self._slot_shape

@@ -17,14 +17,19 @@ devices do nothing for it.
 import time
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from itertools import chain, islice
+from itertools import chain
+
+import numpy as np
 
 from jaxinfer.chunk_policy import ChunkPolicy
 from jaxinfer.integers import cdiv
-from jaxinfer.page_allocator import PageAllocator, extend_digests
+from jaxinfer.outputs import TokenLogprobs
+from jaxinfer.page_allocator import PageAllocator
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.request_stats import RequestStats
-from jaxinfer.step_plan import MAX_CHUNKS, Chunk, StepPlan, StepResult, outcomes, prompt_logprobs
+from jaxinfer.shard import Shard
+from jaxinfer.slot_table import SlotTable
+from jaxinfer.step_plan import StepPlan, StepResult, chunk_outcomes, prompt_logprobs
 
 
 class Scheduler:
@@ -32,6 +37,11 @@ class Scheduler:
 
     `max_num_batched_tokens` and `chunk_sizes` are those of `ChunkPolicy`. `decode_steps` is how many tokens a row
     generates in a step when nobody waits.
+
+    Attributes:
+      table: what steps are built from.
+      shards: who runs where.
+      waiting: in order.
     """
 
     def __init__(
@@ -41,6 +51,7 @@ class Scheduler:
         pages_per_shard: int,
         page_size: int,
         slots_per_shard: int,
+        max_model_len: int,
         max_num_batched_tokens: int,
         chunk_sizes: Sequence[int] = (),
         decode_steps: int,
@@ -50,14 +61,23 @@ class Scheduler:
         self.chunk_policy = ChunkPolicy(max_num_batched_tokens, chunk_sizes)
         self.decode_steps = decode_steps
         self.enable_prefix_caching = enable_prefix_caching
-        self.waiting: list[Request] = []  # in order
-        self.running: list[list[Request]] = [[] for _ in range(num_shards)]  # by shard, each in order
-        self.allocators = [PageAllocator(pages_per_shard) for _ in range(num_shards)]
+        self.table = SlotTable(num_shards, slots_per_shard, cdiv(max_model_len, page_size))
+        self.shards = [Shard(index, pages_per_shard, page_size, self.table) for index in range(num_shards)]
+        self.waiting: list[Request] = []
         self.num_preemptions = 0
         self.stats = RequestStats()
+        self._is_alone = num_shards * slots_per_shard == 1  # nobody can join who runs
         self._num_full = 0  # of those that run, who need the full sampler
-        self._slots_per_shard = slots_per_shard
-        self._free_slots = [[*range(slots_per_shard - 1, -1, -1)] for _ in range(num_shards)]
+        self._num_planned = self._num_committed = 0  # steps
+
+    @property
+    def running(self) -> list[list[Request]]:
+        """By shard, each in order."""
+        return [shard.running for shard in self.shards]
+
+    @property
+    def allocators(self) -> list[PageAllocator]:
+        return [shard.allocator for shard in self.shards]
 
     @property
     def num_running(self) -> int:
@@ -83,54 +103,41 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step; None if there is nothing to do before the step under way is committed."""
-        for allocator, rows in zip(self.allocators, self.running, strict=True):
-            self._grow(allocator, rows)
+        for shard in self.shards:
+            self._grow(shard)
         self._admit()
-        rows = [[r for r in rows if r.can_decode] for rows in self.running]
-        chunks = [self._next_chunks(*of_shard) for of_shard in zip(self.running, map(len, rows), strict=True)]
-        if not any(chunks) and not any(rows):
+        slots = [shard.decoding() for shard in self.shards]
+        chunks = [self.chunk_policy.chunks(x.prefilling, len(rows)) for x, rows in zip(self.shards, slots, strict=True)]
+        if not any(chunks) and not any(map(len, slots)):
             return None
-        others_wait = self.waiting and self._slots_per_shard * len(self.running) > 1
-        wants_one = others_wait or any(chunks) or self._num_full > 0
-        num_steps = 1 if wants_one or not self._grow_for_more_steps(rows) else self.decode_steps
+        wants_one = self.decode_steps == 1 or (self.waiting and not self._is_alone) or any(chunks) or self._num_full > 0
+        num_steps = 1 if wants_one else self._grow_for_more_steps(slots)
         has_extras = self._num_full > 0 or any(c.request.wants_prompt_logprobs for c in chain.from_iterable(chunks))
-        starts = [[r.num_cached for r in requests] for requests in rows]
-        plan = StepPlan(chunks, rows, starts, num_steps, has_extras)
+        by_shard = [*zip(self.shards, slots, strict=True)]
+        rows = [shard.requests(of_shard) for shard, of_shard in by_shard]
+        starts = [shard.decode(of_shard, num_steps) for shard, of_shard in by_shard]
         for chunk in chain.from_iterable(chunks):
-            chunk.request.num_cached = chunk.stop
-            chunk.request.num_in_flight += 1
-        for request in chain.from_iterable(rows):
-            num_cached = request.num_cached + num_steps
-            request.num_cached = num_cached if num_cached < request.max_num_cached else request.max_num_cached
-            request.num_in_flight += 1
-        return plan
+            self.shards[chunk.request.shard].prefill(chunk.request, chunk.stop)
+        self._num_planned += 1
+        return StepPlan(chunks, rows, slots, starts, num_steps, has_extras)
 
     def commit(self, plan: StepPlan, result: StepResult, touched: list[Request]) -> None:
         """Takes in what a step did, and lets go of what ended.
 
         Adds to `touched` who got tokens or ended: the first of them also if the text of another raises.
         """
+        self._num_committed += 1
         for chunk, logprobs in prompt_logprobs(plan, result):
             chunk.request.add_prompt_logprobs(chunk.start, logprobs)
-        for request, num_cached, tokens, is_finite, logprobs in outcomes(plan, result):
-            request.num_in_flight -= 1
-            if request.finish_reason is not None:
-                continue  # it was aborted, or ended in the step before
-            if tokens:
-                self.stats.generation_tokens += request.append(tokens, logprobs)
-            if not is_finite:
-                request.finish(FinishReason.ERROR)
-            elif num_cached // self.page_size > request.num_published and request.page_ids:
-                self._publish(request, num_cached)
-            if request.finish_reason is not None:
-                self.release(request)
-            if tokens or not is_finite:
-                touched.append(request)
+        for chunk, tokens, is_finite, logprobs in chunk_outcomes(plan, result):
+            self._take(chunk.request, chunk.stop, tokens, is_finite, logprobs, touched)
+        for shard, requests in enumerate(plan.rows):
+            self._commit_rows(shard, requests, plan, result, touched)
 
     def release(self, request: Request) -> None:
         """Takes a finished request out, counts it, and frees what it holds. Once per request."""
         self.stats.add_finished(request)
-        if request.page_ids:
+        if request.is_running:
             self._stop(request)
         else:
             del self.waiting[bisect_left(self.waiting, request.order, key=lambda r: r.order)]
@@ -138,97 +145,75 @@ class Scheduler:
     def forget_cache(self) -> None:
         """The devices lost their caches, and with them the steps under way. Nothing may be running."""
         assert not self.num_running, "running requests rely on the cache"
-        for request in self.waiting:
-            request.num_in_flight = 0
+        self._num_committed = self._num_planned
         for allocator in self.allocators:
             allocator.forget()
 
     def check(self) -> None:
         """Raises AssertionError unless pages, slots and requests agree."""
-        for shard, (rows, allocator) in enumerate(zip(self.running, self.allocators, strict=True)):
-            allocator.check()
-            assert rows == sorted(rows, key=lambda r: r.order)
-            holders: dict[int, int] = {}
-            for page in (page for request in rows for page in request.page_ids):
-                holders[page] = holders.get(page, 0) + 1
-            assert holders == allocator.num_holders, "requests and allocator disagree about who holds what"
-            slots = [request.slot for request in rows] + self._free_slots[shard]
-            assert sorted(slots) == [*range(self._slots_per_shard)], "a slot is lost or taken twice"
-            assert all(r.shard == shard and r.finish_reason is None for r in rows)
-            assert all(r.num_cached <= len(r.page_ids) * self.page_size for r in rows)
-            assert sum(not r.is_prefilled for r in rows) <= MAX_CHUNKS, "more prompts than a step has chunks"
+        for shard in self.shards:
+            shard.check()
         assert self._num_full == sum(r.needs_full_sampler for rows in self.running for r in rows)
         assert self.waiting == sorted(self.waiting, key=lambda r: r.order)
-        assert not any(request.page_ids for request in self.waiting)
+        assert not any(request.is_running for request in self.waiting)
 
-    def _grow(self, allocator: PageAllocator, rows: list[Request]) -> None:
+    def _grow(self, shard: Shard) -> None:
         """Gives each row a page for its next token, preempting the last in order where there is none."""
-        page_size = self.page_size
-        at_page_end = [r for r in rows if r.num_cached % page_size == 0]
-        for request in [r for r in at_page_end if r.num_cached == len(r.page_ids) * page_size and r.can_decode]:
-            while request.page_ids and not allocator.num_free:
-                self._preempt(rows[-1])
-            if request.page_ids:  # it was not preempted itself
-                request.page_ids.extend(allocator.allocate(1))
+        slots = shard.starved()
+        if len(slots) <= shard.allocator.num_free:
+            shard.give_page(slots)
+            return
+        for request in sorted(shard.requests(slots), key=lambda r: r.order):
+            while request.is_running and not shard.allocator.num_free:
+                self._preempt(shard.running[-1])
+            if request.is_running:  # it was not preempted itself
+                shard.give_page(np.array([request.slot]))
 
-    def _grow_for_more_steps(self, rows: list[list[Request]]) -> bool:
-        """Gives each row pages for `decode_steps` tokens; False, and nothing done, where that takes a preemption."""
-        missing = [[(r, n) for r in requests if (n := self._num_missing_pages(r))] for requests in rows]
-        totals = [sum(count for _, count in of_shard) for of_shard in missing]
-        if any(total > a.num_free for total, a in zip(totals, self.allocators, strict=True)):
-            return False
-        for of_shard, total, allocator in zip(missing, totals, self.allocators, strict=True):
-            pages = iter(allocator.allocate(total))
-            for request, count in of_shard:
-                request.page_ids.extend(islice(pages, count))
-        return True
-
-    def _num_missing_pages(self, request: Request) -> int:
-        num_tokens, num_pages = request.num_cached + self.decode_steps, len(request.page_ids)
-        if num_tokens <= num_pages * self.page_size:
-            return 0
-        return cdiv(min(num_tokens, request.max_num_cached), self.page_size) - num_pages
+    def _grow_for_more_steps(self, slots: list[np.ndarray]) -> int:
+        """Gives each row pages for `decode_steps` tokens, and returns that; where it takes a preemption, 1."""
+        by_shard = [*zip(self.shards, slots, strict=True)]
+        missing = [shard.num_missing_pages(of_shard, self.decode_steps) for shard, of_shard in by_shard]
+        if any(counts.sum() > a.num_free for counts, a in zip(missing, self.allocators, strict=True)):
+            return 1
+        for (shard, of_shard), counts in zip(by_shard, missing, strict=True):
+            for count in range(counts.max(initial=0)):
+                shard.give_page(of_shard[counts > count])
+        return self.decode_steps
 
     def _preempt(self, request: Request) -> None:
         self._stop(request)
+        request.last_step = self._num_planned
         request.num_preemptions += 1
         self.num_preemptions += 1
         insort(self.waiting, request, key=lambda r: r.order)
 
     def _stop(self, request: Request) -> None:
-        self.running[request.shard].remove(request)
+        self.shards[request.shard].stop(request)
         self._num_full -= request.needs_full_sampler
-        self._free_slots[request.shard].append(request.slot)
-        self.allocators[request.shard].free(request.page_ids)
-        del request.page_ids[:]
-        request.num_cached = request.num_published = 0
 
     def _admit(self) -> None:
         """Starts waiting requests, in order, while there is room for them, and in the step for their prompts."""
         while self.waiting:
             request = self.waiting[0]
-            if request.num_in_flight:  # preempted with tokens under way, which belong to what is prefilled again
+            if request.last_step > self._num_committed:  # tokens may be under way, which belong to what is prefilled
                 return
             if self.enable_prefix_caching:
-                extend_digests(request.page_digests, request.token_ids, self.page_size, request.cache_salt)
-            shards = [shard for shard in range(len(self.running)) if self._has_room(shard, request)]
+                request.extend_digests(self.page_size)
+            shards = [shard for shard in self.shards if self._has_room(shard, request)]
             if not shards:
                 return
-            self._start(self.waiting.pop(0), min(shards, key=lambda s: len(self.running[s])))
+            self._start(self.waiting.pop(0), min(shards, key=lambda shard: len(shard.running)))
 
-    def _has_room(self, shard: int, request: Request) -> bool:
-        rows, allocator = self.running[shard], self.allocators[shard]
-        if not self._free_slots[shard]:
-            return False
-        if not self.chunk_policy.has_room([r for r in rows if not r.is_prefilled], sum(r.can_decode for r in rows)):
+    def _has_room(self, shard: Shard, request: Request) -> bool:
+        if not shard.has_free_slot or not self.chunk_policy.has_room(shard.prefilling, len(shard.decoding())):
             return False
         digests = self._usable_digests(request)
-        num_cached, num_evictable = allocator.num_cached(digests)
-        if any(_will_publish(row, digests, num_cached) for row in rows):
+        num_cached, num_evictable = shard.allocator.num_cached(digests)
+        if any(_will_publish(row, digests, num_cached) for row in shard.running):
             return False
         needed = cdiv(min(len(request.token_ids) + 1, request.max_num_cached), self.page_size) - num_cached
         # Room for the others to grow, or the new one would be preempted at once.
-        return needed + len(rows) <= allocator.num_free - num_evictable
+        return needed + len(shard.running) <= shard.allocator.num_free - num_evictable
 
     def _usable_digests(self, request: Request) -> list[bytes]:
         """Of the pages before the one with the last token, which must run to give the next."""
@@ -236,38 +221,61 @@ class Scheduler:
             return []
         return request.page_digests[: (len(request.token_ids) - 1) // self.page_size]
 
-    def _start(self, request: Request, shard: int) -> None:
-        allocator = self.allocators[shard]
-        request.page_ids.extend(allocator.share(self._usable_digests(request)))
-        request.num_cached = len(request.page_ids) * self.page_size
+    def _start(self, request: Request, shard: Shard) -> None:
+        shard.start(request, self._usable_digests(request))
+        self._num_full += request.needs_full_sampler
         if request.start_time is None:  # and is not back after a preemption, with what it had cached itself
             request.start_time = time.perf_counter()
             self.stats.add_started(request)
-        request.num_published = len(request.page_ids)
-        request.num_prefill_tokens = len(request.token_ids)
-        num_pages = cdiv(len(request.token_ids), self.page_size)
-        request.page_ids.extend(allocator.allocate(num_pages - len(request.page_ids)))
-        request.shard, request.slot = shard, self._free_slots[shard].pop()
-        insort(self.running[shard], request, key=lambda r: r.order)
-        self._num_full += request.needs_full_sampler
 
-    def _next_chunks(self, rows: list[Request], num_decoding: int) -> list[Chunk]:
-        if len(rows) == num_decoding:
-            return []
-        return self.chunk_policy.chunks([r for r in rows if not r.is_prefilled], num_decoding)
+    def _commit_rows(
+        self, shard: int, requests: list[Request], plan: StepPlan, result: StepResult, touched: list[Request]
+    ) -> None:
+        rows, num_tokens = zip(requests, result.row_tokens[shard], result.row_may_end[shard], strict=True), 0
+        for row, (request, tokens, may_end) in enumerate(rows):
+            if request.finish_reason is not None:
+                continue  # it was aborted, or ended in the step before
+            if may_end or request.watches_tokens:
+                num_cached, logprobs = plan.starts[shard][row].item() + len(tokens), result.row_logprobs
+                of_token = logprobs[shard][row] if logprobs else None
+                self._take(request, num_cached, tokens, result.row_is_finite[shard][row], of_token, touched)
+            else:  # nearly all: what takes time here, it takes for every token of every sequence
+                request.token_ids += tokens
+                request.text.add(tokens)
+                num_tokens += len(tokens)
+                touched.append(request)
+        self.stats.generation_tokens += num_tokens
+        ends = plan.starts[shard] % self.page_size + plan.num_steps
+        for row in np.flatnonzero(ends >= self.page_size).tolist():
+            self._publish(requests[row], len(requests[row].token_ids) - 1)
 
-    def _publish(self, request: Request, num_cached: int) -> None:
-        """Lets others share the pages that are full by now."""
-        num_known = min(num_cached, len(request.token_ids))  # a stop string may have cut what the devices went on with
-        num_full = num_known // self.page_size
-        if not self.enable_prefix_caching or num_full <= request.num_published:
+    def _take(
+        self,
+        request: Request,
+        num_cached: int,
+        tokens: Sequence[int],
+        is_finite: bool,
+        logprobs: TokenLogprobs | None,
+        touched: list[Request],
+    ) -> None:
+        """What a step did for a request: the tokens that it generated, after which `num_cached` are in the cache."""
+        if request.finish_reason is not None:
             return
-        extend_digests(request.page_digests, request.token_ids, self.page_size, request.cache_salt)
-        allocator = self.allocators[request.shard]
-        while request.num_published < num_full:
-            page = request.num_published
-            allocator.publish(request.page_ids[page], request.page_digests[page])
-            request.num_published += 1
+        if tokens:
+            self.stats.generation_tokens += request.append(tokens, logprobs)
+        if not is_finite:
+            request.finish(FinishReason.ERROR)
+        else:
+            self._publish(request, min(num_cached, len(request.token_ids)))  # a stop string may have cut them
+        if request.finish_reason is not None:
+            self.release(request)
+        if tokens or not is_finite:
+            touched.append(request)
+
+    def _publish(self, request: Request, num_tokens: int) -> None:
+        """Lets others share the full pages of its first tokens, unless it was stopped meanwhile."""
+        if self.enable_prefix_caching and request.is_running and num_tokens // self.page_size > request.num_published:
+            self.shards[request.shard].publish(request, num_tokens)
 
 
 def _will_publish(row: Request, digests: Sequence[bytes], num_known: int) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
+from itertools import chain
 
 from jaxinfer.step_plan import StepPlan, StepResult
 
@@ -40,7 +41,7 @@ class EngineStats:
 
     def add_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """A step and the time that it kept the devices busy. With chunks in it, that is prefill's."""
-        counts = [len(tokens) for rows in result.row_tokens for tokens in rows]
+        counts = [*map(len, chain.from_iterable(result.row_tokens))]
         self.steps += 1
         if any(plan.chunks):
             self.prefill_tokens += sum(chunk.num_tokens for chunks in plan.chunks for chunk in chunks)
@@ -49,5 +50,5 @@ class EngineStats:
             num_steps = max(counts)
             self.decode_tokens += sum(counts)
             self.decode_steps += num_steps
-            self.decode_context_tokens += sum(map(sum, plan.starts)) * num_steps
+            self.decode_context_tokens += sum(starts.sum().item() for starts in plan.starts) * num_steps
             self.decode_s += seconds

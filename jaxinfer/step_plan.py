@@ -1,7 +1,9 @@
-"""What a step shall do, and what became of it. Host only: requests, ints, no arrays."""
+"""What a step shall do, and what became of it. Host only."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from jaxinfer.outputs import TokenLogprobs
 from jaxinfer.request import Request
@@ -38,14 +40,15 @@ class StepPlan:
     Attributes:
       chunks: at most MAX_CHUNKS for each data shard, of different prompts.
       rows: the requests that decode, by shard.
-      starts: of each row, the position of its next token.
+      slots, starts: of each row, its slot, and the position of its next token; ints [len(rows)], by shard.
       num_steps: tokens that each row generates.
       has_extras: whether one of them needs the full sampler, or the log-probabilities of its prompt.
     """
 
     chunks: list[list[Chunk]]
     rows: list[list[Request]]
-    starts: list[list[int]]
+    slots: list[np.ndarray]
+    starts: list[np.ndarray]
     num_steps: int
     has_extras: bool = False
 
@@ -59,6 +62,7 @@ class StepResult:
       chunk_is_finite: whether its logits were.
       row_tokens: the tokens of each row, by shard; fewer than num_steps where the row ended.
       row_is_finite: whether all logits of the row were.
+      row_may_end: whether the row may have come to its end; where it has not, it has num_steps tokens, and all finite.
       row_logprobs, chunk_logprobs: of the only token of each, by shard; None if nobody wants them.
       prompt_logprobs: by shard, of the tokens that follow those of the chunks, chunk after chunk; None likewise.
     """
@@ -67,29 +71,22 @@ class StepResult:
     chunk_is_finite: Sequence[Sequence[bool]]
     row_tokens: Sequence[Sequence[Sequence[int]]]
     row_is_finite: Sequence[Sequence[bool]]
+    row_may_end: Sequence[Sequence[bool]]
     row_logprobs: Sequence[Sequence[TokenLogprobs]] | None = None
     chunk_logprobs: Sequence[Sequence[TokenLogprobs]] | None = None
     prompt_logprobs: Sequence[Sequence[TokenLogprobs]] | None = None
 
 
-def outcomes(
+def chunk_outcomes(
     plan: StepPlan, result: StepResult
-) -> Iterator[tuple[Request, int, Sequence[int], bool, TokenLogprobs | None]]:
-    """Of each request in the step: tokens in the cache after it, tokens generated, whether logits were finite, and
-    log-probabilities."""
+) -> Iterator[tuple[Chunk, Sequence[int], bool, TokenLogprobs | None]]:
+    """Of each chunk: the tokens that were generated after it, whether its logits were finite, and log-probabilities."""
     for shard, chunks in enumerate(plan.chunks):
         logprobs = result.chunk_logprobs[shard] if result.chunk_logprobs else [None] * len(chunks)
         for chunk, token, is_finite, of_token in zip(
             chunks, result.chunk_tokens[shard], result.chunk_is_finite[shard], logprobs, strict=True
         ):
-            tokens = [token] if chunk.is_last and is_finite else []
-            yield chunk.request, chunk.stop, tokens, is_finite, of_token
-    for shard, requests in enumerate(plan.rows):
-        logprobs = result.row_logprobs[shard] if result.row_logprobs else [None] * len(requests)
-        for request, start, tokens, is_finite, of_token in zip(
-            requests, plan.starts[shard], result.row_tokens[shard], result.row_is_finite[shard], logprobs, strict=True
-        ):
-            yield request, start + len(tokens), tokens, is_finite, of_token
+            yield chunk, [token] if chunk.is_last and is_finite else [], is_finite, of_token
 
 
 def prompt_logprobs(plan: StepPlan, result: StepResult) -> Iterator[tuple[Chunk, Sequence[TokenLogprobs]]]:

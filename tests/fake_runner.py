@@ -213,6 +213,7 @@ def make_core(
         pages_per_shard=pages_per_shard,
         page_size=page_size,
         slots_per_shard=slots_per_shard,
+        max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
         chunk_sizes=buckets.chunk_tokens,
         decode_steps=decode_steps,

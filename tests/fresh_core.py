@@ -16,6 +16,7 @@ def fresh_core(
         pages_per_shard=pages_per_shard or resolved.memory.num_pages,
         page_size=resolved.memory.page_size,
         slots_per_shard=resolved.slots_per_shard,
+        max_model_len=resolved.max_model_len,
         max_num_batched_tokens=chunk,
         chunk_sizes=runner.buckets.chunk_tokens,
         decode_steps=decode_steps,

@@ -1,6 +1,7 @@
 """Requests that are aborted, preempted or failed while steps are under way: what they hold comes back, once."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -25,6 +26,10 @@ def free_pages(core: EngineCore) -> int:
     return sum(allocator.num_free for allocator in core.scheduler.allocators)
 
 
+def num_pages(core: EngineCore, request: Request) -> int:
+    return len(core.scheduler.shards[0].page_ids(request)) if request.is_running else 0
+
+
 def expected(request: Request) -> list[int]:
     """What it would have written alone; as much of that as it came to, if it was ended before its time."""
     wanted = solo(request.prompt_token_ids, request.max_tokens)
@@ -35,20 +40,20 @@ def expected(request: Request) -> list[int]:
 def test_an_abort_frees_everything_at_once_and_once(state: str):
     core, requests = crowded_core()
     is_reached = {
-        "waiting": lambda r: not r.page_ids and not r.num_preemptions,
-        "prefilling": lambda r: 0 < r.num_cached < r.num_prefill_tokens and r.num_in_flight,
-        "decoding": lambda r: r.page_ids and len(r.output_token_ids) > 2 and r.num_in_flight,
-        "preempted": lambda r: not r.page_ids and r.num_preemptions,
+        "waiting": lambda r: not r.is_running and not r.num_preemptions,
+        "prefilling": lambda r: 0 < r.num_prefilled < r.num_prefill_tokens,
+        "decoding": lambda r: r.is_running and len(r.output_token_ids) > 2,
+        "preempted": lambda r: not r.is_running and r.num_preemptions,
     }[state]
     while not any(map(is_reached, requests)):
         core.step()
     victim = next(filter(is_reached, requests))
-    wanted_free, output = free_pages(core) + len(victim.page_ids), victim.output_token_ids
+    wanted_free, output = free_pages(core) + num_pages(core, victim), victim.output_token_ids
     for _ in range(2):
         core.abort(victim)
         core.scheduler.check()
         assert victim.finish_reason is FinishReason.ABORT and free_pages(core) == wanted_free
-        assert not victim.page_ids and victim not in core.scheduler.waiting
+        assert not victim.is_running and victim not in core.scheduler.waiting
     run(core, [])
     assert victim.output_token_ids == output  # what was under way is dropped
     assert [r.output_token_ids for r in requests] == [expected(r) for r in requests]
@@ -72,9 +77,10 @@ def test_an_abort_lets_the_next_one_in_within_two_steps():
         core.scheduler.add(request)
     while len(requests[1].output_token_ids) < 5:
         core.step()
+    slot = requests[0].slot
     core.abort(requests[0])
     core.step()
-    assert requests[2].page_ids and requests[2].slot == requests[0].slot
+    assert requests[2].is_running and requests[2].slot == slot
     core.step()
     assert len(requests[2].output_token_ids) == 1
     run(core, [])
@@ -151,7 +157,7 @@ def test_a_failed_step_ends_what_ran_and_keeps_what_waits(at: str):
 class FailingText(OutputText):
     """A text whose second token cannot be decoded."""
 
-    def add(self, token_ids: list[int]) -> bool:
+    def add(self, token_ids: Sequence[int]) -> bool:
         if self.text:
             raise ValueError("no text")
         self.text = "first"

@@ -41,6 +41,8 @@ LAYERS = {
     "jaxinfer.request_stream": 1,
     "jaxinfer.sampling_params": 1,
     "jaxinfer.scheduler": 1,
+    "jaxinfer.shard": 1,
+    "jaxinfer.slot_table": 1,
     "jaxinfer.stats": 1,
     "jaxinfer.step_plan": 1,
     "jaxinfer.tokenizer": 1,

@@ -5,13 +5,17 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
-from jaxinfer import scheduler
+from jaxinfer import engine_core
+from jaxinfer import request as requests_module
 from jaxinfer.page_allocator import PageAllocator
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.scheduler import Scheduler
-from jaxinfer.step_plan import StepPlan
+from jaxinfer.shard import Shard
+from jaxinfer.slot_table import SlotTable
+from jaxinfer.step_plan import StepPlan, StepResult
 from tests.campaign import campaign, report
 from tests.fake_runner import VOCAB_SIZE, make_core
 from tests.test_random_schedules import LONGEST, expected, random_request
@@ -69,7 +73,7 @@ def _lose_a_page_of_each_sequence(free: Method) -> Method:
 
 
 def _start_over_from_the_prompt_alone(start: Method) -> Method:
-    def mistaken(self: Scheduler, request: Request, shard: int) -> None:
+    def mistaken(self: Scheduler, request: Request, shard: Shard) -> None:
         start(self, request, shard)
         request.num_prefill_tokens = request.num_prompt_tokens
 
@@ -78,13 +82,9 @@ def _start_over_from_the_prompt_alone(start: Method) -> Method:
 
 def _admit_with_tokens_under_way(admit: Method) -> Method:
     def mistaken(self: Scheduler) -> None:
-        counts = [request.num_in_flight for request in self.waiting]
-        waiting = [*self.waiting]
-        for request in waiting:
-            request.num_in_flight = 0
+        for request in self.waiting:
+            request.last_step = 0
         admit(self)
-        for request, count in zip(waiting, counts, strict=True):
-            request.num_in_flight = count
 
     return mistaken
 
@@ -104,8 +104,8 @@ def _take_the_tokens_of_an_aborted_request(commit: Method) -> Method:
 
 def _publish_the_pages_of_a_poisoned_row(release: Method) -> Method:
     def mistaken(self: Scheduler, request: Request) -> None:
-        if request.finish_reason is FinishReason.ERROR and request.page_ids:
-            self._publish(request, request.num_cached)
+        if request.finish_reason is FinishReason.ERROR and request.is_running:
+            self._publish(request, len(request.token_ids) - 1)
         release(self, request)
 
     return mistaken
@@ -115,39 +115,43 @@ def _prefill_nothing_of_a_cached_prompt(usable: Method) -> Method:
     return lambda self, request: request.page_digests[: len(request.token_ids) // self.page_size]
 
 
-def _find_pages_in_another_shard(check: Method) -> Method:
-    def mistaken(self: Scheduler, request: Request, shard: int) -> None:
-        check(self, request, (shard + 1) % len(self.running))
-        self.running[request.shard].remove(request)
-        self._free_slots[request.shard].append(request.slot)
-        request.shard, request.slot = shard, self._free_slots[shard].pop()
-        self.running[shard].append(request)
+def _find_pages_in_another_shard(start: Method) -> Method:
+    def mistaken(self: Scheduler, request: Request, shard: Shard) -> None:
+        own, shard.allocator = shard.allocator, self.shards[1 - shard.index].allocator
+        start(self, request, shard)
+        shard.allocator = own
 
     return mistaken
 
 
-def _grow_a_page_late(grow: Method) -> Method:
-    def mistaken(self: Scheduler, allocator: PageAllocator, rows: list[Request]) -> None:
-        held_back = [r for r in rows if r.num_cached == len(r.page_ids) * self.page_size]
-        grow(self, allocator, [r for r in rows if r not in held_back])
+def _grow_a_page_late(starved: Method) -> Method:
+    return lambda self: starved(self)[1:]
+
+
+def _forget_how_many_tokens_are_left(decode: Method) -> Method:
+    def mistaken(self: Shard, slots: np.ndarray, num_steps: int) -> np.ndarray:
+        starts = decode(self, slots, num_steps)
+        self._positions[slots] = starts
+        return starts
 
     return mistaken
 
 
-def _forget_how_many_tokens_are_left(schedule: Method) -> Method:
-    def mistaken(self: Scheduler) -> StepPlan | None:
-        plan = schedule(self)
-        if plan is not None:
-            for request in (r for rows in plan.rows for r in rows):
-                request.num_cached = plan.starts[request.shard][plan.rows[request.shard].index(request)]
-        return plan
+def _leave_a_stopped_request_in_its_slot(clear: Method) -> Method:
+    return lambda self, shard, slot: None
+
+
+def _see_no_end(step_result: Method) -> Method:
+    def mistaken(*args: Any) -> StepResult:
+        result = step_result(*args)
+        return dataclasses.replace(result, row_may_end=[[False for _ in rows] for rows in result.row_may_end])
 
     return mistaken
 
 
 FAULTS = [
     Fault("publish a prompt at its first piece", Scheduler, "_publish", _publish_a_prompt_at_its_first_piece),
-    Fault("digest without what comes before", scheduler, "extend_digests", _digest_without_what_comes_before),
+    Fault("digest without what comes before", requests_module, "extend_digests", _digest_without_what_comes_before),
     Fault("free what others hold", PageAllocator, "free", _free_what_others_hold),
     Fault("keep the digest of an evicted page", PageAllocator, "allocate", _keep_the_digest_of_an_evicted_page),
     Fault("lose a page of each sequence", PageAllocator, "free", _lose_a_page_of_each_sequence),
@@ -157,8 +161,10 @@ FAULTS = [
     Fault("publish the pages of a poisoned row", Scheduler, "release", _publish_the_pages_of_a_poisoned_row),
     Fault("prefill nothing of a cached prompt", Scheduler, "_usable_digests", _prefill_nothing_of_a_cached_prompt),
     Fault("find pages in another shard", Scheduler, "_start", _find_pages_in_another_shard),
-    Fault("grow a page late", Scheduler, "_grow", _grow_a_page_late),
-    Fault("forget what the step under way will do", Scheduler, "schedule", _forget_how_many_tokens_are_left),
+    Fault("grow a page late", Shard, "starved", _grow_a_page_late),
+    Fault("forget what the step under way will do", Shard, "decode", _forget_how_many_tokens_are_left),
+    Fault("leave a stopped request in its slot", SlotTable, "clear", _leave_a_stopped_request_in_its_slot),
+    Fault("see no end", engine_core, "step_result", _see_no_end),
 ]
 
 
@@ -186,7 +192,7 @@ def find_fault(num_loads: int) -> str:
 
         try:
             requests = campaign(core, rng, 300, make, preempt_every=5, after_step=spoil)
-        except (AssertionError, IndexError, KeyError, ValueError, RuntimeError) as error:
+        except (AssertionError, AttributeError, IndexError, KeyError, ValueError, RuntimeError) as error:
             return f"load {seed}: {type(error).__name__}: {error}"
         result = report(core, requests, expected)
         result["errors"] = max(0, result["errors"] - num_spoilt)  # of rows that were not spoilt

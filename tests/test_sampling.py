@@ -12,6 +12,7 @@ from jaxinfer import batch
 from jaxinfer.batch import StepShape
 from jaxinfer.sampling import SamplingArrays, drop_unlikely, sample, truncate
 from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.slot_table import SlotTable
 from jaxinfer.step_plan import StepPlan
 from tests.fake_runner import make_request
 
@@ -204,11 +205,12 @@ def test_min_p_reaches_the_device_and_alone_asks_for_truncation():
     """A parameter that only one row uses, and no other one, must still switch the truncation on."""
 
     def sampling(*min_p: float) -> SamplingArrays:
-        requests = [make_request(i, [1], 4) for i in range(len(min_p))]
-        for request, value in zip(requests, min_p, strict=True):
-            request.params = SamplingParams(min_p=value)
-        plan = StepPlan([[]], [requests], [[1] * len(requests)], 1)
-        return batch.build(plan, StepShape(0, 0, len(requests), 1, 1)).sampling
+        requests, table = [make_request(i, [1], 4) for i in range(len(min_p))], SlotTable(1, len(min_p), 1)
+        for slot, (request, value) in enumerate(zip(requests, min_p, strict=True)):
+            request.params, request.slot = SamplingParams(min_p=value), slot
+            table.put(0, slot, request)
+        plan = StepPlan([[]], [requests], [np.arange(len(requests))], [np.ones(len(requests), np.int32)], 1)
+        return batch.build(plan, StepShape(0, 0, len(requests), 1, 1), table).sampling
 
     plain, mixed = sampling(0.0, 0.0), sampling(0.0, 0.25)
     assert not plain.truncates and mixed.truncates

@@ -336,7 +336,7 @@ def test_a_row_that_a_stop_token_ended_rests_on_the_devices(engine: Engine):
     first = tokens(engine.generate(PROMPT, GREEDY)[0])[0]
     output = engine.generate(PROMPT, dataclasses.replace(GREEDY, stop_token_ids=(first,), logprobs=0))[0]
     assert tokens(output) == [first]
-    last_freed = engine._core.scheduler._free_slots[0][-1]
+    last_freed = engine._core.scheduler.shards[0]._free_slots[-1]
     assert np.asarray(engine._core.runner._slots.stopped)[0, last_freed]
 
 

@@ -31,14 +31,14 @@ def add(scheduler: Scheduler, *sizes: tuple[int, int], priority: int = 0) -> lis
 def commit(scheduler: Scheduler, plan: StepPlan, token: int = 7) -> list[Request]:
     """Plays the devices: everyone gets `token`, as often as it may."""
     rows = [
-        [[token] * min(plan.num_steps, r.max_num_cached - start) for r, start in zip(*shard, strict=True)]
+        [[token] * min(plan.num_steps, r.max_num_cached - int(start)) for r, start in zip(*shard, strict=True)]
         for shard in zip(plan.rows, plan.starts, strict=True)
     ]
     tokens = [[token] * len(chunks) for chunks in plan.chunks]
     are_finite = [[True] * len(chunks) for chunks in plan.chunks]
-    finite = [[True] * len(shard) for shard in rows]
+    all_true = [[True] * len(shard) for shard in rows]
     touched: list[Request] = []
-    scheduler.commit(plan, StepResult(tokens, are_finite, rows, finite), touched)
+    scheduler.commit(plan, StepResult(tokens, are_finite, rows, all_true, all_true), touched)
     scheduler.check()
     return touched
 
@@ -183,7 +183,8 @@ def test_many_steps_take_no_page_beyond_the_last_token():
     add(scheduler, (3, 6))  # 8 tokens in the cache at most
     turns(scheduler, 1)
     scheduler.schedule()
-    assert len(scheduler.running[0][0].page_ids) == 2
+    (shard,) = scheduler.shards
+    assert len(shard.page_ids(shard.running[0])) == 2
 
 
 @pytest.mark.parametrize(("pages", "is_running"), [(7, True), (6, False)])
@@ -228,9 +229,9 @@ def test_the_last_in_order_is_preempted_and_starts_over_from_its_output():
     (urgent,) = add(scheduler, (4, 12), priority=-1)
     while not scheduler.num_preemptions:
         turns(scheduler, 1)
-    assert scheduler.waiting == [last] and last.num_preemptions == 1 and not last.page_ids
+    assert scheduler.waiting == [last] and last.num_preemptions == 1 and not last.is_running
     num_tokens = len(last.token_ids)
-    assert num_tokens > 4 and last.num_cached == 0
+    assert num_tokens > 4 and last.num_prefilled == 0
     plans = turns(scheduler)
     assert (last.number, 0, num_tokens) in spans(plans) and last.num_prefill_tokens == num_tokens
     assert [len(r.output_token_ids) for r in (urgent, first, last)] == [12] * 3
@@ -258,7 +259,7 @@ def preempted_in_flight() -> tuple[Scheduler, StepPlan, Request]:
     under_way = scheduler.schedule()
     assert under_way is not None and last in under_way.rows[0]
     plan = scheduler.schedule()
-    assert plan is not None and last not in plan.rows[0] and scheduler.waiting == [last] and last.num_in_flight == 1
+    assert plan is not None and last not in plan.rows[0] and scheduler.waiting == [last]
     scheduler.check()
     return scheduler, under_way, last
 

@@ -81,8 +81,8 @@ def run(
     else:
         while (plan := scheduler.schedule()) is not None:
             shape = runner.buckets.shape(plan)
-            output = runner.dispatch(shape, batch.build(plan, shape))
-            scheduler.commit(plan, step_result(plan, shape, output), [])
+            of_step = batch.build(plan, shape, scheduler.table)
+            scheduler.commit(plan, step_result(plan, shape, of_step, runner.dispatch(shape, of_step)), [])
             scheduler.check()
     return [request.output_token_ids for request in requests], scheduler.num_preemptions
 

@@ -83,6 +83,7 @@ def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch
             pages_per_shard=pages_per_shard,
             page_size=page_size,
             slots_per_shard=batch_size,
+            max_model_len=context,
             max_num_batched_tokens=_PROMPT_TOKENS.value + batch_size,
             chunk_sizes=buckets.chunk_tokens,
             decode_steps=num_steps,

@@ -74,6 +74,7 @@ def make_core(num_running: int, page_size: int, decode_steps: int) -> EngineCore
         pages_per_shard=1 + num_running * cdiv(_MAX_MODEL_LEN, page_size),
         page_size=page_size,
         slots_per_shard=num_running,
+        max_model_len=_MAX_MODEL_LEN,
         max_num_batched_tokens=budget,
         chunk_sizes=buckets.chunk_tokens,
         decode_steps=decode_steps,
@@ -112,7 +113,7 @@ class Load:
         for i in range(num_running):
             num_done = _OUTPUT * i // num_running
             self.add(num_done, _OUTPUT - num_done if is_mix else _MAX_MODEL_LEN - _PROMPT - num_done)
-        while not all(r.is_prefilled for r in self._core.scheduler.running[0]) or self._core.scheduler.waiting:
+        while self._core.scheduler.shards[0].prefilling or self._core.scheduler.waiting:
             self._step_and_replace()
 
     def timed_steps(self, num_steps: int) -> list[float]:

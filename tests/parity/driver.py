@@ -96,6 +96,7 @@ def generate(
         pages_per_shard=shapes.pages_per_shard,
         page_size=shapes.page_size,
         slots_per_shard=shapes.rows,
+        max_model_len=shapes.max_len,
         max_num_batched_tokens=shapes.chunk,
         decode_steps=shapes.num_steps,
         enable_prefix_caching=False,
@@ -120,7 +121,8 @@ def generate(
         scheduler.add(request)
     while (plan := scheduler.schedule()) is not None:
         shape = runner.buckets.shape(plan)
-        result = step_result(plan, shape, runner.dispatch(shape, batch.build(plan, shape)))
+        of_step = batch.build(plan, shape, scheduler.table)
+        result = step_result(plan, shape, of_step, runner.dispatch(shape, of_step))
         observe(plan)
         scheduler.commit(plan, result, [])
     return [request.output_token_ids for request in requests]
