@@ -116,10 +116,10 @@ class EngineCore:
         return _StepUnderWay(plan, shape, batch, output, start_time)
 
     def _commit(self, step: _StepUnderWay) -> None:
-        output = jax.tree.map(np.asarray, step.output)  # waits
+        jax.block_until_ready(step.output)
         now = time.perf_counter()
         seconds, self._last_commit_time = now - max(step.start_time, self._last_commit_time), now
-        result = step_result(step.plan, step.shape, step.batch, output)
+        result = step_result(step.plan, step.shape, step.batch, step.output)
         self.stats.add_step(step.plan, result, seconds)
         self.scheduler.commit(step.plan, result, self._told)
 
@@ -135,7 +135,8 @@ class EngineCore:
 
 
 def step_result(plan: StepPlan, shape: StepShape, batch: StepBatch, output: StepOutput) -> StepResult:
-    """Of a step's batch and its output, both on the host."""
+    """Of a step's batch, on the host, and its output, there or on the devices."""
+    output = jax.tree.map(np.asarray, output)
     tokens, counts, finite = output.tokens, output.counts, output.finite
     is_short = counts < shape.num_steps
     may_end = is_short | (counts == batch.num_remaining)

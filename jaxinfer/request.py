@@ -46,7 +46,8 @@ class Request:
       stop_token_ids: the model's end tokens and the request's own.
       max_tokens: `params.max_tokens`, cut to what max_model_len leaves.
       seed: of its draws.
-      text: of the output so far.
+      text: of the output, as far as it was read: `output_text` reads on.
+      num_read: tokens of the output that `text` has.
       index: among the outputs of its prompt, whose numbers follow each other.
       bad_words: `params.bad_words` as token ids.
       logprobs: of the output, if asked for.
@@ -90,6 +91,7 @@ class Request:
     num_published: int = 0
     shard: int = 0
     slot: int = -1
+    num_read: int = 0
     finish_reason: FinishReason | None = None
     arrival_time: float = dataclasses.field(default_factory=time.perf_counter)
     start_time: float | None = None  # of its first prefill
@@ -142,6 +144,13 @@ class Request:
         """Computes what is missing of `page_digests`."""
         extend_digests(self.page_digests, self.token_ids, page_size, self.cache_salt)
 
+    @property
+    def output_text(self) -> str:
+        """So far; what may still change is held back."""
+        if self.finish_reason is None:
+            self._read_text(len(self.token_ids))
+        return self.text.text
+
     def append(self, token_ids: Sequence[int], logprobs: TokenLogprobs | None = None) -> int:
         """Takes generated tokens in, up to the one that ends the request, and says how many.
 
@@ -154,10 +163,8 @@ class Request:
         for count, token_id in enumerate(token_ids, start=1):
             self.token_ids.append(token_id)
             if token_id in self.stop_token_ids:
-                if self.params.include_stop_str_in_output:  # else the text ends before it
-                    self.text.add([token_id])
-                self.finish(FinishReason.STOP)
-            elif self.text.add([token_id]):
+                self.finish(FinishReason.STOP, num_hidden=not self.params.include_stop_str_in_output)
+            elif self.params.stop and self._read_text(len(self.token_ids)):
                 self.finish(FinishReason.STOP)
             elif len(self.token_ids) == self.max_num_tokens:
                 self.finish(FinishReason.LENGTH)
@@ -173,17 +180,27 @@ class Request:
             if position == 1 + len(record.entries) < self.num_prompt_tokens:
                 record.add(self.token_ids[position], computed)
 
-    def finish(self, reason: FinishReason) -> None:
-        """Ends the request; the first reason stays."""
+    def finish(self, reason: FinishReason, num_hidden: int = 0) -> None:
+        """Ends the request; the first reason stays. The last `num_hidden` tokens are not part of the text."""
         if self.finish_reason is None:
+            self._read_text(len(self.token_ids) - num_hidden)
             self.finish_reason = reason
             self.finish_time = time.perf_counter()
             self.text.finish()
 
+    def _read_text(self, stop: int) -> bool:
+        """Gives `text` the tokens before `stop` that it lacks; True once a stop string was reached.
+
+        Not as they come, unless a stop string may end them: many at once take a fraction of the time.
+        """
+        tokens = self.token_ids[self.num_prompt_tokens + self.num_read : stop]
+        self.num_read += len(tokens)
+        return bool(tokens) and self.text.add(tokens)
+
     @property
     def reached(self) -> Reached:
         """How far it has come."""
-        return Reached(len(self.token_ids) - self.num_prompt_tokens, self.text.text, self.finish_reason)
+        return Reached(len(self.token_ids) - self.num_prompt_tokens, self.output_text, self.finish_reason)
 
     def delta(self, before: Reached, now: Reached) -> Delta:
         """What came between two of `reached`. The lists that it reads only grow, so another thread may read them."""
@@ -201,7 +218,7 @@ class Request:
         logprobs = self.logprobs
         return CompletionOutput(
             index=self.index,
-            text=self.text.text,
+            text=self.output_text,
             token_ids=self.output_token_ids,
             finish_reason=None if self.finish_reason is None else self.finish_reason.value,
             logprobs=None if logprobs is None else [*logprobs.entries],

@@ -241,7 +241,6 @@ class Scheduler:
                 self._take(request, num_cached, tokens, result.row_is_finite[shard][row], of_token, touched)
             else:  # nearly all: what takes time here, it takes for every token of every sequence
                 request.token_ids += tokens
-                request.text.add(tokens)
                 num_tokens += len(tokens)
                 touched.append(request)
         self.stats.generation_tokens += num_tokens

@@ -8,6 +8,7 @@ import pytest
 from jaxinfer.engine_core import EngineCore
 from jaxinfer.output_text import OutputText
 from jaxinfer.request import FinishReason, Request
+from jaxinfer.sampling_params import SamplingParams
 from tests.fake_runner import POISON, FakeRunner, make_core, make_request, run, solo
 
 
@@ -168,7 +169,8 @@ def test_who_ended_before_another_ones_text_failed_is_reported():
     """Both in the same step: the first had ended and was forgotten, and whoever waited for it waited for ever."""
     core = make_core(decode_steps=1)
     first, second = make_request(0, [1] * 4, 2), make_request(1, [2] * 4, 9)
-    second.text = FailingText(None, ())
+    second.text, second.params = FailingText(None, ()), SamplingParams(stop=["x"])
+    second.watches_tokens = True
     with pytest.raises(ValueError, match="no text"):
         run(core, [first, second])
     assert core.step() == [first, second]

@@ -9,7 +9,7 @@ from tests.tokenizer.directory import TEXTS
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("piece", [1, 3])
+@pytest.mark.parametrize("piece", [1, 3, 20, 1000])
 def test_streamed_text_is_the_text_and_whole_characters(tokenizer: Tokenizer, text: str, piece: int):
     ids = tokenizer.encode(text)
     stream = tokenizer.stream()
@@ -18,7 +18,8 @@ def test_streamed_text_is_the_text_and_whole_characters(tokenizer: Tokenizer, te
     assert "".join(deltas) + stream.finish() == text
 
 
-def test_tokens_that_are_no_text_are_never_lost_or_repeated(tokenizer: Tokenizer):
+@pytest.mark.parametrize("piece", [1, 7, 60])
+def test_tokens_that_are_no_text_are_never_lost_or_repeated(tokenizer: Tokenizer, piece: int):
     """Random ids make broken UTF-8. What streams must hold every character that is not broken, in order.
 
     Without ASCII as byte tokens, which a byte-fallback decoder gives up as soon as a broken byte follows.
@@ -29,7 +30,7 @@ def test_tokens_that_are_no_text_are_never_lost_or_repeated(tokenizer: Tokenizer
     for _ in range(30):
         ids = rng.choices(pool, k=60)
         stream = tokenizer.stream()
-        streamed = "".join(stream.add([i]) for i in ids) + stream.finish()
+        streamed = "".join(stream.add(ids[i : i + piece]) for i in range(0, 60, piece)) + stream.finish()
         ascii_only = [character for character in tokenizer.decode(ids) if character.isascii()]
         assert [character for character in streamed if character.isascii()] == ascii_only
 
@@ -69,7 +70,9 @@ def test_cost_per_token_does_not_grow(tokenizer: Tokenizer):
 
     lone_byte = tokenizer.encode("😀")[-1]
     for ids in (tokenizer.encode(TEXTS[0]) * 8, [tokenizer.eos_token_id or 0] * 300, [lone_byte] * 300):
-        stream = TextStream(decode)
-        stream.add(ids)
-        stream.finish()
-    assert max(sizes) <= 2 * TextStream._MAX_HELD + 1
+        for piece in (1, len(ids)):
+            stream = TextStream(decode)
+            for start in range(0, len(ids), piece):
+                stream.add(ids[start : start + piece])
+            stream.finish()
+    assert max(sizes) <= TextStream._PIECE + 2 * TextStream._MAX_HELD
