@@ -116,11 +116,11 @@ class EngineCore:
         return _StepUnderWay(plan, shape, batch, output, start_time)
 
     def _commit(self, step: _StepUnderWay) -> None:
-        jax.block_until_ready(step.output)
+        jax.block_until_ready(step.output.tokens)
         now = time.perf_counter()
         seconds, self._last_commit_time = now - max(step.start_time, self._last_commit_time), now
         result = step_result(step.plan, step.shape, step.batch, step.output)
-        self.stats.add_step(step.plan, result, seconds)
+        self.stats.add_step(step.plan, np.asarray(step.output.counts), seconds)
         self.scheduler.commit(step.plan, result, self._told)
 
     def _recover(self) -> None:
@@ -136,8 +136,7 @@ class EngineCore:
 
 def step_result(plan: StepPlan, shape: StepShape, batch: StepBatch, output: StepOutput) -> StepResult:
     """Of a step's batch, on the host, and its output, there or on the devices."""
-    output = jax.tree.map(np.asarray, output)
-    tokens, counts, finite = output.tokens, output.counts, output.finite
+    tokens, counts, finite = (np.asarray(x) for x in output[:3])
     is_short = counts < shape.num_steps
     may_end = is_short | (counts == batch.num_remaining)
     stops = np.flatnonzero(tokens[..., -1:] == batch.stop_token_ids)  # a few at most, where `any` takes all rows' time
@@ -171,5 +170,5 @@ def _by_token(logprobs: Logprobs | None) -> list[list[TokenLogprobs]] | None:
     """Of arrays [D, R, ...], by shard and row."""
     if logprobs is None:
         return None
-    by_shard = zip(*(array.tolist() for array in logprobs), strict=True)
+    by_shard = zip(*(np.asarray(array).tolist() for array in logprobs), strict=True)
     return [[TokenLogprobs(*row) for row in zip(*columns, strict=True)] for columns in by_shard]

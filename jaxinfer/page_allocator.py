@@ -16,7 +16,7 @@ def extend_digests(digests: list[bytes], token_ids: Sequence[int], page_size: in
     """Appends the digests of the full pages of `token_ids` that `digests` lacks. Other salts give other digests."""
     for start in range(len(digests) * page_size, len(token_ids) - page_size + 1, page_size):
         before = digests[-1] if digests else hashlib.sha256(salt).digest()
-        page = array.array("i", token_ids[start : start + page_size]).tobytes()
+        page = array.array("i", token_ids[start : start + page_size])
         digests.append(hashlib.sha256(before + page).digest())
 
 

@@ -130,9 +130,11 @@ class Scheduler:
         for chunk, logprobs in prompt_logprobs(plan, result):
             chunk.request.add_prompt_logprobs(chunk.start, logprobs)
         for chunk, tokens, is_finite, logprobs in chunk_outcomes(plan, result):
-            self._take(chunk.request, chunk.stop, tokens, is_finite, logprobs, touched)
+            self._take(chunk.request, tokens, is_finite, logprobs, touched)
+            if chunk.request.finish_reason is None:
+                self._publish(chunk.request, chunk.stop)
         for shard, requests in enumerate(plan.rows):
-            self._commit_rows(shard, requests, plan, result, touched)
+            self._commit_rows(shard, requests, result, touched)
 
     def release(self, request: Request) -> None:
         """Takes a finished request out, counts it, and frees what it holds. Once per request."""
@@ -188,6 +190,9 @@ class Scheduler:
         insort(self.waiting, request, key=lambda r: r.order)
 
     def _stop(self, request: Request) -> None:
+        has_output = len(request.token_ids) > request.num_prefill_tokens
+        if has_output and request.finish_reason is not FinishReason.ERROR:
+            self._publish(request, len(request.token_ids) - 1)  # the last token is not in the cache, or not for sure
         self.shards[request.shard].stop(request)
         self._num_full -= request.needs_full_sampler
 
@@ -228,51 +233,45 @@ class Scheduler:
             request.start_time = time.perf_counter()
             self.stats.add_started(request)
 
-    def _commit_rows(
-        self, shard: int, requests: list[Request], plan: StepPlan, result: StepResult, touched: list[Request]
-    ) -> None:
+    def _commit_rows(self, shard: int, requests: list[Request], result: StepResult, touched: list[Request]) -> None:
         rows, num_tokens = zip(requests, result.row_tokens[shard], result.row_may_end[shard], strict=True), 0
         for row, (request, tokens, may_end) in enumerate(rows):
             if request.finish_reason is not None:
                 continue  # it was aborted, or ended in the step before
             if may_end or request.watches_tokens:
-                num_cached, logprobs = plan.starts[shard][row].item() + len(tokens), result.row_logprobs
-                of_token = logprobs[shard][row] if logprobs else None
-                self._take(request, num_cached, tokens, result.row_is_finite[shard][row], of_token, touched)
+                of_token = result.row_logprobs[shard][row] if result.row_logprobs else None
+                self._take(request, tokens, result.row_is_finite[shard][row], of_token, touched)
             else:  # nearly all: what takes time here, it takes for every token of every sequence
                 request.token_ids += tokens
                 num_tokens += len(tokens)
                 touched.append(request)
         self.stats.generation_tokens += num_tokens
-        ends = plan.starts[shard] % self.page_size + plan.num_steps
-        for row in np.flatnonzero(ends >= self.page_size).tolist():
-            self._publish(requests[row], len(requests[row].token_ids) - 1)
 
     def _take(
         self,
         request: Request,
-        num_cached: int,
         tokens: Sequence[int],
         is_finite: bool,
         logprobs: TokenLogprobs | None,
         touched: list[Request],
     ) -> None:
-        """What a step did for a request: the tokens that it generated, after which `num_cached` are in the cache."""
+        """What a step did for a request: the tokens that it generated."""
         if request.finish_reason is not None:
             return
         if tokens:
             self.stats.generation_tokens += request.append(tokens, logprobs)
         if not is_finite:
             request.finish(FinishReason.ERROR)
-        else:
-            self._publish(request, min(num_cached, len(request.token_ids)))  # a stop string may have cut them
         if request.finish_reason is not None:
             self.release(request)
         if tokens or not is_finite:
             touched.append(request)
 
     def _publish(self, request: Request, num_tokens: int) -> None:
-        """Lets others share the full pages of its first tokens, unless it was stopped meanwhile."""
+        """Lets others share the full pages of its first tokens, unless it was stopped meanwhile.
+
+        Those of the prompt as they fill; those of the output when it stops, for many at once cost less.
+        """
         if self.enable_prefix_caching and request.is_running and num_tokens // self.page_size > request.num_published:
             self.shards[request.shard].publish(request, num_tokens)
 

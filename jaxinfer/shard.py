@@ -108,13 +108,13 @@ class Shard:
         return starts
 
     def publish(self, request: Request, num_tokens: int) -> None:
-        """Lets others share the full pages of its first tokens, which are in the cache."""
-        num_full = num_tokens // self._page_size
+        """Lets others share the full pages of its first tokens, which are in the cache: more than when last called."""
+        start, stop = request.num_published, num_tokens // self._page_size
         request.extend_digests(self._page_size)
-        for page in range(request.num_published, num_full):
-            page_id = self._block_tables[request.slot, page].item()
-            self.allocator.publish(page_id, request.page_digests[page])
-        request.num_published = max(request.num_published, num_full)
+        page_ids = self._block_tables[request.slot, start:stop].tolist()
+        for page_id, digest in zip(page_ids, request.page_digests[start:stop], strict=True):
+            self.allocator.publish(page_id, digest)
+        request.num_published = stop
 
     def check(self) -> None:
         """Raises AssertionError unless pages, slots and requests agree."""

@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
-from itertools import chain
 
-from jaxinfer.step_plan import StepPlan, StepResult
+import numpy as np
+
+from jaxinfer.step_plan import StepPlan
 
 
 @dataclasses.dataclass
@@ -39,16 +40,18 @@ class EngineStats:
         yield
         setattr(self, field, getattr(self, field) + time.perf_counter() - start)
 
-    def add_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
-        """A step and the time that it kept the devices busy. With chunks in it, that is prefill's."""
-        counts = [*map(len, chain.from_iterable(result.row_tokens))]
+    def add_step(self, plan: StepPlan, counts: np.ndarray, seconds: float) -> None:
+        """A step, the `counts` of tokens that its rows generated, and the time that it kept the devices busy.
+
+        With chunks in it, that time is prefill's.
+        """
         self.steps += 1
         if any(plan.chunks):
             self.prefill_tokens += sum(chunk.num_tokens for chunks in plan.chunks for chunk in chunks)
             self.prefill_s += seconds
         else:
-            num_steps = max(counts)
-            self.decode_tokens += sum(counts)
+            num_steps = counts.max().item()
+            self.decode_tokens += counts.sum().item()
             self.decode_steps += num_steps
             self.decode_context_tokens += sum(starts.sum().item() for starts in plan.starts) * num_steps
             self.decode_s += seconds
