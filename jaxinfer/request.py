@@ -151,6 +151,12 @@ class Request:
             self._read_text(len(self.token_ids))
         return self.text.text
 
+    def shareable_digests(self, page_size: int) -> list[bytes]:
+        """Of the pages that need not run: those before the one with the last token, which must, to give the next."""
+        if self.wants_prompt_logprobs:
+            return []
+        return self.page_digests[: (len(self.token_ids) - 1) // page_size]
+
     def append(self, token_ids: Sequence[int], logprobs: TokenLogprobs | None = None) -> int:
         """Takes generated tokens in, up to the one that ends the request, and says how many.
 

@@ -212,22 +212,10 @@ class Scheduler:
     def _has_room(self, shard: Shard, request: Request) -> bool:
         if not shard.has_free_slot or not self.chunk_policy.has_room(shard.prefilling, len(shard.decoding())):
             return False
-        digests = self._usable_digests(request)
-        num_cached, num_evictable = shard.allocator.num_cached(digests)
-        if any(_will_publish(row, digests, num_cached) for row in shard.running):
-            return False
-        needed = cdiv(min(len(request.token_ids) + 1, request.max_num_cached), self.page_size) - num_cached
-        # Room for the others to grow, or the new one would be preempted at once.
-        return needed + len(shard.running) <= shard.allocator.num_free - num_evictable
-
-    def _usable_digests(self, request: Request) -> list[bytes]:
-        """Of the pages before the one with the last token, which must run to give the next."""
-        if request.wants_prompt_logprobs:
-            return []
-        return request.page_digests[: (len(request.token_ids) - 1) // self.page_size]
+        return shard.has_pages(request)
 
     def _start(self, request: Request, shard: Shard) -> None:
-        shard.start(request, self._usable_digests(request))
+        shard.start(request)
         self._num_full += request.needs_full_sampler
         if request.start_time is None:  # and is not back after a preemption, with what it had cached itself
             request.start_time = time.perf_counter()
@@ -274,11 +262,3 @@ class Scheduler:
         """
         if self.enable_prefix_caching and request.is_running and num_tokens // self.page_size > request.num_published:
             self.shards[request.shard].publish(request, num_tokens)
-
-
-def _will_publish(row: Request, digests: Sequence[bytes], num_known: int) -> bool:
-    """Whether a running request is at the first of these pages that is not known yet: soon it can be shared."""
-    next_page = digests[num_known : num_known + 1]
-    return (
-        bool(next_page) and row.num_published <= num_known and row.page_digests[num_known : num_known + 1] == next_page
-    )

@@ -69,11 +69,23 @@ class Shard:
         """Of one that runs here, in order of position."""
         return self._block_tables[request.slot, : self._num_pages[request.slot]].tolist()
 
-    def start(self, request: Request, digests: Sequence[bytes]) -> None:
-        """Takes a request in, on top of what is cached of the pages with `digests`."""
+    def has_pages(self, request: Request) -> bool:
+        """Whether a request can start: not while somebody is about to fill a page that it could share.
+
+        There must be pages for it and for the others to grow, or it would be preempted at once.
+        """
+        digests = request.shareable_digests(self._page_size)
+        num_cached, num_evictable = self.allocator.num_cached(digests)
+        if any(_will_publish(row, digests, num_cached) for row in self.running):
+            return False
+        needed = cdiv(min(len(request.token_ids) + 1, request.max_num_cached), self._page_size) - num_cached
+        return needed + len(self.running) <= self.allocator.num_free - num_evictable
+
+    def start(self, request: Request) -> None:
+        """Takes a request in, on top of what is cached of its pages."""
         slot = self._free_slots.pop()
         request.shard, request.slot, self._by_slot[slot] = self.index, slot, request
-        pages = self.allocator.share(digests)
+        pages = self.allocator.share(request.shareable_digests(self._page_size))
         request.num_published, request.num_prefilled = len(pages), len(pages) * self._page_size
         request.num_prefill_tokens = len(request.token_ids)
         pages += self.allocator.allocate(cdiv(request.num_prefill_tokens, self._page_size) - len(pages))
@@ -137,3 +149,11 @@ class Shard:
             assert not column[[*self._free_slots, -1]].any(), "a slot that nobody has is not empty"
         unused = np.arange(self._block_tables.shape[1]) >= self._num_pages[:, None]
         assert not self._block_tables[unused].any(), "a page that is not held is in a block table"
+
+
+def _will_publish(row: Request, digests: Sequence[bytes], num_known: int) -> bool:
+    """Whether a running request is at the first of these pages that is not known yet: soon it can be shared."""
+    next_page = digests[num_known : num_known + 1]
+    return (
+        bool(next_page) and row.num_published <= num_known and row.page_digests[num_known : num_known + 1] == next_page
+    )

@@ -112,7 +112,7 @@ def _publish_the_pages_of_a_poisoned_row(release: Method) -> Method:
 
 
 def _prefill_nothing_of_a_cached_prompt(usable: Method) -> Method:
-    return lambda self, request: request.page_digests[: len(request.token_ids) // self.page_size]
+    return lambda self, page_size: self.page_digests[: len(self.token_ids) // page_size]
 
 
 def _find_pages_in_another_shard(start: Method) -> Method:
@@ -159,7 +159,7 @@ FAULTS = [
     Fault("admit with tokens under way", Scheduler, "_admit", _admit_with_tokens_under_way),
     Fault("take the tokens of an aborted request", Scheduler, "commit", _take_the_tokens_of_an_aborted_request),
     Fault("publish the pages of a poisoned row", Scheduler, "release", _publish_the_pages_of_a_poisoned_row),
-    Fault("prefill nothing of a cached prompt", Scheduler, "_usable_digests", _prefill_nothing_of_a_cached_prompt),
+    Fault("prefill nothing of a cached prompt", Request, "shareable_digests", _prefill_nothing_of_a_cached_prompt),
     Fault("find pages in another shard", Scheduler, "_start", _find_pages_in_another_shard),
     Fault("grow a page late", Shard, "starved", _grow_a_page_late),
     Fault("forget what the step under way will do", Shard, "decode", _forget_how_many_tokens_are_left),
