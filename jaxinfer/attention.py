@@ -1,5 +1,8 @@
 """What a model attends to: nothing but its own tokens (training), or a paged cache (inference)."""
 
+import dataclasses
+import functools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -32,15 +35,17 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> 
     return jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision).reshape(b, t, n, h)
 
 
-def attention_spec(config: ModelConfig, partitioner: Partitioner, page_size: int) -> AttentionSpec:
-    """What the attention of one device's shard computes."""
-    return AttentionSpec(
+def attention_specs(config: ModelConfig, partitioner: Partitioner, page_size: int) -> tuple[AttentionSpec, ...]:
+    """What the attention of each layer computes on one device's shard. Layers differ by their windows."""
+    spec = AttentionSpec(
         num_q_heads=config.num_q_heads // partitioner.num_shards(ax.HEADS),
         num_kv_heads=num_sharded_kv_heads(config.num_kv_heads, partitioner) // partitioner.num_shards(ax.KV_HEADS),
         head_dim=config.head_dim,
         page_size=page_size,
         scale=config.softmax_scale,
+        soft_cap=config.attention_soft_cap,
     )
+    return tuple(dataclasses.replace(spec, window=config.window(layer)) for layer in range(config.num_layers))
 
 
 class Rows(NamedTuple):
@@ -75,13 +80,13 @@ class PagedAttention:
         rows: Rows | None,
         prompts: Prompts | None,
         *,
-        spec: AttentionSpec,  # heads of one shard
+        specs: Sequence[AttentionSpec],  # of each layer
         backend: ModuleType,
         partitioner: Partitioner,
     ):
         self._cache = list(cache)
         self._rows, self._prompts = rows, prompts
-        self._spec, self._backend, self._partitioner = spec, backend, partitioner
+        self._specs, self._backend, self._partitioner = specs, backend, partitioner
 
     @property
     def cache(self) -> Cache:
@@ -89,7 +94,7 @@ class PagedAttention:
 
     def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """q [D, S, N, H], k and v [D, S, K, H] -> [D, S, N, H]."""
-        attend = self._attend_local
+        attend = functools.partial(self._attend_local, self._specs[layer])
         if self._partitioner.mesh.size > 1:
             pages = self._partitioner.spec(kv_cache.CACHE_AXES)
             heads = self._partitioner.spec((ax.BATCH, None, ax.HEADS, ax.HEAD_DIM))
@@ -107,13 +112,13 @@ class PagedAttention:
         self._cache[layer] = (k_pages, v_pages)
         return out
 
-    def _attend_local(self, q, k, v, k_pages, v_pages, rows: Rows | None, prompts: Prompts | None):
+    def _attend_local(self, spec: AttentionSpec, q, k, v, k_pages, v_pages, rows: Rows | None, prompts: Prompts | None):
         """Of one shard: the first dimension is 1. All is written before anything is read: pages stay in place."""
         q, k, v, rows, prompts = jax.tree.map(lambda x: x[0], (q, k, v, rows, prompts))
         num_rows = 0 if rows is None else rows.positions.size
         with jax.named_scope("cache_write"):
             if rows is not None:
-                columns = rows.positions[:, None] // self._spec.page_size
+                columns = rows.positions[:, None] // spec.page_size
                 page_ids = jnp.take_along_axis(rows.block_tables, columns, axis=1, mode="clip")[:, 0]
                 where = (jnp.where(rows.valid, page_ids, 0), rows.positions)  # 0: the scratch page
                 k_pages = kv_cache.write(k_pages, k[:num_rows], *where)
@@ -121,7 +126,7 @@ class PagedAttention:
             if prompts is not None:
                 place = token_places(prompts.lengths, q.shape[0] - num_rows)
                 positions = prompts.starts[place.sequence] + place.offset
-                columns = positions // self._spec.page_size
+                columns = positions // spec.page_size
                 page_ids = prompts.block_tables.at[place.sequence, columns].get(mode="clip")
                 where = (jnp.where(place.valid, page_ids, 0), positions)
                 k_pages = kv_cache.write(k_pages, k[num_rows:], *where)
@@ -129,9 +134,9 @@ class PagedAttention:
         outs = []
         if rows is not None:
             of_rows = (rows.block_tables, jnp.where(rows.valid, rows.positions, -1)[:, None])
-            out = self._backend.paged_attention(q[:num_rows, None], k_pages, v_pages, *of_rows, spec=self._spec)
+            out = self._backend.paged_attention(q[:num_rows, None], k_pages, v_pages, *of_rows, spec=spec)
             outs.append(out[:, 0])
         if prompts is not None:
-            out = self._backend.ragged_paged_attention(q[num_rows:], k_pages, v_pages, *prompts, spec=self._spec)
+            out = self._backend.ragged_paged_attention(q[num_rows:], k_pages, v_pages, *prompts, spec=spec)
             outs.append(out)
         return jnp.concatenate(outs)[None], k_pages, v_pages

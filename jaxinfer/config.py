@@ -17,6 +17,8 @@ class RopeConfig:
       factor: the stretch.
       low_freq_factor, high_freq_factor: llama3's two corners, in rotations over `original_max_position`.
       original_max_position: tokens that the model was trained on before stretching.
+      share: of each head's dimensions, the first, that rotate; the rest stay as they are.
+      interleaved: whether pairs are neighbours, (x[2i], x[2i + 1]), and not halves, (x[i], x[i + R/2]).
     """
 
     theta: float
@@ -25,11 +27,28 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_position: int = 0
+    share: float = 1.0
+    interleaved: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer. `embed_dim` need not equal `num_q_heads * head_dim`."""
+    """A decoder-only transformer. `embed_dim` need not equal `num_q_heads * head_dim`.
+
+    Attributes, where the name does not say it:
+      max_position: tokens that the position embedding was trained or scaled for.
+      rope: of all layers, or of those without a window.
+      window_rope: of layers with a window, where it is another.
+      windows: by layer, the tokens that a query sees, its own included; None: all. Empty: all, in every layer.
+      qk_norm: of queries and keys before rotation: "" (none), "head" (each head by itself), "all" (all heads as one).
+      attention_bias: of queries, keys and values.
+      attention_out_bias: of the projection back.
+      query_scale: factor on attention's scores; None: head_dim ** -0.5.
+      attention_soft_cap, logits_soft_cap: as `AttentionSpec.soft_cap`; None: none.
+      embed_scale: factor on the embedded tokens.
+      norms_before, norms_after: whether attention and MLP have a norm before them, and one behind, ahead of the sum.
+      norm_offset: what is added to the stored scales of the norms.
+    """
 
     family: str
     vocab_size: int
@@ -39,13 +58,24 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     mlp_dim: int
-    max_position: int  # tokens that the position embedding was trained or scaled for
+    max_position: int
     norm_eps: float
     rope: RopeConfig
+    window_rope: RopeConfig | None = None
+    windows: tuple[int | None, ...] = ()
+    qk_norm: str = ""
     activation: str = "silu"
     tie_embeddings: bool = False
     attention_bias: bool = False
+    attention_out_bias: bool = False
     mlp_bias: bool = False
+    query_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logits_soft_cap: float | None = None
+    embed_scale: float = 1.0
+    norms_before: bool = True
+    norms_after: bool = False
+    norm_offset: float = 0.0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -57,9 +87,17 @@ class ModelConfig:
                 f"config.json: num_attention_heads {self.num_q_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_kv_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"config.json: head_dim {self.head_dim} is odd; rotary embedding needs pairs")
+        rotary_dim = int(self.head_dim * self.rope.share)
+        if rotary_dim % 2:
+            raise ValueError(f"config.json: {rotary_dim} of head_dim rotate; an odd number has no pairs")
 
     @property
     def softmax_scale(self) -> float:
-        return self.head_dim**-0.5
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a query of `layer` sees; None: all."""
+        return self.windows[layer] if self.windows else None
+
+    def layer_rope(self, layer: int) -> RopeConfig:
+        return self.window_rope if self.window_rope is not None and self.window(layer) is not None else self.rope

@@ -5,10 +5,11 @@ an error: a key that we do not understand could be the one that makes the text w
 file is ever imported.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from jaxinfer.config import RopeConfig
@@ -76,6 +77,50 @@ class HFConfig:
             raise ValueError(f"{self.source}: {key} is {value!r}; expected a positive number")
         return value
 
+    def get_or_none(self, key: str, kind: type[T], absent: T | None = None) -> T | None:
+        """As `get`, for a key whose null means None, and whose absence means `absent`."""
+        self._read.add(key)
+        return None if self._values.get(key, absent) is None else self.get(key, kind, absent)
+
+    def decoder(self, *, head_dim: int | None = None, tie_embeddings: bool = False) -> dict[str, Any]:
+        """The fields of `ModelConfig` whose keys most families share.
+
+        `head_dim` (None: hidden_size / num_attention_heads) and `tie_embeddings` are the family's defaults.
+        """
+        embed_dim, num_q_heads = self.get("hidden_size", int), self.get("num_attention_heads", int)
+        return {
+            "vocab_size": self.get("vocab_size", int),
+            "embed_dim": embed_dim,
+            "num_layers": self.get("num_hidden_layers", int),
+            "num_q_heads": num_q_heads,
+            "num_kv_heads": self.get("num_key_value_heads", int, num_q_heads),
+            "head_dim": self.get("head_dim", int, head_dim or max(1, embed_dim // num_q_heads)),
+            "mlp_dim": self.get("intermediate_size", int),
+            "max_position": self.get("max_position_embeddings", int),
+            "norm_eps": self.get("rms_norm_eps", float),
+            "tie_embeddings": self.get("tie_word_embeddings", bool, tie_embeddings),
+        }
+
+    def windows(self, num_layers: int, window: int | None, has_window: Callable[[int], bool]) -> tuple[int | None, ...]:
+        """`ModelConfig.windows`, from `layer_types` or, where that is absent, from which layers have one by default."""
+        sliding, full = "sliding_attention", "full_attention"
+        types = self.get("layer_types", list, [sliding if has_window(layer) else full for layer in range(num_layers)])
+        if len(types) != num_layers or not set(map(str, types)) <= {sliding, full}:
+            raise ValueError(
+                f"{self.source}: layer_types is {types}; expected {num_layers} times {sliding!r} or {full!r}"
+            )
+        if sliding not in types:
+            return ()
+        if window is None:
+            raise ValueError(f"{self.source}: layer_types has {sliding!r} and there is no sliding_window")
+        return tuple(window if kind == sliding else None for kind in types)
+
+    def qwen_windows(self, num_layers: int) -> tuple[int | None, ...]:
+        """`windows` in the keys of Qwen 2 and 3: from layer `max_window_layers` on, if they are used at all."""
+        window, first = self.get_or_none("sliding_window", int, 4096), self.get("max_window_layers", int, 28)
+        is_used = self.get("use_sliding_window", bool, False) and window is not None
+        return self.windows(num_layers, window if is_used else None, lambda layer: is_used and layer >= first)
+
     def expect(self, key: str, *implemented: Any) -> Any:
         """The value of `key`, refused unless it is one of `implemented`; absent counts as the first."""
         self._read.add(key)
@@ -106,15 +151,36 @@ class HFConfig:
                 f"is never run; remove auto_map if the model is a plain {self.architecture}"
             )
 
-    def rope(self, default_theta: float | None = None) -> RopeConfig:
+    def rope(
+        self,
+        default_theta: float | None = None,
+        *,
+        default_share: float | None = None,
+        interleaved: bool = False,
+        layer_type: str | None = None,
+        theta_key: str = "rope_theta",
+    ) -> RopeConfig:
         """Rotary embedding from either shape: `rope_theta` + `rope_scaling`, or transformers 5's `rope_parameters`.
 
         `default_theta` is for a family whose first configs had no key for it. It counts only where the file has
-        neither `rope_theta` nor `rope_parameters`.
+        neither `rope_theta` nor `rope_parameters`. `default_share` is for a family of whose heads a part may rotate.
+        `layer_type` is for one whose kinds of layers differ: the new shape has it by kind, and in the old one
+        `rope_scaling` is that of full attention, and the others have a `theta_key` of their own.
         """
-        old_theta, old_scaling = self._values.get("rope_theta"), self._values.get("rope_scaling")
+        old_theta, old_scaling = self._values.get(theta_key), self._values.get("rope_scaling")
         new = self._values.get("rope_parameters")
-        self._read |= {"rope_theta", "rope_scaling", "rope_parameters"}
+        self._read |= {theta_key, "rope_scaling", "rope_parameters"}
+        if layer_type is not None:
+            new = self._mapping("rope_parameters", new).get(layer_type)
+            old_scaling = old_scaling if layer_type == "full_attention" else None
+        share = 1.0
+        if default_share is not None:
+            share = self.get("partial_rotary_factor", float, default_share)
+            if isinstance(new, dict) and "partial_rotary_factor" in new:
+                new = dict(new)
+                share = new.pop("partial_rotary_factor")
+            if not (_is_positive(share) and share <= 1):
+                raise ValueError(f"{self.source}: partial_rotary_factor is {share!r}; expected a share of at most 1")
         if new is None:
             values = dict(self._mapping("rope_scaling", old_scaling))
             values["rope_theta"] = default_theta if old_theta is None else old_theta
@@ -129,7 +195,8 @@ class HFConfig:
                     raise ValueError(f"{self.source}: {key} is {old} here and {values[key]} in rope_parameters")
                 if old is not None:
                     values[key] = old
-        return _rope_config(values, self.source)
+        rope = _rope_config(values, self.source)
+        return dataclasses.replace(rope, share=float(share), interleaved=interleaved)
 
     def _mapping(self, key: str, value: Any) -> Mapping[str, Any]:
         if value is not None and not isinstance(value, dict):

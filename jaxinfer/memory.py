@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import jax.numpy as jnp
 
 from jaxinfer import planner
-from jaxinfer.attention import attention_spec
+from jaxinfer.attention import attention_specs
 from jaxinfer.batch import max_chunk_tokens
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.extras import ExtrasSpec
@@ -47,7 +47,7 @@ class Demand:
         config, model, partitioner = self.config, self.definition.config, self.definition.partitioner
         assert config.max_model_len is not None
         num_shards = partitioner.num_shards(ax.BATCH)
-        spec = attention_spec(model, partitioner, self.page_size)
+        spec = attention_specs(model, partitioner, self.page_size)[0]
         itemsize = self.definition.dtype.itemsize
         heads = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim, "itemsize": itemsize}
         rows = config.max_num_seqs // num_shards

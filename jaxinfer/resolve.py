@@ -9,7 +9,7 @@ import pathlib
 import jax.numpy as jnp
 
 from jaxinfer import devices, models
-from jaxinfer.attention import attention_spec
+from jaxinfer.attention import attention_specs
 from jaxinfer.batch import Buckets
 from jaxinfer.config import ModelConfig
 from jaxinfer.engine_config import EngineConfig
@@ -77,7 +77,7 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
         )
     slots_per_shard = config.max_num_seqs // num_shards
     backend = "xla" if config.attention_backend == "auto" else config.attention_backend
-    paged_attention.backend(backend, attention_spec(model, partitioner, page_size))
+    paged_attention.backend(backend, *attention_specs(model, partitioner, page_size))
     buckets = Buckets.create(
         max_rows=slots_per_shard,
         max_model_len=max_model_len,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.attention import PagedAttention, Prompts, Rows, attention_spec
+from jaxinfer.attention import PagedAttention, Prompts, Rows, attention_specs
 from jaxinfer.batch import Array, StepBatch
 from jaxinfer.kv_cache import Cache
 from jaxinfer.logprobs import Logprobs
@@ -171,12 +171,12 @@ class StepFunctions:
         return self.definition.partitioner.constrain(logits, (ax.BATCH, None))
 
     def _attend(self, cache: Cache, rows: Rows | None, prompts: Prompts | None) -> PagedAttention:
-        spec = attention_spec(self.definition.config, self.definition.partitioner, self.page_size)
+        specs = attention_specs(self.definition.config, self.definition.partitioner, self.page_size)
         return PagedAttention(
             cache,
             rows,
             prompts,
-            spec=spec,
-            backend=paged_attention.backend(self.backend_name, spec),
+            specs=specs,
+            backend=paged_attention.backend(self.backend_name, *specs),
             partitioner=self.definition.partitioner,
         )

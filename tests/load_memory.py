@@ -40,18 +40,16 @@ NUM_SHARDS = 4
 
 def write_checkpoint(directory: pathlib.Path) -> None:
     """The tensors are made shard by shard, dealt out in turn."""
-    from jaxinfer.checkpoint.layout import stored_shape
+    from jaxinfer.checkpoint.layout import stored_params
 
-    definition = define("")
-    names = definition.family.weight_names(definition.config)
+    stored = stored_params(define(""))
     rng = np.random.default_rng(0)
     weight_map = {}
     for shard in range(NUM_SHARDS):
         file_name = f"model-{shard + 1:05}-of-{NUM_SHARDS:05}.safetensors"
         tensors = {}
-        for spec in definition.params[shard::NUM_SHARDS]:
-            shape = stored_shape(spec.shape, spec.axes, definition.config.num_kv_heads)
-            tensors[names[spec.path]] = rng.standard_normal(shape, np.float32)
+        for param in stored[shard::NUM_SHARDS]:
+            tensors[param.tensor] = rng.standard_normal(param.shape, np.float32)
         save_file(tensors, directory / file_name)
         weight_map |= dict.fromkeys(tensors, file_name)
     (directory / "config.json").write_text(json.dumps(CONFIG))

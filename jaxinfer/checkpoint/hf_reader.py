@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.checkpoint.hf_index import ReadSlices, StoredTensor, TensorIndex, listed
-from jaxinfer.checkpoint.layout import stored_shape, stored_slices
-from jaxinfer.parameters import ModelDefinition, ParamSpec
+from jaxinfer.checkpoint.layout import StoredParam, stored_params, tensor_shape, tensors
+from jaxinfer.parameters import ModelDefinition
 
 _READABLE = ("BF16", "F16", "F32", "F64")
 _COMPARED_BYTES = 1 << 24  # of each tensor at a time
@@ -33,38 +33,41 @@ def load_weights(
     Raises ValueError, before anything is sent to a device, for a directory that is broken or of another model.
     """
     index = TensorIndex.open(model_dir)
-    names = definition.family.weight_names(definition.config)
-    _check_matches(index, definition, names)
+    stored = stored_params(definition)
+    _check_matches(index, definition, stored)
     done, total = 0, definition.weight_bytes
     arrays = []
-    for spec in definition.params:
-        with index.reader(names[spec.path]) as read:
-            arrays.append(_load(spec, definition.config.num_kv_heads, names[spec.path], read))
-        done += spec.num_bytes
+    for param in stored:
+        with index.reader(param.tensor) as read:
+            arrays.append(_load(param, definition.config.num_kv_heads, read))
+        done += param.spec.num_bytes
         if progress is not None:
             progress(done, total)
     return tuple(arrays)
 
 
-def _load(spec: ParamSpec, num_kv_heads: int, name: str, read: ReadSlices) -> jax.Array:
+def _load(param: StoredParam, num_kv_heads: int, read: ReadSlices) -> jax.Array:
     """One parameter from its stored tensor. Returns when the devices have it, so that host copies do not pile up."""
+    spec = param.spec
     shard_shape = spec.sharding.shard_shape(spec.shape)
     shards: dict[jax.Device, jax.Array] = {}
-    for key, devices in _devices_by_slices(spec, num_kv_heads).items():
+    for key, devices in _devices_by_slices(param, num_kv_heads).items():
         # Heads apart again. A KV head that is repeated is alone on each of its devices, so none is repeated here.
-        data = _cast(read(tuple(slice(start, stop) for start, stop in key)), spec.dtype, name).reshape(shard_shape)
+        data = _cast(read(tuple(slice(start, stop) for start, stop in key)), spec.dtype, param.tensor).reshape(
+            shard_shape
+        )
         shards |= {device: jax.device_put(data, device) for device in devices}
         jax.block_until_ready(list(shards.values()))
     in_order = [shards[device] for device in spec.sharding.addressable_devices_indices_map(spec.shape)]
     return jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, in_order)
 
 
-def _devices_by_slices(spec: ParamSpec, num_kv_heads: int) -> dict[tuple[tuple[int, int], ...], list[jax.Device]]:
+def _devices_by_slices(param: StoredParam, num_kv_heads: int) -> dict[tuple[tuple[int, int], ...], list[jax.Device]]:
     """The distinct slices of the stored tensor, as (start, stop) pairs, and the devices that need each."""
     groups: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
-    for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
+    for device, index in param.spec.sharding.addressable_devices_indices_map(param.spec.shape).items():
         assert index is not None
-        slices = stored_slices(index, spec.shape, spec.axes, num_kv_heads)
+        slices = param.shard_slices(index, num_kv_heads)
         groups.setdefault(tuple((s.start, s.stop) for s in slices), []).append(device)
     return groups
 
@@ -80,22 +83,18 @@ def _cast(data: np.ndarray, dtype: jnp.dtype, name: str) -> np.ndarray:
     return cast
 
 
-def _check_matches(index: TensorIndex, definition: ModelDefinition, names: dict[str, str]) -> None:
+def _check_matches(index: TensorIndex, definition: ModelDefinition, stored: tuple[StoredParam, ...]) -> None:
     """Raises ValueError unless the directory has exactly the model's tensors, with the shapes of config.json."""
-    assert names.keys() == {spec.path for spec in definition.params} and len(set(names.values())) == len(names)
-    left_over = {name for name in index.tensors.keys() - set(names.values()) if not name.endswith(_IGNORED_SUFFIX)}
-    tied_copies = {copy: table for copy, table in _tied_copies(definition, names).items() if copy in left_over}
+    expected = {name: tensor_shape(parts) for name, parts in tensors(stored).items()}
+    left_over = {name for name in index.tensors.keys() - expected.keys() if not name.endswith(_IGNORED_SUFFIX)}
+    tied_copies = {copy: table for copy, table in _tied_copies(definition).items() if copy in left_over}
     left_over -= tied_copies.keys()
-    missing = set(names.values()) - index.tensors.keys()
+    missing = expected.keys() - index.tensors.keys()
     if missing or left_over:
         raise ValueError(
             f"{index.model_dir}: the weights are not those of config.json's {definition.config.family} model: "
             f"missing {listed(missing)}; left over {listed(left_over)}"
         )
-    expected = {
-        names[spec.path]: stored_shape(spec.shape, spec.axes, definition.config.num_kv_heads)
-        for spec in definition.params
-    }
     expected |= {copy: expected[table] for copy, table in tied_copies.items()}
     mismatches = (_mismatch(name, index.tensors[name], shape) for name, shape in expected.items())
     if wrong := [text for text in mismatches if text]:
@@ -112,12 +111,13 @@ def _mismatch(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _tied_copies(definition: ModelDefinition, names: dict[str, str]) -> dict[str, str]:
+def _tied_copies(definition: ModelDefinition) -> dict[str, str]:
     """The head's tensor, which some exporters write although it is tied, and the embedding's that it must equal."""
     if not definition.config.tie_embeddings:
         return {}
+    names = definition.family.weight_names(definition.config)
     untied = definition.family.weight_names(dataclasses.replace(definition.config, tie_embeddings=False))
-    return {name: names["embedding/table"] for path, name in untied.items() if path not in names}
+    return {part.name: names["embedding/table"].name for path, part in untied.items() if path not in names}
 
 
 def _check_equal(index: TensorIndex, head: str, table: str) -> None:

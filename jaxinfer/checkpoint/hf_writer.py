@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinfer.checkpoint.layout import stored_shape
+from jaxinfer.checkpoint.layout import StoredParam, stored_params, tensor_shape, tensors
 from jaxinfer.checkpoint.replacement import replaced
-from jaxinfer.parameters import ModelDefinition, ParamSpec
+from jaxinfer.parameters import ModelDefinition
 from sharding_rules import axes as ax
 
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # safetensors' spelling
@@ -39,37 +39,41 @@ def write_files(
 ) -> None:
     """As `write_model`, straight into a directory that exists."""
     (directory / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
-    num_kv_heads = definition.config.num_kv_heads
+    num_kv_heads, by_path = definition.config.num_kv_heads, _by_path(definition, arrays)
     with open(directory / "model.safetensors", "wb") as file:
         file.write(_header(definition, arrays))
-        for spec, array in zip(definition.params, arrays, strict=True):
-            file.write(_stored(spec, array, num_kv_heads).reshape(-1).view(np.uint8).data)
-            gc.collect(1)  # since jax 0.12 an array and its host copy are in a cycle; the young ones take no time
+        for parts in tensors(stored_params(definition)).values():
+            for part in parts:
+                file.write(_stored(part, by_path[part.spec.path], num_kv_heads).reshape(-1).view(np.uint8).data)
+                gc.collect(1)  # since jax 0.12 an array and its host copy are in a cycle; the young ones take no time
+
+
+def _by_path(definition: ModelDefinition, arrays: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+    return {spec.path: array for spec, array in zip(definition.params, arrays, strict=True)}
 
 
 def _header(definition: ModelDefinition, arrays: tuple[jax.Array, ...]) -> bytes:
     """Length, then JSON: of each tensor its dtype, its shape and where it lies behind the header."""
-    names = definition.family.weight_names(definition.config)
+    by_path = _by_path(definition, arrays)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for spec, array in zip(definition.params, arrays, strict=True):
-        shape = stored_shape(spec.shape, spec.axes, definition.config.num_kv_heads)
-        stop = start + math.prod(shape) * array.dtype.itemsize
-        dtype = _DTYPE_NAMES[array.dtype.name]
-        header[names[spec.path]] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+    for name, parts in tensors(stored_params(definition)).items():
+        shape, dtype = tensor_shape(parts), by_path[parts[0].spec.path].dtype
+        stop = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype.name], "shape": shape, "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
-def _stored(spec: ParamSpec, array: jax.Array, num_kv_heads: int) -> np.ndarray:
+def _stored(param: StoredParam, array: jax.Array, num_kv_heads: int) -> np.ndarray:
     """The parameter on the host as the file has it: one copy of each KV head, heads merged."""
     # A jax.Array keeps the host copy that NumPy asks it for; this one, over the same shards, is soon forgotten.
     shards = [shard.data for shard in array.addressable_shards]
     data = np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
     one_copy = tuple(
         slice(None, None, size // num_kv_heads if axis == ax.KV_HEADS else 1)
-        for size, axis in zip(spec.shape, spec.axes, strict=True)
+        for size, axis in zip(param.spec.shape, param.spec.axes, strict=True)
     )
-    return np.ascontiguousarray(data[one_copy]).reshape(stored_shape(spec.shape, spec.axes, num_kv_heads))
+    return np.ascontiguousarray(data[one_copy]).reshape(param.shape)

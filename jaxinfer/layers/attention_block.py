@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.layers.linear import Linear
+from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.rope import rotate
 from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
 from sharding_rules import axes as ax
@@ -18,7 +19,7 @@ Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class AttentionBlock(nnx.Module):
-    """Projections to heads, rotation, attention, projection back."""
+    """Projections to heads, normalisation, rotation, attention, projection back."""
 
     def __init__(self, config: ModelConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         embed = ((ax.EMBED, config.embed_dim),)
@@ -26,15 +27,28 @@ class AttentionBlock(nnx.Module):
         num_kv_heads = num_sharded_kv_heads(config.num_kv_heads, partitioner)
         kv_heads = ((ax.KV_HEADS, num_kv_heads), (ax.HEAD_DIM, config.head_dim))
         self.partitioner = partitioner
+        self.is_interleaved = config.rope.interleaved
         self.q = Linear(embed, heads, use_bias=config.attention_bias, dtype=dtype, rngs=rngs)
         self.k = Linear(embed, kv_heads, use_bias=config.attention_bias, dtype=dtype, rngs=rngs)
         self.v = Linear(embed, kv_heads, use_bias=config.attention_bias, dtype=dtype, rngs=rngs)
-        self.out = Linear(heads, embed, use_bias=config.attention_bias, dtype=dtype, rngs=rngs)
+        self.out = Linear(heads, embed, use_bias=config.attention_out_bias, dtype=dtype, rngs=rngs)
+        self.q_norm = _qk_norm(config, heads, dtype, rngs)
+        self.k_norm = _qk_norm(config, kv_heads, dtype, rngs)
 
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], layer: int, attend: Attend) -> jax.Array:
         """x [B, T, D], rope as `rope.rotation` makes it -> [B, T, D]."""
         constrain = self.partitioner.constrain
-        q = constrain(rotate(self.q(x), *rope), (ax.BATCH, None, ax.HEADS, ax.HEAD_DIM))
-        k = constrain(rotate(self.k(x), *rope), (ax.BATCH, None, ax.KV_HEADS, ax.HEAD_DIM))
-        v = constrain(self.v(x), (ax.BATCH, None, ax.KV_HEADS, ax.HEAD_DIM))
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate(heads, *rope, interleaved=self.is_interleaved) for heads in (q, k))
+        q = constrain(q, (ax.BATCH, None, ax.HEADS, ax.HEAD_DIM))
+        k, v = (constrain(heads, (ax.BATCH, None, ax.KV_HEADS, ax.HEAD_DIM)) for heads in (k, v))
         return constrain(self.out(attend(layer, q, k, v)), (ax.BATCH, None, ax.EMBED))
+
+
+def _qk_norm(config: ModelConfig, heads: tuple[tuple[str, int], ...], dtype: jnp.dtype, rngs: nnx.Rngs):
+    if not config.qk_norm:
+        return None
+    axes = {"head": heads[1:], "all": heads}[config.qk_norm]
+    return RMSNorm(axes, eps=config.norm_eps, dtype=dtype, rngs=rngs, offset=config.norm_offset)

@@ -1,5 +1,7 @@
 """Gated feed-forward block (Shazeer 2020, arXiv:2002.05202)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,7 +11,11 @@ from jaxinfer.layers.linear import Linear
 from jaxinfer.partitioning import Partitioner
 from sharding_rules import axes as ax
 
-ACTIVATIONS = {"silu": jax.nn.silu}
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class GatedMLP(nnx.Module):

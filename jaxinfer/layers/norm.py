@@ -1,22 +1,29 @@
 """Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.layers.param import param
-from sharding_rules import axes as ax
+from jaxinfer.layers.param import Axes, param
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, computed in float32."""
+    """x / rms(x) * (scale + offset) over the last axes of x, which `axes` names; computed in float32."""
 
-    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, axes: Axes, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs, offset: float = 0.0):
         self.eps = eps
-        self.scale = param(((ax.EMBED, size),), dtype, rngs, "ones")
+        self.offset = offset
+        self.scale = param(axes, dtype, rngs, "ones")
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> same shape and dtype."""
+        """Same shape and dtype."""
+        scale = self.scale[...]
+        axes = tuple(range(-scale.ndim, 0))
         x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        return (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * self.scale[...]
+        mean_square = jnp.sum(jnp.square(x32), axis=axes, keepdims=True) / math.prod(scale.shape)
+        normal = x32 * jax.lax.rsqrt(mean_square + self.eps)
+        if self.offset:  # added in float32, where 1 + scale keeps the bits of a small scale
+            return (normal * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
+        return normal.astype(x.dtype) * scale

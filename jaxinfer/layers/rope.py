@@ -1,4 +1,4 @@
-"""Rotary position embedding, in the half-split layout of Hugging Face checkpoints."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864)."""
 
 import math
 
@@ -10,8 +10,9 @@ from jaxinfer.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians per token of each of the head_dim / 2 rotating pairs, float32."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    """Radians per token of each of the R / 2 rotating pairs, float32; R is the rotating share of head_dim."""
+    rotary_dim = int(head_dim * rope.share)
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
     freqs = np.float32(1.0) / np.power(np.float32(rope.theta), exponents, dtype=np.float32)
     if rope.scaling == "default":
         return freqs
@@ -31,12 +32,19 @@ def _llama3(rope: RopeConfig, freqs: np.ndarray) -> np.ndarray:
 
 
 def rotation(positions: jax.Array, freqs: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each float32 [..., 1, H/2], of the angle of each pair at `positions` int32 [...]."""
+    """(cos, sin), each float32 [..., 1, R/2], of the angle of each pair at `positions` int32 [...]."""
     angles = positions[..., None, None].astype(jnp.float32) * freqs
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns the pairs (x[i], x[i + H/2]) of x [..., heads, H]; computed in float32, returned in x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
+    """Turns the pairs of the first R of x [..., heads, H]; computed in float32, returned in x's dtype."""
+    rotary_dim = 2 * cos.shape[-1]
+    turning, still = x[..., :rotary_dim].astype(jnp.float32), x[..., rotary_dim:]
+    if interleaved:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+    else:
+        first, second = jnp.split(turning, 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    joined = jnp.stack(turned, axis=-1).reshape(turning.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    return jnp.concatenate([joined.astype(x.dtype), still], axis=-1)

@@ -5,7 +5,7 @@ A family module has
 - `ARCHITECTURES`: the names in config.json's `architectures` that it runs;
 - `parse_config(hf: HFConfig) -> ModelConfig`;
 - `Model`: the `nnx.Module`, built as `Model(config, partitioner, dtype=, rngs=)`;
-- `weight_names(config)`: the checkpoint tensor of each parameter;
+- `weight_names(config) -> WeightNames`: the checkpoint tensor of each parameter;
 - `TINY_CONFIGS`: config.json dictionaries of a few small models, by name, for the generic tests. The one called
   "gqa" divides over eight devices.
 """

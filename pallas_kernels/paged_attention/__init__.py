@@ -19,11 +19,12 @@ def backends() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in ("ragged", "spec"))
 
 
-def backend(name: str, spec: AttentionSpec) -> ModuleType:
-    """The backend called `name`; ValueError if there is none, or if it cannot run `spec`, saying why."""
+def backend(name: str, *specs: AttentionSpec) -> ModuleType:
+    """The backend called `name`; ValueError if there is none, or if it cannot run one of `specs`, saying why."""
     if name not in backends():
         raise ValueError(f"--attention_backend={name}: no such backend; known: {', '.join(backends())}")
     module = importlib.import_module(f"{__name__}.{name}")
-    if reason := module.unsupported(spec):
-        raise ValueError(f"--attention_backend={name}: {reason}")
+    for reason in map(module.unsupported, specs):
+        if reason:
+            raise ValueError(f"--attention_backend={name}: {reason}")
     return module

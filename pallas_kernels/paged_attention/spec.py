@@ -12,6 +12,8 @@ class AttentionSpec:
       head_dim: of queries, keys and values.
       page_size: tokens per page.
       scale: factor on the scores before softmax.
+      window: cached tokens that a query sees, its own included; None: all.
+      soft_cap: c in c * tanh(score / c), which scores become before softmax (Gemma 2, arXiv:2408.00118); None: as is.
     """
 
     num_q_heads: int
@@ -19,6 +21,8 @@ class AttentionSpec:
     head_dim: int
     page_size: int
     scale: float
+    window: int | None = None
+    soft_cap: float | None = None
 
     def __post_init__(self):
         if self.num_q_heads % self.num_kv_heads:

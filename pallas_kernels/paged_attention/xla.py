@@ -3,12 +3,12 @@
 For sequence b, query t at position p = positions[b, t], and query head n reading KV head k = n // group_size:
 
     key[j]   = k_pages[block_tables[b, j // page_size], k, j % page_size]      (value[j] likewise)
-    score[j] = scale * <q[b, t, n], key[j]>          for j <= p, else -inf
+    score[j] = cap(scale * <q[b, t, n], key[j]>)     for p - window < j <= p, else -inf
     out      = sum_j softmax(score)[j] * value[j]
 
-so a query sees the cached tokens up to and including its own, which must have been written before; at position -1
-it sees none, and the result is zero. Pages beyond a sequence's last token may hold anything, NaN included: what is
-masked is never multiplied.
+with cap and window as `AttentionSpec` has them; so a query sees the cached tokens up to and including its own, which
+must have been written before; at position -1 it sees none, and the result is zero. Pages beyond a sequence's last
+token may hold anything, NaN included: what is masked is never multiplied.
 
 It goes over the context in blocks with a running softmax (Milakov and Gimelshein, arXiv:1805.02867; the scheme of
 FlashAttention), and over the sequences in groups of like length, each up to its longest sequence's last block: so
@@ -138,7 +138,7 @@ def _attend_group(
         pages = lax.dynamic_slice_in_dim(block_tables, i * block_pages, block_pages, axis=1)
         keys, values = (_gather(of_all, pages) for of_all in (k_pages, v_pages))
         cached = i * block_pages * spec.page_size + jnp.arange(keys.shape[2], dtype=jnp.int32)
-        return _attend_block(state, grouped, keys, values, cached, positions)
+        return _attend_block(state, grouped, keys, values, cached, positions, spec)
 
     rows = (b, spec.num_kv_heads, spec.group_size, t)
     state = _Softmax(
@@ -149,8 +149,9 @@ def _attend_group(
     if num_blocks == 1:
         state = attend(0, state)
     else:
-        num_used = jnp.max(positions) // (block_pages * spec.page_size) + 1
-        state = lax.fori_loop(0, num_used, attend, state)
+        block = block_pages * spec.page_size
+        first = 0 if spec.window is None else jnp.min(_first_visible(positions, spec.window)) // block
+        state = lax.fori_loop(first, jnp.max(positions) // block + 1, attend, state)
     out = state.out / jnp.maximum(state.total, jnp.finfo(jnp.float32).tiny)[..., None]
     return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
@@ -163,15 +164,30 @@ class _Softmax(NamedTuple):
     out: jax.Array  # the same times the values
 
 
+def _first_visible(positions: jax.Array, window: int) -> jax.Array:
+    """The first position that each query sees; one that sees nothing does not count for a minimum."""
+    return jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, jnp.maximum(positions - (window - 1), 0))
+
+
 def _attend_block(
-    state: _Softmax, q: jax.Array, keys: jax.Array, values: jax.Array, cached: jax.Array, positions: jax.Array
+    state: _Softmax,
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    cached: jax.Array,
+    positions: jax.Array,
+    spec: AttentionSpec,
 ) -> _Softmax:
     """`q` is [B, T, K, G, H] and scaled, `keys` and `values` [B, K, S, H], at the positions `cached` [S]."""
     precision = matmul_precision(q.dtype)
     visible = cached <= positions[..., None]  # [B, T, S]
+    if spec.window is not None:
+        visible &= cached > positions[..., None] - spec.window
     readable = jnp.any(visible, axis=1)  # [B, S]; the rest may be stale, so 0 * NaN must not happen
     values = jnp.where(readable[:, None, :, None], values, jnp.zeros((), values.dtype))
     scores = jnp.einsum("btkgh,bksh->bkgts", q, keys, precision=precision, preferred_element_type=jnp.float32)
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     scores = jnp.where(visible[:, None, None], scores, jnp.float32(-jnp.inf))
     largest = jnp.maximum(state.largest, jnp.max(scores, axis=-1))
     finite = jnp.where(largest > -jnp.inf, largest, 0)  # of a query that sees nothing

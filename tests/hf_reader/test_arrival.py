@@ -122,8 +122,8 @@ def test_every_byte_is_read_once_and_in_slices(model: pathlib.Path, mesh: str, m
     assert reads.keys() == stored.keys()
     names = llama.weight_names(definition.config)
     for spec in definition.params:
-        slices = reads[names[spec.path]]
-        times_read = np.zeros(stored[names[spec.path]].shape, np.int32)
+        slices = reads[names[spec.path].name]
+        times_read = np.zeros(stored[names[spec.path].name].shape, np.int32)
         for where in slices:
             times_read[where] += 1
             # A KV head that several devices share is as large as one device's shard of the repeated heads.

@@ -9,8 +9,7 @@ import pytest
 
 from jaxinfer import batch
 from jaxinfer.config import ModelConfig
-from jaxinfer.layers import attention_block, mlp
-from jaxinfer.models import llama
+from jaxinfer.layers import attention_block, decoder, mlp
 from pallas_kernels.paged_attention import xla
 from tests.parity import driver
 
@@ -63,7 +62,7 @@ def _weights(change: Callable[[str, jax.Array], jax.Array]) -> Plant:
 def _rotate_interleaved(rotate: Callable) -> Callable:
     """Pairs (x[2i], x[2i + 1]), as the original Llama checkpoints have them."""
 
-    def rotated(x, cos, sin):
+    def rotated(x, cos, sin, **_):
         halves = jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
         first, second = jnp.split(rotate(halves, cos, sin), 2, axis=-1)
         return jnp.stack([first, second], axis=-1).reshape(x.shape)
@@ -143,7 +142,7 @@ FAULTS = [
     Fault("rotated dims interleaved", _wrap(attention_block, "rotate", _rotate_interleaved)),
     Fault(
         "rope positions in bfloat16",  # exact up to 256
-        _wrap(llama, "rotation", lambda rotation: lambda p, freqs: rotation(p.astype(jnp.bfloat16), freqs)),
+        _wrap(decoder, "rotation", lambda rotation: lambda p, freqs: rotation(p.astype(jnp.bfloat16), freqs)),
         needs_long_prompt=True,
     ),
     Fault("norm epsilon times 100", _config(lambda c: {"norm_eps": 100 * c.norm_eps})),
@@ -155,7 +154,7 @@ FAULTS = [
     ),
     Fault(
         "separate head ignored",
-        _wrap(llama.Model, "logits", lambda logits: lambda model, hidden: model.embedding.logits(hidden)),
+        _wrap(decoder.Decoder, "logits", lambda logits: lambda model, hidden: model.embedding.logits(hidden)),
     ),
     Fault("gelu for silu", lambda patch: patch.setitem(mlp.ACTIVATIONS, "silu", jax.nn.gelu)),
     Fault(

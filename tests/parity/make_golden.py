@@ -32,7 +32,7 @@ def make_sequence(model: Any, length: int, vocab_size: int) -> golden.Sequence:
 
 def make_case(family: str, name: str, directory: pathlib.Path) -> str:
     hf_config = recipe.tiny_config(family, name)
-    model = reference.load(recipe.write_model(directory / name, hf_config, recipe.weights(family, hf_config)))
+    model = reference.load(recipe.write_model(directory / family / name, hf_config, recipe.weights(family, hf_config)))
     sequences = [make_sequence(model, length, hf_config["vocab_size"]) for length in recipe.PROMPT_LENGTHS]
     entropy = reference.attention_entropy(model, sequences[-1].prompt)
     assert entropy.mean() < _MOST_ENTROPY, f"{family} {name}: attention is nearly uniform ({entropy.mean():.2f})"

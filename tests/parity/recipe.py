@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxinfer import models
-from jaxinfer.checkpoint.layout import stored_shape
+from jaxinfer.checkpoint import layout
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
@@ -35,12 +35,9 @@ def weights(family: str, hf_config: dict[str, Any], seed: int = 0) -> dict[str, 
     """float32 checkpoint tensors by name. Each has a generator of its own: the order does not matter."""
     module = models.get(family)
     config = module.parse_config(HFConfig(hf_config))
-    names = module.weight_names(config)
     definition = ModelDefinition.create(config, Partitioner.create(), np.dtype(np.float32))
-    return {
-        names[spec.path]: _tensor(names[spec.path], stored_shape(spec.shape, spec.axes, config.num_kv_heads), seed)
-        for spec in definition.params
-    }
+    parts = layout.tensors(layout.stored_params(definition))
+    return {name: _tensor(name, layout.tensor_shape(of_name), seed) for name, of_name in parts.items()}
 
 
 def _tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -50,6 +47,8 @@ def _tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         values = _BIAS_STDDEV * normal
     elif len(shape) == 1:
         values = 1 + 0.2 * normal  # a norm's scale
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            values *= _MATRIX_GAIN  # else normalised queries and keys would have scores too small to pick
     elif "embed" in name:
         values = _EMBEDDING_STDDEV * normal
     else:

@@ -1,0 +1,55 @@
+"""Which checkpoint tensor holds which parameter, in the naming that most decoders on Hugging Face share. Host only."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jaxinfer.config import ModelConfig
+
+
+class TensorPart(NamedTuple):
+    """A checkpoint tensor, or one of several parameters that lie in it one after the other along its first axis."""
+
+    name: str  # of the tensor
+    place: int = 0  # among them
+
+
+WeightNames = dict[str, TensorPart]  # by the parameter's path
+
+_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+
+
+def decoder_names(config: ModelConfig, norms: Mapping[str, str] = _NORMS) -> WeightNames:
+    """Of `layers.decoder.Decoder`: "layers/0/mlp/up/weight" -> "model.layers.0.mlp.up_proj.weight".
+
+    `norms` has the checkpoint's name of each norm in a block.
+    """
+    names = {"embedding/table": "model.embed_tokens.weight", "norm/scale": "model.norm.weight"}
+    if not config.tie_embeddings:
+        names["head/table"] = "lm_head.weight"
+    linear = [(f"attention/{name}", f"self_attn.{name[0]}_proj") for name in ("q", "k", "v", "out")]
+    linear += [(f"mlp/{name}", f"mlp.{name}_proj") for name in ("gate", "up", "down")]
+    has_bias = dict.fromkeys(("attention/q", "attention/k", "attention/v"), config.attention_bias)
+    has_bias |= {"attention/out": config.attention_out_bias}
+    for layer in range(config.num_layers):
+        ours, theirs = f"layers/{layer}", f"model.layers.{layer}"
+        for name, in_file in norms.items():
+            names[f"{ours}/{name}/scale"] = f"{theirs}.{in_file}.weight"
+        for name in ("q_norm", "k_norm") if config.qk_norm else ():
+            names[f"{ours}/attention/{name}/scale"] = f"{theirs}.self_attn.{name}.weight"
+        for name, in_file in linear:
+            names[f"{ours}/{name}/weight"] = f"{theirs}.{in_file}.weight"
+            if has_bias.get(name, config.mlp_bias):
+                names[f"{ours}/{name}/bias"] = f"{theirs}.{in_file}.bias"
+    return {path: TensorPart(name) for path, name in names.items()}
+
+
+def fused(names: WeightNames, parts: tuple[str, ...], whole: str) -> WeightNames:
+    """`names` with the tensors `parts` as one called `whole`: ("gate_proj", "up_proj") -> "gate_up_proj"."""
+
+    def fuse(name: str) -> TensorPart:
+        for index, part in enumerate(parts):
+            if f".{part}." in name:
+                return TensorPart(name.replace(part, whole), index)
+        return TensorPart(name)
+
+    return names | {path: fuse(part.name) for path, part in names.items() if part.place == 0}

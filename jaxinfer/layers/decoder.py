@@ -1,0 +1,83 @@
+"""The decoder that most families are: attention and a gated MLP in every layer, around a residual stream."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfer.config import ModelConfig, RopeConfig
+from jaxinfer.layers.attention_block import Attend, AttentionBlock
+from jaxinfer.layers.embedding import Embedding
+from jaxinfer.layers.mlp import GatedMLP
+from jaxinfer.layers.norm import RMSNorm
+from jaxinfer.layers.rope import inverse_frequencies, rotation
+from jaxinfer.partitioning import Partitioner
+from sharding_rules import axes as ax
+
+Rope = tuple[jax.Array, jax.Array]  # as `rope.rotation` makes it
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each added to the residual stream, with norms before or after it as the config says."""
+
+    def __init__(self, config: ModelConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        norm = lambda: embed_norm(config, dtype, rngs)  # noqa: E731
+        self.attention_norm = norm() if config.norms_before else None
+        self.attention = AttentionBlock(config, partitioner, dtype=dtype, rngs=rngs)
+        self.attention_post_norm = norm() if config.norms_after else None
+        self.mlp_norm = norm() if config.norms_before else None
+        self.mlp = GatedMLP(config, partitioner, dtype=dtype, rngs=rngs)
+        self.mlp_post_norm = norm() if config.norms_after else None
+
+    def __call__(self, x: jax.Array, rope: Rope, layer: int, attend: Attend) -> jax.Array:
+        """[B, T, D] -> the same."""
+        with jax.named_scope("attention"):
+            added = self.attention(_apply(self.attention_norm, x), rope, layer, attend)
+            x = x + _apply(self.attention_post_norm, added)
+        with jax.named_scope("mlp"):
+            added = self.mlp(_apply(self.mlp_norm, x))
+            return x + _apply(self.mlp_post_norm, added)
+
+
+class Decoder(nnx.Module):
+    """Token ids to the last layer's normalised activations, and those to logits."""
+
+    def __init__(self, config: ModelConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        self.partitioner = partitioner
+        tied, size = config.tie_embeddings, (config.vocab_size, config.embed_dim)
+        self.embedding = Embedding(*size, is_head=tied, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Block(config, partitioner, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = embed_norm(config, dtype, rngs)
+        self.head = None if tied else Embedding(*size, is_head=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
+        """tokens, positions int32 [B, T] -> normalised activations [B, T, D]."""
+        with jax.named_scope("embed"):
+            x = self.embedding(tokens)
+            if self.config.embed_scale != 1:
+                x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+            x = self.partitioner.constrain(x, (ax.BATCH, None, ax.EMBED))
+        ropes: dict[RopeConfig, Rope] = {}
+        for layer, block in enumerate(self.layers):
+            rope = self.config.layer_rope(layer)
+            if rope not in ropes:
+                ropes[rope] = rotation(positions, inverse_frequencies(rope, self.config.head_dim))
+            with jax.named_scope(f"layer_{layer}"):
+                x = block(x, ropes[rope], layer, attend)
+        return self.norm(x)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., V]."""
+        with jax.named_scope("head"):
+            logits, cap = (self.head or self.embedding).logits(hidden), self.config.logits_soft_cap
+            return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def embed_norm(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> RMSNorm:
+    """Of the residual stream."""
+    axes = ((ax.EMBED, config.embed_dim),)
+    return RMSNorm(axes, eps=config.norm_eps, dtype=dtype, rngs=rngs, offset=config.norm_offset)
+
+
+def _apply(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
