@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from jaxinfer.beam_search import beam_params, beam_search
-from jaxinfer.checkpoint.hf_reader import load_weights
+from jaxinfer.checkpoint.reader import load_weights
 from jaxinfer.compilations import num_compilations
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.engine_core import EngineCore

@@ -81,6 +81,7 @@ LAYERS = {
     "jaxinfer.engine_thread": 6,
     # Programs.
     "jaxinfer.cli_output": 7,
+    "jaxinfer.convert_checkpoint": 7,
     "jaxinfer.run_inference": 7,
     "jaxinfer.server": 7,
     "tools": 7,

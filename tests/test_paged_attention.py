@@ -24,6 +24,8 @@ class Case:
     page_size: int
     num_queries: int
     lengths: tuple[int, ...]
+    window: int | None = None
+    soft_cap: float | None = None
 
     @property
     def spec(self) -> AttentionSpec:
@@ -33,6 +35,8 @@ class Case:
             head_dim=self.head_dim,
             page_size=self.page_size,
             scale=self.head_dim**-0.5,
+            window=self.window,
+            soft_cap=self.soft_cap,
         )
 
 
@@ -43,11 +47,15 @@ CASES = [
     Case(6, 3, 8, 1, 1, (5, 1)),
     Case(8, 2, 16, 4, 6, (6, 11, 30)),
     Case(4, 4, 32, 16, 40, (40, 64)),
+    Case(8, 2, 16, 4, 1, (1, 36, 37, 38, 300), window=37),
+    Case(4, 2, 16, 16, 1, (200, 3, 130), window=1),
+    Case(8, 2, 16, 16, 40, (40, 90, 200), window=50, soft_cap=0.5),
+    Case(4, 4, 16, 4, 1, (9, 40), soft_cap=0.5),
 ]
 
 
 def make(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random queries and a pool whose unused slots are NaN; pages are shuffled."""
+    """Random queries and a pool whose unused slots, and those before every window, are NaN; pages are shuffled."""
     rng = np.random.default_rng(seed)
     batch, pages_each = len(case.lengths), cdiv(max(case.lengths), case.page_size) + 1
     num_pages = 1 + batch * pages_each
@@ -66,6 +74,9 @@ def make(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
             used = min(case.page_size, length - i * case.page_size)
             for pages in (arrays["k_pages"], arrays["v_pages"]):
                 pages[page, :, :used] = rng.normal(size=(case.num_kv_heads, used, case.head_dim))
+                if case.window is not None:
+                    num_hidden = length - case.num_queries + 1 - case.window - i * case.page_size
+                    pages[page, :, : max(0, min(used, num_hidden))] = np.nan
     return arrays
 
 
@@ -74,10 +85,13 @@ def reference(case: Case, q, k_pages, v_pages, block_tables, positions) -> np.nd
     out = np.zeros(q.shape)
     for b, t, n in np.ndindex(q.shape[:3]):
         head = n // case.spec.group_size
-        cached = range(positions[b, t] + 1)
+        first = 0 if case.window is None else max(0, positions[b, t] + 1 - case.window)
+        cached = range(first, positions[b, t] + 1)
         where = [(block_tables[b, j // case.page_size], head, j % case.page_size) for j in cached]
         keys, values = (np.array([pages[w] for w in where], np.float64) for pages in (k_pages, v_pages))
         scores = keys @ q[b, t, n].astype(np.float64) * case.spec.scale
+        if case.soft_cap is not None:
+            scores = case.soft_cap * np.tanh(scores / case.soft_cap)
         weights = np.exp(scores - scores.max())
         out[b, t, n] = weights @ values / weights.sum()
     return out
@@ -105,7 +119,10 @@ def test_matches_the_formula_and_never_reads_what_is_masked(name: str, dtype: st
 @pytest.mark.parametrize("name", backends())
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if c.num_queries == 1] + [Case(4, 2, 16, 8, 1, (3, 70, 40))], ids=str
+    "case",
+    [c for c in CASES if c.num_queries == 1 and c.window is None]
+    + [Case(4, 2, 16, 8, 1, (3, 70, 40)), Case(4, 2, 16, 8, 67, (67, 67, 140), window=50, soft_cap=0.5)],
+    ids=str,
 )
 def test_ragged_sequences_match_the_formula(name: str, dtype: str, case: Case):
     """Of each sequence another number of its last tokens asks, of the second none; four tokens are padding."""

@@ -18,7 +18,7 @@ from jaxinfer.checkpoint.layout import Slices
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth")
+OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth")
 
 ReadSlices = Callable[[Slices], np.ndarray]
 
@@ -161,7 +161,7 @@ def _check_weight_map(index: pathlib.Path, weight_map: dict[str, str], tensors: 
 def _nothing_to_read(model_dir: pathlib.Path) -> str:
     names = sorted(path.name for path in model_dir.iterdir()) if model_dir.is_dir() else []
     message = f"{model_dir}: neither {SINGLE_FILE} nor {INDEX_FILE} is there"
-    if others := [name for name in names if name.endswith(_OTHER_FORMATS)]:
+    if others := [name for name in names if name.endswith(OTHER_FORMATS)]:
         return f"{message}; only safetensors is read, not {listed(others)}"
     if parts := [name for name in names if name.endswith(".safetensors")]:
         return f"{message}; without the index the files {listed(parts)} cannot be told to be complete"

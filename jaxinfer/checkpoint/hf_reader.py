@@ -17,7 +17,7 @@ from jaxinfer.checkpoint.hf_index import ReadSlices, StoredTensor, TensorIndex, 
 from jaxinfer.checkpoint.layout import StoredParam, stored_params, tensor_shape, tensors
 from jaxinfer.parameters import ModelDefinition
 
-_READABLE = ("BF16", "F16", "F32", "F64")
+_READABLE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 _COMPARED_BYTES = 1 << 24  # of each tensor at a time
 
 # Old Llama checkpoints store this constant, which follows from config.json.
@@ -34,7 +34,7 @@ def load_weights(
     """
     index = TensorIndex.open(model_dir)
     stored = stored_params(definition)
-    _check_matches(index, definition, stored)
+    check_matches(index, definition)
     done, total = 0, definition.weight_bytes
     arrays = []
     for param in stored:
@@ -53,7 +53,7 @@ def _load(param: StoredParam, num_kv_heads: int, read: ReadSlices) -> jax.Array:
     shards: dict[jax.Device, jax.Array] = {}
     for key, devices in _devices_by_slices(param, num_kv_heads).items():
         # Heads apart again. A KV head that is repeated is alone on each of its devices, so none is repeated here.
-        data = _cast(read(tuple(slice(start, stop) for start, stop in key)), spec.dtype, param.tensor).reshape(
+        data = cast(read(tuple(slice(start, stop) for start, stop in key)), spec.dtype, param.tensor).reshape(
             shard_shape
         )
         shards |= {device: jax.device_put(data, device) for device in devices}
@@ -72,7 +72,15 @@ def _devices_by_slices(param: StoredParam, num_kv_heads: int) -> dict[tuple[tupl
     return groups
 
 
-def _cast(data: np.ndarray, dtype: jnp.dtype, name: str) -> np.ndarray:
+def stored_dtypes(index: TensorIndex, definition: ModelDefinition) -> dict[str, np.dtype]:
+    """Of each parameter, whose tensor must have passed `check_matches`."""
+    return {
+        param.spec.path: jnp.dtype(_READABLE[index.tensors[param.tensor].dtype]) for param in stored_params(definition)
+    }
+
+
+def cast(data: np.ndarray, dtype: jnp.dtype, name: str) -> np.ndarray:
+    """Raises ValueError where a number of the tensor `name` has no place in `dtype`."""
     if data.dtype == dtype:
         return data
     with np.errstate(over="ignore"):
@@ -83,9 +91,9 @@ def _cast(data: np.ndarray, dtype: jnp.dtype, name: str) -> np.ndarray:
     return cast
 
 
-def _check_matches(index: TensorIndex, definition: ModelDefinition, stored: tuple[StoredParam, ...]) -> None:
+def check_matches(index: TensorIndex, definition: ModelDefinition) -> None:
     """Raises ValueError unless the directory has exactly the model's tensors, with the shapes of config.json."""
-    expected = {name: tensor_shape(parts) for name, parts in tensors(stored).items()}
+    expected = {name: tensor_shape(parts) for name, parts in tensors(stored_params(definition)).items()}
     left_over = {name for name in index.tensors.keys() - expected.keys() if not name.endswith(_IGNORED_SUFFIX)}
     tied_copies = {copy: table for copy, table in _tied_copies(definition).items() if copy in left_over}
     left_over -= tied_copies.keys()

@@ -7,18 +7,23 @@ tensor at a time, whatever the size of the model.
 import gc
 import json
 import math
+import os
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxinfer.checkpoint.groups import groups
+from jaxinfer.checkpoint.hf_index import INDEX_FILE, SINGLE_FILE
 from jaxinfer.checkpoint.layout import StoredParam, stored_params, tensor_shape, tensors
 from jaxinfer.checkpoint.replacement import replaced
 from jaxinfer.parameters import ModelDefinition
 from sharding_rules import axes as ax
 
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # safetensors' spelling
+_MAX_FILE_BYTES = 5_000_000_000
 _ALIGNMENT = 8  # bytes, of where the first tensor begins
 
 
@@ -39,26 +44,65 @@ def write_files(
 ) -> None:
     """As `write_model`, straight into a directory that exists."""
     (directory / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
-    num_kv_heads, by_path = definition.config.num_kv_heads, _by_path(definition, arrays)
-    with open(directory / "model.safetensors", "wb") as file:
-        file.write(_header(definition, arrays))
-        for parts in tensors(stored_params(definition)).values():
-            for part in parts:
-                file.write(_stored(part, by_path[part.spec.path], num_kv_heads).reshape(-1).view(np.uint8).data)
-                gc.collect(1)  # since jax 0.12 an array and its host copy are in a cycle; the young ones take no time
+    by_path = {spec.path: array for spec, array in zip(definition.params, arrays, strict=True)}
+
+    def read(param: StoredParam) -> np.ndarray:
+        return _stored(param, by_path[param.spec.path], definition.config.num_kv_heads)
+
+    write_tensors(directory, definition, {path: array.dtype for path, array in by_path.items()}, read)
 
 
-def _by_path(definition: ModelDefinition, arrays: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
-    return {spec.path: array for spec, array in zip(definition.params, arrays, strict=True)}
+def write_tensors(
+    directory: pathlib.Path,
+    definition: ModelDefinition,
+    dtypes: Mapping[str, np.dtype],
+    read: Callable[[StoredParam], np.ndarray],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """The weights into a directory: one file, or an index and files of at most 5 GB, as Hugging Face has them.
+
+    `dtypes` is by parameter, and `read` gives one, shaped as in its tensor. A file appears whole or not at all, and
+    one that is there, of the same name, is left.
+    """
+    whole = tensors(stored_params(definition))
+    sizes = {
+        name: math.prod(tensor_shape(parts)) * dtypes[parts[0].spec.path].itemsize for name, parts in whole.items()
+    }
+    files = _files(sizes)
+    before, total = 0, sum(sizes.values())
+    for file_name, names in files.items():
+        done = before
+        path, partial = directory / file_name, directory / f"{file_name}.partial"
+        if not path.exists():
+            with open(partial, "wb") as file:
+                file.write(_header({name: whole[name] for name in names}, dtypes))
+                for part in (part for name in names for part in whole[name]):
+                    file.write(read(part).reshape(-1).view(np.uint8).data)
+                    gc.collect(1)  # since jax 0.12 an array and its host copy are in a cycle; the young take no time
+                    done += math.prod(part.shape) * dtypes[part.spec.path].itemsize
+                    progress(done, total)
+            os.rename(partial, path)
+        before += sum(sizes[name] for name in names)
+    if len(files) > 1:
+        weight_map = {name: file_name for file_name, names in files.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _header(definition: ModelDefinition, arrays: tuple[jax.Array, ...]) -> bytes:
+def _files(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Which tensors go into which file."""
+    found = groups(sizes, sizes.__getitem__, _MAX_FILE_BYTES)
+    if len(found) == 1:
+        return {SINGLE_FILE: found[0]}
+    return {f"model-{i:05}-of-{len(found):05}.safetensors": names for i, names in enumerate(found, start=1)}
+
+
+def _header(whole: Mapping[str, list[StoredParam]], dtypes: Mapping[str, np.dtype]) -> bytes:
     """Length, then JSON: of each tensor its dtype, its shape and where it lies behind the header."""
-    by_path = _by_path(definition, arrays)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for name, parts in tensors(stored_params(definition)).items():
-        shape, dtype = tensor_shape(parts), by_path[parts[0].spec.path].dtype
+    for name, parts in whole.items():
+        shape, dtype = tensor_shape(parts), dtypes[parts[0].spec.path]
         stop = start + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _DTYPE_NAMES[dtype.name], "shape": shape, "data_offsets": [start, stop]}
         start = stop

@@ -62,8 +62,12 @@ def read_config(model_dir: pathlib.Path) -> ModelConfig:
 
 def load(model_dir: pathlib.Path, mesh: str = "") -> tuple[ModelDefinition, Arrays]:
     """The model in float32 over `mesh`."""
-    definition = ModelDefinition.create(read_config(model_dir), Partitioner.create(mesh), jnp.dtype("float32"))
+    definition = load_definition(model_dir, mesh)
     return definition, load_weights(model_dir, definition)
+
+
+def load_definition(model_dir: pathlib.Path, mesh: str = "") -> ModelDefinition:
+    return ModelDefinition.create(read_config(model_dir), Partitioner.create(mesh), jnp.dtype("float32"))
 
 
 def make_runner(definition: ModelDefinition, weights: Arrays, shapes: Shapes) -> Runner:

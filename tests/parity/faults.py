@@ -9,7 +9,7 @@ import pytest
 
 from jaxinfer import batch
 from jaxinfer.config import ModelConfig
-from jaxinfer.layers import attention_block, decoder, mlp
+from jaxinfer.layers import attention_block, decoder, mlp, norm
 from pallas_kernels.paged_attention import xla
 from tests.parity import driver
 
@@ -23,13 +23,14 @@ class Fault:
     Attributes:
       name: what is wrong.
       plant: puts it in; undone with the patch.
-      config: the tiny config of Llama that has what is broken.
+      family, config: the tiny model that has what is broken.
       needs_long_prompt: no position of the 4-token prompt and its 64 tokens shows it.
     """
 
     name: str
     plant: Plant
     config: str = "gqa"
+    family: str = "llama"
     needs_long_prompt: bool = False
 
     def __str__(self) -> str:
@@ -132,6 +133,12 @@ def _round_softmax(attend: Callable) -> Callable:
     return lambda *arguments: jax.tree.map(_rounded, attend(*arguments))
 
 
+def _norm_of_each_head(module: norm.RMSNorm, x: jax.Array) -> jax.Array:
+    scale = module.scale[...]
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + module.eps) * scale
+
+
 FAULTS = [
     Fault("rope theta over 50", _config(lambda c: {"rope": dataclasses.replace(c.rope, theta=c.rope.theta / 50)})),
     Fault(
@@ -167,4 +174,44 @@ FAULTS = [
     Fault("later chunks one position late", _wrap(batch, "build", _chunks_one_late), needs_long_prompt=True),
     Fault("mask shows the next token", _attention(lambda attend, q, positions: attend(q, positions + 1))),
     Fault("block table names a page twice", _wrap(batch, "build", _page_twice)),
+    Fault("window ignored", _config(lambda c: {"windows": ()}), family="mistral", needs_long_prompt=True),
+    Fault(
+        "window one token too wide",
+        _config(lambda c: {"windows": tuple(window and window + 1 for window in c.windows)}),
+        family="mistral",
+        needs_long_prompt=True,
+    ),
+    Fault(
+        "windows in the other layers",
+        _config(lambda c: {"windows": tuple(None if window else max(filter(None, c.windows)) for window in c.windows)}),
+        family="gemma2",
+        needs_long_prompt=True,
+    ),
+    Fault("window layers rotate as the others", _config(lambda c: {"window_rope": None}), family="gemma3"),
+    Fault("scores not capped", _config(lambda c: {"attention_soft_cap": None}), family="gemma2"),
+    Fault("logits not capped", _config(lambda c: {"logits_soft_cap": None}), family="gemma2"),
+    Fault("query scale ignored", _config(lambda c: {"query_scale": None}), family="gemma2"),
+    Fault("embedding not scaled", _config(lambda c: {"embed_scale": 1.0}), family="gemma2"),
+    Fault("norm offset ignored", _config(lambda c: {"norm_offset": 0.0}), family="gemma2"),
+    Fault(
+        "norms of queries and keys all ones",
+        _weights(lambda path, a: jnp.ones_like(a) if "q_norm" in path or "k_norm" in path else a),
+        family="qwen3",
+    ),
+    Fault(
+        "norms of queries head by head",
+        _wrap(norm.RMSNorm, "__call__", lambda call: _norm_of_each_head),
+        family="olmo2",
+    ),
+    Fault(
+        "neighbours not paired",
+        _config(lambda c: {"rope": dataclasses.replace(c.rope, interleaved=False)}),
+        family="glm4",
+    ),
+    Fault(
+        "all of a head rotates",
+        _config(lambda c: {"rope": dataclasses.replace(c.rope, share=1.0)}),
+        family="phi3",
+        config="partial_rope",
+    ),
 ]

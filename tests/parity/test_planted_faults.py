@@ -12,9 +12,9 @@ from tests.parity.faults import FAULTS, Fault
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_fault_is_detected(fault: Fault, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
-    hf_config = recipe.tiny_config("llama", fault.config)
-    model_dir = recipe.write_model(tmp_path / "model", hf_config, recipe.weights("llama", hf_config))
-    sequences = golden.load("llama", fault.config)
+    hf_config = recipe.tiny_config(fault.family, fault.config)
+    model_dir = recipe.write_model(tmp_path / "model", hf_config, recipe.weights(fault.family, hf_config))
+    sequences = golden.load(fault.family, fault.config)
     fault.plant(monkeypatch)
     # No fault is in sampling, and without its branches a program compiles in half the time.
     monkeypatch.setattr(steps, "sample", lambda logits, *_: jnp.argmax(logits, axis=-1).astype(jnp.int32))

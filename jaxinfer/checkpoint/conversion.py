@@ -1,0 +1,166 @@
+"""Converts a model directory: Hugging Face's safetensors to Orbax, or back. One tensor at a time.
+
+The new directory is filled under another name, `.name.partial`, and gets its own when it is whole, with a manifest
+inside. A conversion that was cut short, even by a kill, leaves that one behind, and goes on from it.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer import models
+from jaxinfer.checkpoint import hf_reader, hf_writer, manifest, orbax_weights
+from jaxinfer.checkpoint.groups import groups
+from jaxinfer.checkpoint.hf_index import OTHER_FORMATS, TensorIndex
+from jaxinfer.checkpoint.layout import StoredParam, stored_params
+from jaxinfer.checkpoint.reader import HUGGING_FACE, ORBAX, about_params, check_matches, format_of
+from jaxinfer.hf_config import HFConfig
+from jaxinfer.parameters import ModelDefinition
+from jaxinfer.partitioning import Partitioner
+
+_STATE = "conversion.json"  # in an unfinished directory: what it is made from
+_WRITTEN = "written.txt"  # the parameters that are in its checkpoint
+_FINISHING = "finishing"
+_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
+
+_GROUP_BYTES = 1 << 26  # written by one call, which costs a few files and hundredths of a second
+
+Advance = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model directory that can be read.
+
+    Attributes:
+      format: HUGGING_FACE or ORBAX.
+      definition: over a mesh whose devices need not be there.
+      stored_dtypes: of each parameter, by its path.
+      dtypes: the same, as they shall be written.
+    """
+
+    model_dir: pathlib.Path
+    format: str
+    definition: ModelDefinition
+    stored_dtypes: dict[str, np.dtype]
+    dtypes: dict[str, np.dtype]
+
+    @classmethod
+    def open(cls, model_dir: pathlib.Path, dtype: str = "auto", mesh: str = "") -> "Source":
+        """Checks that the weights are those of config.json. Raises ValueError. `dtype` "auto" keeps the stored ones."""
+        hf, stored_format = HFConfig.read(model_dir), format_of(model_dir)
+        config = models.for_architecture(hf.architecture).parse_config(hf)
+        definition = ModelDefinition.create(config, Partitioner.abstract(mesh), jnp.dtype("float32"))
+        if stored_format == ORBAX:
+            check_matches(model_dir, definition)
+            params = manifest.read(model_dir)["about"]["params"]
+            stored = {path: jnp.dtype(dtype) for path, (_, dtype) in params.items()}
+        else:
+            index = TensorIndex.open(model_dir)
+            hf_reader.check_matches(index, definition)
+            stored = hf_reader.stored_dtypes(index, definition)
+        wanted = stored if dtype == "auto" else dict.fromkeys(stored, jnp.dtype(dtype))
+        return cls(model_dir, stored_format, definition, stored, wanted)
+
+    @functools.cached_property
+    def params(self) -> tuple[StoredParam, ...]:
+        """In the order of `definition.params`."""
+        return stored_params(self.definition)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all that shall be written."""
+        return sum(map(self.param_bytes, self.params))
+
+    def param_bytes(self, param: StoredParam) -> int:
+        return math.prod(param.shape) * self.dtypes[param.spec.path].itemsize
+
+    def read(self, param: StoredParam) -> np.ndarray:
+        """A parameter, shaped as in a checkpoint's tensor, in the dtype in which it shall be written."""
+        spec = param.spec
+        if self.format == HUGGING_FACE:
+            with TensorIndex.open(self.model_dir).reader(param.tensor) as read:
+                data = np.ascontiguousarray(read(param.slices))
+        else:
+            shape = orbax_weights.stored_param_shape(spec, self.definition.config.num_kv_heads)
+            data = orbax_weights.read(self.model_dir, spec.path, shape, self.stored_dtypes[spec.path])
+        return hf_reader.cast(data, self.dtypes[spec.path], param.tensor).reshape(param.shape)
+
+
+def convert(source: Source, target: pathlib.Path, progress: Advance, hashing: Advance) -> None:
+    """Writes `source` in the other format to `target`, which must not exist. Raises ValueError."""
+    target = target.resolve()
+    if target.exists() or target.is_symlink():
+        raise ValueError(f"{target} exists; name a new directory")
+    _check_disk(target, source.num_bytes)
+    partial = target.with_name(f".{target.name}.partial")
+    to_format = HUGGING_FACE if source.format == ORBAX else ORBAX
+    _prepare(partial, source, to_format)
+    _copy_side_files(source.model_dir, partial)
+    if to_format == ORBAX:
+        _write_orbax(source, partial, progress)
+    else:
+        hf_writer.write_tensors(partial, source.definition, source.dtypes, source.read, progress)
+    for name in (_STATE, _WRITTEN, _FINISHING):
+        (partial / name).unlink(missing_ok=True)
+    params = about_params(source.definition, source.dtypes)
+    manifest.write(partial, {"format": to_format, "params": params}, hashing)
+    os.rename(partial, target)
+
+
+def _check_disk(target: pathlib.Path, num_bytes: int) -> None:
+    parent = next(path for path in target.parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise ValueError(f"{target}: needs {num_bytes / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB free")
+
+
+def _prepare(partial: pathlib.Path, source: Source, to_format: str) -> None:
+    """A directory to fill: the one that an equal conversion left behind, else a new one."""
+    files = sorted(path for path in source.model_dir.iterdir() if path.is_file())
+    state = {
+        "to": to_format,
+        "dtypes": {path: dtype.name for path, dtype in source.dtypes.items()},
+        "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+    }
+    try:
+        can_go_on = json.loads((partial / _STATE).read_text()) == state and not (partial / _FINISHING).exists()
+    except (OSError, ValueError):
+        can_go_on = False
+    if not can_go_on:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / _STATE).write_text(json.dumps(state))
+
+
+def _copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Configuration and tokenizer: every plain file that holds no weights and runs no code."""
+    for path in sorted(source.iterdir()):
+        ours = path.name in (manifest.MANIFEST, manifest.COMPLETE)
+        is_weights = path.name.endswith((*_WEIGHT_SUFFIXES, *OTHER_FORMATS))
+        if path.is_file() and not ours and not is_weights and not path.name.endswith(".py"):
+            shutil.copyfile(path, target / path.name)
+
+
+def _write_orbax(source: Source, partial: pathlib.Path, progress: Advance) -> None:
+    log, num_kv_heads = partial / _WRITTEN, source.definition.config.num_kv_heads
+    written, done = set(log.read_text().splitlines() if log.exists() else ()), 0
+    for group in groups(source.params, source.param_bytes, _GROUP_BYTES):
+        if not {param.spec.path for param in group} <= written:
+            shapes = [orbax_weights.stored_param_shape(param.spec, num_kv_heads) for param in group]
+            pairs = zip(group, shapes, strict=True)
+            orbax_weights.add(partial, {param.spec.path: source.read(param).reshape(shape) for param, shape in pairs})
+            with open(log, "a") as file:
+                file.writelines(f"{param.spec.path}\n" for param in group)
+        done += sum(map(source.param_bytes, group))
+        progress(done, source.num_bytes)
+    (partial / _FINISHING).touch()
+    orbax_weights.finish(partial)

@@ -1,0 +1,98 @@
+"""What a directory that we wrote holds, and the proof that it is whole: `manifest.json`, then `COMPLETE`.
+
+The manifest lists every file with its size and sha256; COMPLETE holds the manifest's own sha256, and is written last.
+Formats do not tell by themselves: a flipped bit in a safetensors file loads silently, and so do half of those in
+an Orbax directory.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
+_VERSION = 1
+_BUFFER_BYTES = 1 << 22
+
+Advance = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+def write(directory: pathlib.Path, about: dict[str, Any], progress: Advance = lambda done, total: None) -> None:
+    """Lists what is in `directory`, with `about`, which is anything that JSON holds, and marks it as complete."""
+    paths = [*_files(directory)]
+    total, done, files = sum(path.stat().st_size for path in paths), 0, {}
+    for path in paths:
+        size = path.stat().st_size
+        name = path.relative_to(directory).as_posix()
+        files[name] = {"bytes": size, "sha256": _sha256(path, lambda n, done=done: progress(done + n, total))}
+        done += size
+    text = json.dumps({"version": _VERSION, "about": about, "files": files}, indent=1) + "\n"
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
+    (directory / COMPLETE).write_text(hashlib.sha256(text.encode()).hexdigest() + "\n", encoding="utf-8")
+
+
+def is_there(directory: pathlib.Path) -> bool:
+    """Whether we wrote the directory, whole or not."""
+    return (directory / MANIFEST).exists() or (directory / COMPLETE).exists()
+
+
+def read(directory: pathlib.Path) -> dict[str, Any]:
+    """The manifest. Raises ValueError unless it is complete, and every file is there with its size."""
+    try:
+        text, digest = (directory / MANIFEST).read_text("utf-8"), (directory / COMPLETE).read_text("utf-8").strip()
+        is_intact = hashlib.sha256(text.encode()).hexdigest() == digest
+        manifest = json.loads(text) if is_intact else {}
+    except FileNotFoundError as error:
+        missing = pathlib.Path(error.filename).name
+        raise ValueError(f"{directory}: no {missing}; the directory is half of a conversion: convert again") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory}: {MANIFEST} cannot be read: {error}") from None
+    if not is_intact:
+        raise ValueError(f"{directory}: {MANIFEST} is not the one that {COMPLETE} was written for")
+    if manifest["version"] != _VERSION:
+        raise ValueError(f"{directory}: {MANIFEST} has version {manifest['version']}; this program reads {_VERSION}")
+    for name, listed in manifest["files"].items():
+        path = directory / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != listed["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise ValueError(f"{path} {found}; {MANIFEST} says {listed['bytes']} bytes")
+    return manifest
+
+
+def verify(directory: pathlib.Path, progress: Advance = lambda done, total: None) -> dict[str, Any]:
+    """As `read`, and every byte is what was written. Raises ValueError naming the first file that is not."""
+    manifest = read(directory)
+    total, done = sum(listed["bytes"] for listed in manifest["files"].values()), 0
+    for name, listed in manifest["files"].items():
+        found = _sha256(directory / name, lambda n, done=done: progress(done + n, total))
+        if found != listed["sha256"]:
+            raise ValueError(f"{directory / name}: its sha256 is {found}; {MANIFEST} says {listed['sha256']}")
+        done += listed["bytes"]
+    if unlisted := sorted(_names(directory) - manifest["files"].keys()):
+        raise ValueError(f"{directory}: not in {MANIFEST}: {', '.join(unlisted[:5])}{', ...' if unlisted[5:] else ''}")
+    return manifest
+
+
+def _files(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """All but our own two, in order."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link; a manifest lists files only")
+        if path.is_file() and path.relative_to(directory).as_posix() not in (MANIFEST, COMPLETE):
+            yield path
+
+
+def _names(directory: pathlib.Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in _files(directory)}
+
+
+def _sha256(path: pathlib.Path, progress: Callable[[int], None]) -> str:
+    digest, done = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while data := file.read(_BUFFER_BYTES):
+            digest.update(data)
+            done += len(data)
+            progress(done)
+    return digest.hexdigest()

@@ -1,0 +1,110 @@
+"""Weights as an Orbax checkpoint: written one at a time, restored straight into any sharding.
+
+The tree is the model's own: `layers/0/mlp/up/weight` is the leaf "weight" of "up" of "mlp"... Each leaf has the
+parameter's shape, [heads, head_dim, embed] and the like, every KV head once.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jaxinfer.checkpoint.groups import groups
+from jaxinfer.parameters import ModelDefinition, ParamSpec
+from sharding_rules import axes as ax
+
+DIRECTORY = "weights"
+_GROUP_BYTES = 1 << 28  # restored by one call, whose overhead would else be most of it
+
+
+def add(model_dir: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Adds parameters, by path, to the checkpoint of a model directory, which is none before `finish`. Atomic.
+
+    Does nothing if they are there: a program that was killed may not know.
+    """
+    try:
+        ocp.partial.save(_path(model_dir), _nested(arrays))
+    except Exception as error:
+        if type(error).__name__ != "PartialSaveReplacementError":  # which Orbax does not export
+            raise
+
+
+def finish(model_dir: pathlib.Path) -> None:
+    """Makes a checkpoint of what was added."""
+    ocp.partial.finalize(_path(model_dir))
+
+
+def load(
+    model_dir: pathlib.Path, definition: ModelDefinition, progress: Callable[[int, int], None] | None = None
+) -> tuple[jax.Array, ...]:
+    """The arrays of `definition.params`, in their order, dtypes and shardings, whatever mesh wrote them.
+
+    As `hf_reader.load_weights`. A KV head that the mesh repeats is restored to all devices first.
+    """
+    num_kv_heads, done, total = definition.config.num_kv_heads, 0, definition.weight_bytes
+    arrays: dict[str, jax.Array] = {}
+    for group in groups(definition.params, lambda spec: spec.num_bytes, _GROUP_BYTES):
+        abstract = {spec.path: _abstract(spec, num_kv_heads, definition) for spec in group}
+        restored = _flat(_restore(model_dir, abstract), abstract)
+        for spec in group:
+            array = restored[spec.path]
+            if array.shape != spec.shape:
+                array = jax.jit(spec.repeat_kv_heads, out_shardings=spec.sharding)(array)
+            arrays[spec.path] = array
+            done += spec.num_bytes
+        jax.block_until_ready([arrays[spec.path] for spec in group])
+        if progress is not None:
+            progress(done, total)
+    return tuple(arrays[spec.path] for spec in definition.params)
+
+
+def read(model_dir: pathlib.Path, path: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """One parameter, on the host."""
+    abstract = {path: np.empty(shape, dtype)}
+    return _flat(_restore(model_dir, abstract), abstract)[path]
+
+
+def stored_param_shape(spec: ParamSpec, num_kv_heads: int) -> tuple[int, ...]:
+    """With every KV head once."""
+    return tuple(num_kv_heads if axis == ax.KV_HEADS else n for axis, n in zip(spec.axes, spec.shape, strict=True))
+
+
+def _abstract(spec: ParamSpec, num_kv_heads: int, definition: ModelDefinition) -> jax.ShapeDtypeStruct:
+    shape = stored_param_shape(spec, num_kv_heads)
+    sharding = spec.sharding if shape == spec.shape else definition.partitioner.replicated
+    return jax.ShapeDtypeStruct(shape, spec.dtype, sharding=sharding)
+
+
+def _restore(model_dir: pathlib.Path, abstract: dict[str, Any]) -> Any:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return ocp.load(_path(model_dir), _nested(abstract))
+
+
+def _path(model_dir: pathlib.Path) -> str:
+    return str(model_dir.resolve() / DIRECTORY)
+
+
+def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _flat(tree: Any, paths: Iterable[str]) -> dict[str, Any]:
+    leaves = {}
+    for path in paths:
+        node = tree
+        for name in path.split("/"):
+            node = node[name]
+        leaves[path] = node
+    return leaves

@@ -1,0 +1,63 @@
+"""Weights of a model directory, whichever format it has."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinfer.checkpoint import hf_reader, manifest, orbax_weights
+from jaxinfer.checkpoint.hf_index import listed
+from jaxinfer.parameters import ModelDefinition
+
+HUGGING_FACE, ORBAX = "huggingface", "orbax"
+
+
+def format_of(model_dir: pathlib.Path) -> str:
+    """HUGGING_FACE or ORBAX; ValueError for what is half of a conversion."""
+    if manifest.is_there(model_dir):
+        return manifest.read(model_dir)["about"]["format"]
+    if (model_dir / orbax_weights.DIRECTORY).exists():
+        raise ValueError(f"{model_dir}: Orbax weights without {manifest.MANIFEST}; convert_checkpoint writes one")
+    return HUGGING_FACE
+
+
+def load_weights(
+    model_dir: pathlib.Path, definition: ModelDefinition, progress: Callable[[int, int], None] | None = None
+) -> tuple[jax.Array, ...]:
+    """The arrays of `definition.params`, in their order, dtypes and shardings.
+
+    `progress(bytes_done, bytes_total)` is called now and then; bytes are those of `definition.weight_bytes`. Raises
+    ValueError, before anything is sent to a device, for a directory that is broken or of another model.
+    """
+    if format_of(model_dir) == HUGGING_FACE:
+        return hf_reader.load_weights(model_dir, definition, progress)
+    check_matches(model_dir, definition)
+    return orbax_weights.load(model_dir, definition, progress)
+
+
+def about_params(definition: ModelDefinition, dtypes: dict[str, np.dtype]) -> dict[str, Any]:
+    """Shape and dtype of each parameter in an Orbax directory, for its manifest."""
+    num_kv_heads = definition.config.num_kv_heads
+    return {
+        spec.path: [list(orbax_weights.stored_param_shape(spec, num_kv_heads)), dtypes[spec.path].name]
+        for spec in definition.params
+    }
+
+
+def check_matches(model_dir: pathlib.Path, definition: ModelDefinition) -> None:
+    """Raises ValueError unless an Orbax directory has exactly the model's parameters: Orbax would cut and pad."""
+    found = manifest.read(model_dir)["about"]["params"]
+    expected = {
+        spec.path: list(orbax_weights.stored_param_shape(spec, definition.config.num_kv_heads))
+        for spec in definition.params
+    }
+    if found.keys() != expected.keys():
+        raise ValueError(
+            f"{model_dir}: the weights are not those of config.json's {definition.config.family} model: missing "
+            f"{listed(expected.keys() - found.keys())}; left over {listed(found.keys() - expected.keys())}"
+        )
+    if wrong := [path for path, shape in expected.items() if found[path][0] != shape]:
+        shapes = f"{wrong[0]} has shape {found[wrong[0]][0]}, expected {expected[wrong[0]]}"
+        raise ValueError(f"{model_dir}: parameters that do not fit config.json: {listed(wrong)}; {shapes}")
