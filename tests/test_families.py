@@ -3,12 +3,11 @@
 import pathlib
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxinfer import models, steps
+from jaxinfer import models
 from jaxinfer.checkpoint.hf_writer import write_model
 from tests.parity import driver, recipe
 
@@ -33,32 +32,26 @@ def model_dir(family: str, config: dict[str, Any], tmp_path: pathlib.Path) -> pa
     return recipe.write_model(tmp_path / "model", config, recipe.weights(family, config))
 
 
-@pytest.fixture
-def greedy_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the sampler's branches a program compiles in half the time; they are the same for all families."""
-    monkeypatch.setattr(steps, "sample", lambda logits, *_: jnp.argmax(logits, axis=-1).astype(jnp.int32))
-
-
 def generate(model_dir: pathlib.Path, mesh: str) -> list[list[int]]:
     runner = driver.make_runner(*driver.load(model_dir, mesh), SHAPES)
-    runner.compile_all()
+    with driver.greedy_only():
+        runner.compile_all()
     prompts = [recipe.prompt(length, 128, seed) for seed, length in enumerate(PROMPT_LENGTHS)]
     tokens = driver.generate(runner, SHAPES, prompts, NUM_TOKENS)
     runner.close()
     return tokens
 
 
-@pytest.mark.usefixtures("greedy_only")
 def test_same_tokens_on_every_mesh(model_dir: pathlib.Path):
     expected = generate(model_dir, "")
     for mesh in MESHES:
         assert generate(model_dir, mesh) == expected, mesh
 
 
-@pytest.mark.usefixtures("greedy_only")
 def test_prefill_equals_decoding_token_by_token(model_dir: pathlib.Path):
     prompts = [recipe.prompt(130, 128, 0)]
-    (whole,), (single,) = (driver.continue_prompts(model_dir, prompts, 8, chunk) for chunk in (130, 1))
+    with driver.greedy_only():
+        (whole,), (single,) = (driver.continue_prompts(model_dir, prompts, 8, chunk) for chunk in (130, 1))
     assert single.tokens == whole.tokens
     assert np.abs(single.logits - whole.logits).max() < 1e-5 * np.abs(whole.logits).max()
 

@@ -95,7 +95,7 @@ def test_keys_without_influence_are_accepted():
             "m/config.json: rope_type is 'llama3' and type is 'linear'; they mean the same",
         ),
         ({"num_key_value_heads": 3}, "num_attention_heads 8 is not a multiple of num_key_value_heads 3"),
-        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"head_dim": 15}, "15 of head_dim rotate; an odd number has no pairs"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0; expected a positive number"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected an object"),
         (

@@ -37,7 +37,8 @@ def support() -> str:
     for name in models.families():
         family = models.get(name)
         configs = ", ".join(config.replace("_", " ") for config in family.TINY_CONFIGS)
-        rows.append(f"| model family | {', '.join(family.ARCHITECTURES)} ({configs}) | `tests/parity` |")
+        which = ", ".join(family.ARCHITECTURES)
+        rows.append(f"| model family | {which} ({configs}) | `tests/parity`, `tests/test_families.py` |")
     meshes = tested_meshes()
     rows += [
         f"| sharding | `{name}`: {', '.join(meshes.get(name, ['no test yet']))} | `tests/test_meshes.py` |"
@@ -45,6 +46,7 @@ def support() -> str:
     ]
     rows += [f"| paged attention | `{name}` | `tests/test_paged_attention.py` |" for name in paged_attention.backends()]
     rows.append(f"| weights | safetensors: `{SINGLE_FILE}`, or `{INDEX_FILE}` and shards | `tests/hf_reader` |")
+    rows.append("| weights | Orbax, both ways, as `convert_checkpoint` writes it | `tests/test_conversion.py` |")
     parameters = ", ".join(f"`{field.name}`" for field in dataclasses.fields(SamplingParams))
     rows.append(f"| sampling | {parameters} | `tests/test_sampling.py`, `tests/test_sampling_extras.py` |")
     methods = ", ".join(f"`{name}`" for name, value in vars(Engine).items() if name[0] != "_" and callable(value))
