@@ -21,7 +21,7 @@ T = TypeVar("T")
 # CONFIG_JSON_KEYS, which are about sampling.
 _IRRELEVANT = CONFIG_JSON_KEYS | frozenset(
     """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id
-    chunk_size_feed_forward decoder_start_token_id dtype embd_pdrop eos_token_id finetuning_task
+    cache_implementation chunk_size_feed_forward decoder_start_token_id dtype embd_pdrop eos_token_id finetuning_task
     gradient_checkpointing hidden_dropout id2label initializer_range is_decoder label2id mlp_dropout
     output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type resid_pdrop return_dict
     sep_token_id task_specific_params tokenizer_class torch_dtype torchscript transformers_version use_bfloat16
@@ -117,6 +117,7 @@ class HFConfig:
 
     def qwen_windows(self, num_layers: int) -> tuple[int | None, ...]:
         """`windows` in the keys of Qwen 2 and 3: from layer `max_window_layers` on, if they are used at all."""
+        self.expect("use_mrope", False)
         window, first = self.get_or_none("sliding_window", int, 4096), self.get("max_window_layers", int, 28)
         is_used = self.get("use_sliding_window", bool, False) and window is not None
         return self.windows(num_layers, window if is_used else None, lambda layer: is_used and layer >= first)
@@ -134,6 +135,7 @@ class HFConfig:
     def check_all_read(self) -> None:
         """Raises ValueError for keys that are neither read nor irrelevant (null values aside)."""
         self._check_auto_map()
+        self.expect("is_encoder_decoder", False)
         unread = {k for k, v in self._values.items() if v is not None} - self._read - _IRRELEVANT
         if unread:
             raise ValueError(

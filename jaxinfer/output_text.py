@@ -21,18 +21,30 @@ class OutputText:
         self._num_early = min_tokens  # tokens to come within which no stop string may end
         self._held = ""
         self.text = ""
+        self.error: Exception | None = None  # of the decoder, which can raise anything; the text ends before it
 
     def add(self, token_ids: Sequence[int]) -> bool:
-        """Appends tokens; True once a stop string was reached, which `text` then ends before, or with if included."""
+        """Appends tokens; True once a stop string was reached, which `text` then ends before, or with if included.
+
+        True, too, where the decoder failed.
+        """
         if self._stream is None:
             return False
-        new, self._num_early = self._stream.add(token_ids), self._num_early - len(token_ids)
+        try:
+            new = self._stream.add(token_ids)
+        except Exception as error:
+            self._stream, self.error = None, error
+            return True
+        self._num_early -= len(token_ids)
         return self._append(new)
 
     def finish(self) -> None:
         """Releases what was held back: no more tokens will come."""
-        if self._stream is not None and not self._append(self._stream.finish()):
-            self.text += self._held
+        try:
+            if self._stream is not None and not self._append(self._stream.finish()):
+                self.text += self._held
+        except Exception as error:
+            self.error = error
         self._held = ""
 
     def _append(self, new: str) -> bool:

@@ -21,7 +21,7 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # an end token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or max_model_len
     ABORT = "abort"
-    ERROR = "error"  # the model produced a value that is not finite, or its step failed
+    ERROR = "error"  # the model produced a value that is not finite, its step failed, or its text did
 
 
 class Reached(NamedTuple):
@@ -147,8 +147,8 @@ class Request:
     @property
     def output_text(self) -> str:
         """So far; what may still change is held back."""
-        if self.finish_reason is None:
-            self._read_text(len(self.token_ids))
+        if self.finish_reason is None and self._read_text(len(self.token_ids)):
+            self.watches_tokens = True  # it failed, and ends with the next token
         return self.text.text
 
     def shareable_digests(self, page_size: int) -> list[bytes]:
@@ -170,7 +170,7 @@ class Request:
             self.token_ids.append(token_id)
             if token_id in self.stop_token_ids:
                 self.finish(FinishReason.STOP, num_hidden=not self.params.include_stop_str_in_output)
-            elif self.params.stop and self._read_text(len(self.token_ids)):
+            elif self.text.error is not None or (self.params.stop and self._read_text(len(self.token_ids))):
                 self.finish(FinishReason.STOP)
             elif len(self.token_ids) == self.max_num_tokens:
                 self.finish(FinishReason.LENGTH)
@@ -190,9 +190,9 @@ class Request:
         """Ends the request; the first reason stays. The last `num_hidden` tokens are not part of the text."""
         if self.finish_reason is None:
             self._read_text(len(self.token_ids) - num_hidden)
-            self.finish_reason = reason
-            self.finish_time = time.perf_counter()
             self.text.finish()
+            self.finish_reason = reason if self.text.error is None else FinishReason.ERROR
+            self.finish_time = time.perf_counter()
 
     def _read_text(self, stop: int) -> bool:
         """Gives `text` the tokens before `stop` that it lacks; True once a stop string was reached.

@@ -1,4 +1,4 @@
-"""Chooses what runs next. Host only: requests, ints, no arrays.
+"""Chooses what runs next. Host only.
 
     waiting -> prefilling, piece by piece -> decoding -> finished
        ^------------- preempted ---------------'
@@ -212,7 +212,7 @@ class Scheduler:
     def _has_room(self, shard: Shard, request: Request) -> bool:
         if not shard.has_free_slot or not self.chunk_policy.has_room(shard.prefilling, len(shard.decoding())):
             return False
-        return shard.has_pages(request)
+        return shard.can_start(request)
 
     def _start(self, request: Request, shard: Shard) -> None:
         shard.start(request)

@@ -69,14 +69,14 @@ class Shard:
         """Of one that runs here, in order of position."""
         return self._block_tables[request.slot, : self._num_pages[request.slot]].tolist()
 
-    def has_pages(self, request: Request) -> bool:
-        """Whether a request can start: not while somebody is about to fill a page that it could share.
+    def can_start(self, request: Request) -> bool:
+        """Whether there is room for a request: not while somebody is about to fill a page that it could share.
 
         There must be pages for it and for the others to grow, or it would be preempted at once.
         """
         digests = request.shareable_digests(self._page_size)
         num_cached, num_evictable = self.allocator.num_cached(digests)
-        if any(_will_publish(row, digests, num_cached) for row in self.running):
+        if any(_will_publish(row, digests, num_cached, self._page_size) for row in self.running):
             return False
         needed = cdiv(min(len(request.token_ids) + 1, request.max_num_cached), self._page_size) - num_cached
         return needed + len(self.running) <= self.allocator.num_free - num_evictable
@@ -151,9 +151,15 @@ class Shard:
         assert not self._block_tables[unused].any(), "a page that is not held is in a block table"
 
 
-def _will_publish(row: Request, digests: Sequence[bytes], num_known: int) -> bool:
-    """Whether a running request is at the first of these pages that is not known yet: soon it can be shared."""
-    next_page = digests[num_known : num_known + 1]
+def _will_publish(row: Request, digests: Sequence[bytes], num_known: int, page_size: int) -> bool:
+    """Whether the first of these pages that is not known yet is in what a running request prefills: soon it is shared.
+
+    Not if it is in its output, which is published when it stops.
+    """
+    next_page, is_prefilled_there = digests[num_known : num_known + 1], num_known < row.num_prefill_tokens // page_size
     return (
-        bool(next_page) and row.num_published <= num_known and row.page_digests[num_known : num_known + 1] == next_page
+        bool(next_page)
+        and row.num_published <= num_known
+        and is_prefilled_there
+        and row.page_digests[num_known : num_known + 1] == next_page
     )

@@ -156,8 +156,8 @@ class TextStream:
             context = list(token_ids[-size:])
             for num_bytes in range(4):  # of a character, which are not enough for it
                 text = self._decode(context[: len(context) - num_bytes])
-                if not text.startswith(_REPLACEMENT) and not text.endswith(_REPLACEMENT):
-                    return context
+                if text and not text.startswith(_REPLACEMENT) and not text.endswith(_REPLACEMENT):
+                    return context  # with text: a decoder may strip the space of the first word behind none
         return list(token_ids[-most:])
 
 

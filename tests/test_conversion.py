@@ -233,6 +233,27 @@ def test_orbax_weights_of_another_model_are_refused(converted: pathlib.Path, tmp
             reader.load_weights(converted, definition)
 
 
+def test_no_code_and_no_foreign_weights_come_along(source: pathlib.Path, tmp_path: pathlib.Path):
+    directory = tmp_path / "source"
+    shutil.copytree(source, directory)
+    for name in ("modeling_x.py", "pytorch_model.bin", "training_args.bin", "run.sh"):
+        (directory / name).write_text("print('never')")
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    names = {path.name for path in convert(directory, tmp_path / "target").iterdir()}
+    expected = {"COMPLETE", "chat_template.jinja", "config.json", "generation_config.json", "manifest.json", "weights"}
+    assert names == expected
+
+
+def test_a_link_out_of_the_source_is_refused(source: pathlib.Path, tmp_path: pathlib.Path):
+    directory, secret = tmp_path / "source", tmp_path / "secret.json"
+    shutil.copytree(source, directory)
+    secret.write_text("{}")
+    (directory / "tokenizer_config.json").symlink_to(secret)
+    with pytest.raises(ValueError, match="is a link that leads out of the directory"):
+        convert(directory, tmp_path / "target")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "secret.json"}
+
+
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -243,6 +264,20 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
     with pytest.raises(ValueError, match=r"needs 0.00 GB, and .* has 0.00 GB free"):
         convert(source, tmp_path / "target")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("direction", ["to orbax", "to safetensors"])
+def test_a_disk_that_fills_up_ends_in_one_line_and_leaves_nothing(
+    direction: str, source: pathlib.Path, converted: pathlib.Path, tmp_path: pathlib.Path
+):
+    """Played by a limit on the size of a file."""
+    start, limit = source if direction == "to orbax" else converted, 100_000
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+    code += "from jaxinfer.convert_checkpoint import cli; cli()"
+    command = [sys.executable, "-c", code, f"--source={start}", f"--target={tmp_path / 'target'}", "--nocheck"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment(), check=False)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("convert_checkpoint: error: ")
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_the_command_line(source: pathlib.Path, tmp_path: pathlib.Path):

@@ -155,27 +155,38 @@ def test_a_failed_step_ends_what_ran_and_keeps_what_waits(at: str):
     assert num_preempted > 0
 
 
-class FailingText(OutputText):
-    """A text whose second token cannot be decoded."""
+class FailingStream:
+    """Of tokens whose second cannot be decoded."""
 
-    def add(self, token_ids: Sequence[int]) -> bool:
-        if self.text:
+    num_added = 0
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        self.num_added += len(token_ids)
+        if self.num_added > 1:
             raise ValueError("no text")
-        self.text = "first"
-        return False
+        return "first"
+
+    def finish(self) -> str:
+        return " and last"
 
 
-def test_who_ended_before_another_ones_text_failed_is_reported():
-    """Both in the same step: the first had ended and was forgotten, and whoever waited for it waited for ever."""
+@pytest.mark.parametrize("when", ["each token", "now and then", "at the end"])
+def test_a_text_that_cannot_be_decoded_ends_its_own_request_only(when: str):
     core = make_core(decode_steps=1)
-    first, second = make_request(0, [1] * 4, 2), make_request(1, [2] * 4, 9)
-    second.text, second.params = FailingText(None, ()), SamplingParams(stop=["x"])
-    second.watches_tokens = True
-    with pytest.raises(ValueError, match="no text"):
-        run(core, [first, second])
-    assert core.step() == [first, second]
-    assert [first.finish_reason, second.finish_reason] == [FinishReason.LENGTH, FinishReason.ERROR]
-    assert not core.has_work and free_pages(core) == 64
+    good, bad = make_request(0, [1] * 4, 9), make_request(1, [2] * 4, 9)
+    bad.text = OutputText(FailingStream(), ("x",) if when == "each token" else ())  # pyright: ignore
+    if when == "each token":
+        bad.params, bad.watches_tokens = SamplingParams(stop=["x"]), True
+    for request in (good, bad):
+        core.scheduler.add(request)
+    while core.has_work:
+        core.step()
+        core.scheduler.check()
+        if when == "now and then":
+            assert bad.output_text in ("", "first")
+    assert good.output_token_ids == expected(good) and good.finish_reason is FinishReason.LENGTH
+    assert bad.finish_reason is FinishReason.ERROR and free_pages(core) == 64
+    assert len(bad.output_token_ids) == {"each token": 2, "now and then": 3, "at the end": 9}[when]
 
 
 @pytest.mark.parametrize("at", ["dispatch", "read"])

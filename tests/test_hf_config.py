@@ -158,3 +158,20 @@ def test_unreadable_files(tmp_path: pathlib.Path):
         (tmp_path / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             HFConfig.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("gemma2", {"cache_implementation": "hybrid", "sliding_window_size": 100, "hidden_act": "gelu_pytorch_tanh"}),
+        ("gemma3", {"cache_implementation": "hybrid"}),
+        ("qwen2", {"use_mrope": False}),
+        ("llama", {"is_encoder_decoder": False}),
+    ],
+)
+def test_keys_of_published_files_that_change_nothing(family: str, keys: dict[str, Any]):
+    module, values = models.get(family), models.get(family).TINY_CONFIGS["gqa"]
+    assert module.parse_config(HFConfig(values | keys)) == module.parse_config(HFConfig(values))
+    for key in keys.keys() - {"cache_implementation"}:
+        with pytest.raises(ValueError, match=f"{key}="):
+            module.parse_config(HFConfig(values | {key: 7}))

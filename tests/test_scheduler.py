@@ -278,3 +278,15 @@ def test_what_is_under_way_of_an_aborted_request_is_dropped():
     scheduler.release(last)
     assert last not in commit(scheduler, under_way)
     assert len(last.token_ids) == num_tokens and not scheduler.waiting
+
+
+def test_nobody_waits_for_the_page_of_an_output():
+    """It is published when its request stops, which may take long; the prompt ends a token before the page does."""
+    scheduler = make_scheduler(decode_steps=1)
+    scheduler.add(first := make_request(0, [*range(7)], 40))
+    for _ in range(3):
+        turns(scheduler, 1)
+    scheduler.add(make_request(1, [*first.token_ids[:8], 5], 4))
+    scheduler.add(make_request(2, [9] * 5, 4))
+    scheduler.schedule()
+    assert numbers(scheduler.running[0]) == [0, 1, 2]

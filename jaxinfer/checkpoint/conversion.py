@@ -19,7 +19,7 @@ import numpy as np
 from jaxinfer import models
 from jaxinfer.checkpoint import hf_reader, hf_writer, manifest, orbax_weights
 from jaxinfer.checkpoint.groups import groups
-from jaxinfer.checkpoint.hf_index import OTHER_FORMATS, TensorIndex
+from jaxinfer.checkpoint.hf_index import INDEX_FILE, TensorIndex, resolve
 from jaxinfer.checkpoint.layout import StoredParam, stored_params
 from jaxinfer.checkpoint.reader import HUGGING_FACE, ORBAX, about_params, check_matches, format_of
 from jaxinfer.hf_config import HFConfig
@@ -29,7 +29,8 @@ from jaxinfer.partitioning import Partitioner
 _STATE = "conversion.json"  # in an unfinished directory: what it is made from
 _WRITTEN = "written.txt"  # the parameters that are in its checkpoint
 _FINISHING = "finishing"
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
+_SIDE_SUFFIXES = (".jinja", ".json", ".md", ".model", ".txt")  # of files that come along
+_SIDE_NAMES = ("LICENSE", "NOTICE")
 
 _GROUP_BYTES = 1 << 26  # written by one call, which costs a few files and hundredths of a second
 
@@ -96,12 +97,24 @@ class Source:
 
 
 def convert(source: Source, target: pathlib.Path, progress: Advance, hashing: Advance) -> None:
-    """Writes `source` in the other format to `target`, which must not exist. Raises ValueError."""
+    """Writes `source` in the other format to `target`, which must not exist.
+
+    Raises ValueError for what cannot be done, and what the system raises; then nothing is left.
+    """
     target = target.resolve()
     if target.exists() or target.is_symlink():
         raise ValueError(f"{target} exists; name a new directory")
     _check_disk(target, source.num_bytes)
     partial = target.with_name(f".{target.name}.partial")
+    try:
+        _fill(partial, source, progress, hashing)
+    except Exception:  # and not at an interruption: then the next call goes on
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    os.rename(partial, target)
+
+
+def _fill(partial: pathlib.Path, source: Source, progress: Advance, hashing: Advance) -> None:
     to_format = HUGGING_FACE if source.format == ORBAX else ORBAX
     _prepare(partial, source, to_format)
     _copy_side_files(source.model_dir, partial)
@@ -113,7 +126,6 @@ def convert(source: Source, target: pathlib.Path, progress: Advance, hashing: Ad
         (partial / name).unlink(missing_ok=True)
     params = about_params(source.definition, source.dtypes)
     manifest.write(partial, {"format": to_format, "params": params}, hashing)
-    os.rename(partial, target)
 
 
 def _check_disk(target: pathlib.Path, num_bytes: int) -> None:
@@ -142,12 +154,11 @@ def _prepare(partial: pathlib.Path, source: Source, to_format: str) -> None:
 
 
 def _copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Configuration and tokenizer: every plain file that holds no weights and runs no code."""
+    """Configuration, tokenizer and what people read: never weights of another format, and never code."""
     for path in sorted(source.iterdir()):
-        ours = path.name in (manifest.MANIFEST, manifest.COMPLETE)
-        is_weights = path.name.endswith((*_WEIGHT_SUFFIXES, *OTHER_FORMATS))
-        if path.is_file() and not ours and not is_weights and not path.name.endswith(".py"):
-            shutil.copyfile(path, target / path.name)
+        is_ours = path.name in (manifest.MANIFEST, manifest.COMPLETE, INDEX_FILE)
+        if not is_ours and (path.suffix in _SIDE_SUFFIXES or path.name in _SIDE_NAMES):
+            shutil.copyfile(resolve(source, path.name, str(source)), target / path.name)
 
 
 def _write_orbax(source: Source, partial: pathlib.Path, progress: Advance) -> None:

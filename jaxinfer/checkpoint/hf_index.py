@@ -53,13 +53,13 @@ class TensorIndex:
         """
         single, index = model_dir / SINGLE_FILE, model_dir / INDEX_FILE
         if single.is_symlink() or single.exists():
-            return cls(model_dir, _read_header(_resolve(model_dir, SINGLE_FILE, str(model_dir))))
+            return cls(model_dir, _read_header(resolve(model_dir, SINGLE_FILE, str(model_dir))))
         if not index.exists():
             raise ValueError(_nothing_to_read(model_dir))
         weight_map = _read_weight_map(index)
         tensors: dict[str, StoredTensor] = {}
         for file_name in dict.fromkeys(weight_map.values()):
-            found = _read_header(_resolve(model_dir, file_name, str(index)))
+            found = _read_header(resolve(model_dir, file_name, str(index)))
             if twice := found.keys() & tensors.keys():
                 other = tensors[min(twice)].path.name
                 raise ValueError(f"{model_dir}: {listed(twice)} are in both {other} and {file_name}")
@@ -103,8 +103,8 @@ def _read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _resolve(model_dir: pathlib.Path, file_name: str, source: str) -> pathlib.Path:
-    """Where the weights file really is. Raises ValueError unless it is a regular file that belongs to the directory.
+def resolve(model_dir: pathlib.Path, file_name: str, source: str) -> pathlib.Path:
+    """A file of a model directory. Raises ValueError unless it is a regular file that belongs to the directory.
 
     The one place outside that counts as inside is the store that Hugging Face's download cache links to:
     models--org--name/snapshots/<commit>/model.safetensors -> models--org--name/blobs/<sha256>.

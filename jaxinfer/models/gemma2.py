@@ -44,8 +44,9 @@ def parse_config(hf: HFConfig) -> ModelConfig:
     hf.expect("model_type", "gemma2")
     hf.expect("use_bidirectional_attention", None, False)
     hf.expect("hidden_act", "gelu_pytorch_tanh")  # an older name of hidden_activation
-    fields = hf.decoder(tie_embeddings=True)
+    fields = hf.decoder(head_dim=256, tie_embeddings=True)
     window, has_bias = hf.get_or_none("sliding_window", int, absent=4096), hf.get("attention_bias", bool, False)
+    hf.expect("sliding_window_size", window)  # an older name of sliding_window
     config = ModelConfig(
         family="gemma2",
         **fields,

@@ -49,7 +49,7 @@ def parse_config(hf: HFConfig) -> ModelConfig:
     hf.expect("model_type", "gemma3_text")
     hf.expect("use_bidirectional_attention", False, None)
     hf.expect("attn_logit_softcapping", None)  # transformers, too, takes no notice of it
-    fields = hf.decoder(tie_embeddings=True)
+    fields = hf.decoder(head_dim=256, tie_embeddings=True)
     pattern = hf.get("_sliding_window_pattern", int, hf.get("sliding_window_pattern", int, 6))
     window, has_bias = hf.get_or_none("sliding_window", int, absent=4096), hf.get("attention_bias", bool, False)
     config = ModelConfig(

@@ -1,4 +1,7 @@
-"""Phi-3 and Phi-4-mini (Abdin et al. 2024, arXiv:2404.14219): Llama whose checkpoints have its projections fused."""
+"""Phi-3 and Phi-4 (Abdin et al. 2024, arXiv:2404.14219 and 2412.08905): Llama with its projections fused on disk.
+
+Not the ones for long contexts, whose longrope scaling is not implemented.
+"""
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.hf_config import HFConfig
