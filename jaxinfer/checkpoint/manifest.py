@@ -1,4 +1,4 @@
-"""What a directory that we wrote holds, and the proof that it is whole: `manifest.json`, then `COMPLETE`.
+"""What a directory that we wrote holds, and the proof that it is whole: `jaxinfer_manifest.json`, then `COMPLETE`.
 
 The manifest lists every file with its size and sha256; COMPLETE holds the manifest's own sha256, and is written last.
 Formats do not tell by themselves: a flipped bit in a safetensors file loads silently, and so do half of those in
@@ -8,19 +8,27 @@ an Orbax directory.
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
+MANIFEST, COMPLETE = "jaxinfer_manifest.json", "COMPLETE"
 _VERSION = 1
 _BUFFER_BYTES = 1 << 22
 
 Advance = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
-def write(directory: pathlib.Path, about: dict[str, Any], progress: Advance = lambda done, total: None) -> None:
-    """Lists what is in `directory`, with `about`, which is anything that JSON holds, and marks it as complete."""
-    paths = [*_files(directory)]
+def write(
+    directory: pathlib.Path,
+    about: dict[str, Any],
+    progress: Advance = lambda done, total: None,
+    without: Collection[str] = (),
+) -> None:
+    """Lists what is in `directory`, with `about`, which is anything that JSON holds, and marks it as complete.
+
+    The files `without`, by name, will not stay.
+    """
+    paths = [path for path in _files(directory) if path.relative_to(directory).as_posix() not in without]
     total, done, files = sum(path.stat().st_size for path in paths), 0, {}
     for path in paths:
         size = path.stat().st_size
@@ -34,11 +42,14 @@ def write(directory: pathlib.Path, about: dict[str, Any], progress: Advance = la
 
 def is_there(directory: pathlib.Path) -> bool:
     """Whether we wrote the directory, whole or not."""
-    return (directory / MANIFEST).exists() or (directory / COMPLETE).exists()
+    return (directory / MANIFEST).exists()
 
 
 def read(directory: pathlib.Path) -> dict[str, Any]:
-    """The manifest. Raises ValueError unless it is complete, and every file is there with its size."""
+    """The manifest. Raises ValueError unless it is complete, and every file of weights is there with its size.
+
+    Other files may be edited; `verify` would say so.
+    """
     try:
         text, digest = (directory / MANIFEST).read_text("utf-8"), (directory / COMPLETE).read_text("utf-8").strip()
         is_intact = hashlib.sha256(text.encode()).hexdigest() == digest
@@ -50,10 +61,11 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{directory}: {MANIFEST} cannot be read: {error}") from None
     if not is_intact:
         raise ValueError(f"{directory}: {MANIFEST} is not the one that {COMPLETE} was written for")
-    if manifest["version"] != _VERSION:
-        raise ValueError(f"{directory}: {MANIFEST} has version {manifest['version']}; this program reads {_VERSION}")
+    _check_form(directory, manifest)
     for name, listed in manifest["files"].items():
         path = directory / name
+        if "/" not in name and not name.endswith(".safetensors"):
+            continue
         size = path.stat().st_size if path.is_file() else None
         if size != listed["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes"
@@ -73,6 +85,21 @@ def verify(directory: pathlib.Path, progress: Advance = lambda done, total: None
     if unlisted := sorted(_names(directory) - manifest["files"].keys()):
         raise ValueError(f"{directory}: not in {MANIFEST}: {', '.join(unlisted[:5])}{', ...' if unlisted[5:] else ''}")
     return manifest
+
+
+def _check_form(directory: pathlib.Path, manifest: Any) -> None:
+    """Raises ValueError for what this program did not write."""
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != _VERSION:
+        raise ValueError(f"{directory}: {MANIFEST} has version {version}; this program reads {_VERSION}")
+    files, about = manifest.get("files"), manifest.get("about")
+    if not isinstance(files, dict) or not isinstance(about, dict) or not isinstance(about.get("params"), dict):
+        raise ValueError(f"{directory}: {MANIFEST} lacks files, or what they are about")
+    for name, listed in files.items():
+        is_inside = not pathlib.PurePosixPath(name).is_absolute() and ".." not in pathlib.PurePosixPath(name).parts
+        if not is_inside or not isinstance(listed, dict) or not listed.keys() >= {"bytes", "sha256"}:
+            expected = "a file inside, with bytes and sha256"
+            raise ValueError(f"{directory}: {MANIFEST} lists {name!r}: {listed!r}; expected {expected}")
 
 
 def _files(directory: pathlib.Path) -> Iterator[pathlib.Path]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.checkpoint import hf_reader, manifest, orbax_weights
@@ -17,7 +18,10 @@ HUGGING_FACE, ORBAX = "huggingface", "orbax"
 def format_of(model_dir: pathlib.Path) -> str:
     """HUGGING_FACE or ORBAX; ValueError for what is half of a conversion."""
     if manifest.is_there(model_dir):
-        return manifest.read(model_dir)["about"]["format"]
+        found = manifest.read(model_dir)["about"].get("format")
+        if found not in (HUGGING_FACE, ORBAX):
+            raise ValueError(f"{model_dir}: {manifest.MANIFEST} says format {found!r}; known: {HUGGING_FACE}, {ORBAX}")
+        return found
     if (model_dir / orbax_weights.DIRECTORY).exists():
         raise ValueError(f"{model_dir}: Orbax weights without {manifest.MANIFEST}; convert_checkpoint writes one")
     return HUGGING_FACE
@@ -34,7 +38,13 @@ def load_weights(
     if format_of(model_dir) == HUGGING_FACE:
         return hf_reader.load_weights(model_dir, definition, progress)
     check_matches(model_dir, definition)
-    return orbax_weights.load(model_dir, definition, progress)
+    arrays = orbax_weights.load(model_dir, definition, progress)
+    if definition.dtype == jnp.float16:  # Orbax casts without a word
+        infinite = [s.path for s, a in zip(definition.params, arrays, strict=True) if bool(jnp.isinf(a).any())]
+        if infinite:
+            beyond = f"values beyond float16's 65504: {listed(infinite)}"
+            raise ValueError(f"{model_dir}: {beyond}; use --dtype=bfloat16 or --dtype=float32")
+    return arrays
 
 
 def about_params(definition: ModelDefinition, dtypes: dict[str, np.dtype]) -> dict[str, Any]:
