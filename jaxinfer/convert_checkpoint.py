@@ -39,7 +39,8 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"unexpected argument {argv[1]!r}; directories are given as --source and --target")
         run()
     except KeyboardInterrupt:
-        say("convert_checkpoint: interrupted; the same command goes on from here")
+        is_cut = _TARGET.value and not pathlib.Path(_TARGET.value).exists()
+        say("convert_checkpoint: interrupted" + ("; the same command goes on from here" if is_cut else ""))
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         if logging.get_verbosity() >= logging.DEBUG:
@@ -105,7 +106,7 @@ def convert(source_dir: pathlib.Path, target: pathlib.Path, progress: Progress) 
     source = conversion.Source.open(source_dir, _DTYPE.value)
     start, before = time.perf_counter(), peak_bytes()
     with progress.phase("converting", "bytes") as advance:
-        conversion.convert(source, target, advance, lambda done, total: None)
+        conversion.convert(source, target, advance)
     seconds, largest = time.perf_counter() - start, max(map(source.param_bytes, source.params))
     say(
         f"{target}: {format_bytes(source.num_bytes)} in {seconds:.1f} s, {source.num_bytes / 1e9 / seconds:.2f} GB/s; "

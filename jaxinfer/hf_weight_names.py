@@ -16,6 +16,12 @@ class TensorPart(NamedTuple):
 WeightNames = dict[str, TensorPart]  # by the parameter's path
 
 _NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+NORMS_ON_BOTH_SIDES = {
+    "attention_norm": "input_layernorm",
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
 
 
 def decoder_names(config: ModelConfig, norms: Mapping[str, str] = _NORMS) -> WeightNames:

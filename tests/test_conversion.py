@@ -40,7 +40,7 @@ def write_source(directory: pathlib.Path, family: str = "llama") -> pathlib.Path
 
 def convert(source: pathlib.Path, target: pathlib.Path, dtype: str = "auto") -> pathlib.Path:
     nothing = lambda done, total: None  # noqa: E731
-    conversion.convert(conversion.Source.open(source, dtype), target, nothing, nothing)
+    conversion.convert(conversion.Source.open(source, dtype), target, nothing)
     return target
 
 

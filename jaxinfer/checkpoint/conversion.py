@@ -103,7 +103,7 @@ class Source:
         return hf_reader.cast(data, self.dtypes[spec.path], param.tensor).reshape(param.shape)
 
 
-def convert(source: Source, target: pathlib.Path, progress: Advance, hashing: Advance) -> None:
+def convert(source: Source, target: pathlib.Path, progress: Advance) -> None:
     """Writes `source` in the other format to `target`, which must not exist.
 
     A source that has a manifest is verified first: what it lost would get a new manifest, which says nothing. Raises
@@ -118,11 +118,11 @@ def convert(source: Source, target: pathlib.Path, progress: Advance, hashing: Ad
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.with_name(f".{target.name}.lock")):
         if manifest.is_there(source.model_dir):
-            manifest.verify(source.model_dir, hashing)
+            manifest.verify(source.model_dir)
         try:
             _prepare(partial, source)
             _check_disk(partial, source.num_bytes)
-            _fill(partial, source, progress, hashing)
+            _fill(partial, source, progress)
         except Exception:  # and not at an interruption: then the next call goes on
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -143,7 +143,7 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _fill(partial: pathlib.Path, source: Source, progress: Advance, hashing: Advance) -> None:
+def _fill(partial: pathlib.Path, source: Source, progress: Advance) -> None:
     _copy_side_files(source.model_dir, partial)
     if source.target_format == ORBAX:
         _write_orbax(source, partial, progress)
@@ -151,7 +151,7 @@ def _fill(partial: pathlib.Path, source: Source, progress: Advance, hashing: Adv
         hf_writer.write_tensors(partial, source.definition, source.dtypes, source.read, progress)
     params = about_params(source.definition, source.dtypes)
     notes = (_STATE, _WRITTEN, _FINISHING)
-    manifest.write(partial, {"format": source.target_format, "params": params}, hashing, without=notes)
+    manifest.write(partial, {"format": source.target_format, "params": params}, without=notes)
     for name in notes:
         (partial / name).unlink(missing_ok=True)
 

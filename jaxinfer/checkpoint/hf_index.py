@@ -16,6 +16,7 @@ import safetensors
 
 from jaxinfer.checkpoint.layout import Slices
 
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # by safetensors' spelling
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth")

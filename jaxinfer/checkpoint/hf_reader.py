@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.checkpoint.hf_index import ReadSlices, StoredTensor, TensorIndex, listed
+from jaxinfer.checkpoint.hf_index import DTYPES, ReadSlices, StoredTensor, TensorIndex, listed
 from jaxinfer.checkpoint.layout import StoredParam, stored_params, tensor_shape, tensors
 from jaxinfer.parameters import ModelDefinition
 
-_READABLE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 _COMPARED_BYTES = 1 << 24  # of each tensor at a time
 
 # Old Llama checkpoints store this constant, which follows from config.json.
@@ -75,7 +74,7 @@ def _devices_by_slices(param: StoredParam, num_kv_heads: int) -> dict[tuple[tupl
 def stored_dtypes(index: TensorIndex, definition: ModelDefinition) -> dict[str, np.dtype]:
     """Of each parameter, whose tensor must have passed `check_matches`."""
     return {
-        param.spec.path: jnp.dtype(_READABLE[index.tensors[param.tensor].dtype]) for param in stored_params(definition)
+        param.spec.path: jnp.dtype(DTYPES[index.tensors[param.tensor].dtype]) for param in stored_params(definition)
     }
 
 
@@ -112,8 +111,8 @@ def check_matches(index: TensorIndex, definition: ModelDefinition) -> None:
 
 
 def _mismatch(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> str:
-    if tensor.dtype not in _READABLE:
-        return f"{name} in {tensor.path.name} is {tensor.dtype}, readable are {' '.join(_READABLE)}"
+    if tensor.dtype not in DTYPES:
+        return f"{name} in {tensor.path.name} is {tensor.dtype}, readable are {' '.join(DTYPES)}"
     if tensor.shape != shape:
         return f"{name} in {tensor.path.name} has shape {tensor.shape}, expected {shape}"
     return ""

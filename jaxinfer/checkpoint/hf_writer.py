@@ -16,13 +16,13 @@ import jax
 import numpy as np
 
 from jaxinfer.checkpoint.groups import groups
-from jaxinfer.checkpoint.hf_index import INDEX_FILE, SINGLE_FILE
+from jaxinfer.checkpoint.hf_index import DTYPES, INDEX_FILE, SINGLE_FILE
 from jaxinfer.checkpoint.layout import StoredParam, stored_params, tensor_shape, tensors
 from jaxinfer.checkpoint.replacement import replaced
 from jaxinfer.parameters import ModelDefinition
 from sharding_rules import axes as ax
 
-_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # safetensors' spelling
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_FILE_BYTES = 5_000_000_000
 _ALIGNMENT = 8  # bytes, of where the first tensor begins
 

@@ -21,7 +21,6 @@ Advance = Callable[[int, int], None]  # (bytes done, bytes in all)
 def write(
     directory: pathlib.Path,
     about: dict[str, Any],
-    progress: Advance = lambda done, total: None,
     without: Collection[str] = (),
 ) -> None:
     """Lists what is in `directory`, with `about`, which is anything that JSON holds, and marks it as complete.
@@ -29,12 +28,9 @@ def write(
     The files `without`, by name, will not stay.
     """
     paths = [path for path in _files(directory) if path.relative_to(directory).as_posix() not in without]
-    total, done, files = sum(path.stat().st_size for path in paths), 0, {}
-    for path in paths:
-        size = path.stat().st_size
-        name = path.relative_to(directory).as_posix()
-        files[name] = {"bytes": size, "sha256": _sha256(path, lambda n, done=done: progress(done + n, total))}
-        done += size
+    sizes = {path: path.stat().st_size for path in paths}
+    names = {path: path.relative_to(directory).as_posix() for path in paths}
+    files = {names[path]: {"bytes": size, "sha256": _sha256(path)} for path, size in sizes.items()}
     text = json.dumps({"version": _VERSION, "about": about, "files": files}, indent=1) + "\n"
     (directory / MANIFEST).write_text(text, encoding="utf-8")
     (directory / COMPLETE).write_text(hashlib.sha256(text.encode()).hexdigest() + "\n", encoding="utf-8")
@@ -115,7 +111,7 @@ def _names(directory: pathlib.Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in _files(directory)}
 
 
-def _sha256(path: pathlib.Path, progress: Callable[[int], None]) -> str:
+def _sha256(path: pathlib.Path, progress: Callable[[int], None] = lambda done: None) -> str:
     digest, done = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while data := file.read(_BUFFER_BYTES):

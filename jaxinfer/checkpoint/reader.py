@@ -49,20 +49,17 @@ def load_weights(
 
 def about_params(definition: ModelDefinition, dtypes: dict[str, np.dtype]) -> dict[str, Any]:
     """Shape and dtype of each parameter in an Orbax directory, for its manifest."""
+    return {path: [shape, dtypes[path].name] for path, shape in _shapes(definition).items()}
+
+
+def _shapes(definition: ModelDefinition) -> dict[str, list[int]]:
     num_kv_heads = definition.config.num_kv_heads
-    return {
-        spec.path: [list(orbax_weights.stored_param_shape(spec, num_kv_heads)), dtypes[spec.path].name]
-        for spec in definition.params
-    }
+    return {spec.path: list(orbax_weights.stored_param_shape(spec, num_kv_heads)) for spec in definition.params}
 
 
 def check_matches(model_dir: pathlib.Path, definition: ModelDefinition) -> None:
     """Raises ValueError unless an Orbax directory has exactly the model's parameters: Orbax would cut and pad."""
-    found = manifest.read(model_dir)["about"]["params"]
-    expected = {
-        spec.path: list(orbax_weights.stored_param_shape(spec, definition.config.num_kv_heads))
-        for spec in definition.params
-    }
+    found, expected = manifest.read(model_dir)["about"]["params"], _shapes(definition)
     if found.keys() != expected.keys():
         raise ValueError(
             f"{model_dir}: the weights are not those of config.json's {definition.config.family} model: missing "

@@ -2,7 +2,7 @@
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.hf_config import HFConfig
-from jaxinfer.hf_weight_names import WeightNames, decoder_names
+from jaxinfer.hf_weight_names import NORMS_ON_BOTH_SIDES, WeightNames, decoder_names
 from jaxinfer.layers.decoder import Decoder
 
 ARCHITECTURES = ("Gemma2ForCausalLM",)
@@ -30,12 +30,6 @@ _TINY = {
 TINY_CONFIGS = {
     "gqa": _TINY,
     "no_caps": _TINY | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": True},
-}
-_NORMS = {
-    "attention_norm": "input_layernorm",
-    "attention_post_norm": "post_attention_layernorm",
-    "mlp_norm": "pre_feedforward_layernorm",
-    "mlp_post_norm": "post_feedforward_layernorm",
 }
 
 
@@ -68,7 +62,7 @@ def parse_config(hf: HFConfig) -> ModelConfig:
 
 def weight_names(config: ModelConfig) -> WeightNames:
     """Checkpoint tensor of each parameter."""
-    return decoder_names(config, _NORMS)
+    return decoder_names(config, NORMS_ON_BOTH_SIDES)
 
 
 Model = Decoder

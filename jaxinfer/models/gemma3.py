@@ -2,7 +2,7 @@
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.hf_config import HFConfig
-from jaxinfer.hf_weight_names import WeightNames, decoder_names
+from jaxinfer.hf_weight_names import NORMS_ON_BOTH_SIDES, WeightNames, decoder_names
 from jaxinfer.layers.decoder import Decoder
 
 ARCHITECTURES = ("Gemma3ForCausalLM",)
@@ -36,12 +36,6 @@ TINY_CONFIGS = {
     | {"rope_parameters": _BY_KIND | {_FULL: {**_BY_KIND[_FULL], "rope_theta": 1e6}}}
     | {"layer_types": [_SLIDING, _FULL, _SLIDING], "final_logit_softcapping": 5.0},
 }
-_NORMS = {
-    "attention_norm": "input_layernorm",
-    "attention_post_norm": "post_attention_layernorm",
-    "mlp_norm": "pre_feedforward_layernorm",
-    "mlp_post_norm": "post_feedforward_layernorm",
-}
 
 
 def parse_config(hf: HFConfig) -> ModelConfig:
@@ -74,7 +68,7 @@ def parse_config(hf: HFConfig) -> ModelConfig:
 
 def weight_names(config: ModelConfig) -> WeightNames:
     """Checkpoint tensor of each parameter."""
-    return decoder_names(config, _NORMS)
+    return decoder_names(config, NORMS_ON_BOTH_SIDES)
 
 
 Model = Decoder
