@@ -91,13 +91,18 @@ def inspect(source_dir: pathlib.Path) -> None:
         split = ", ".join("-" if axis is None else str(axis) for axis in spec.sharding.spec)
         shape, names = (",".join(map(str, of)) for of in (spec.shape, spec.axes))
         size = format_bytes(math.prod(param.shape) * dtype.itemsize)
-        print(f"{param.tensor}  {spec.path}  {dtype.name}[{shape}]  ({names}) -> ({split})  {size}")
+        print(f"{_named(param.tensors)}  {spec.path}  {dtype.name}[{shape}]  ({names}) -> ({split})  {size}")
     whole, per_device = source.num_bytes, sum(spec.shard_bytes for spec in source.definition.params)
     scale = whole / source.definition.weight_bytes  # the definition counts float32
     print(
         f"{source.definition.config.family}, {source.format}: {len(source.definition.params)} parameters, "
         f"{format_bytes(whole)}, {format_bytes(int(per_device * scale))} on each device"
     )
+
+
+def _named(tensors: tuple[str, ...]) -> str:
+    """The tensor that holds a parameter; of those with an expert each, the first and the last."""
+    return tensors[0] if len(tensors) == 1 else f"{tensors[0]} ... {tensors[-1]}"
 
 
 def convert(source_dir: pathlib.Path, target: pathlib.Path, progress: Progress) -> None:

@@ -5,12 +5,19 @@ from typing import NamedTuple
 
 from jaxinfer.config import ModelConfig
 
+EXPERT = "{expert}"
+
 
 class TensorPart(NamedTuple):
-    """A checkpoint tensor, or one of several parameters that lie in it one after the other along its first axis."""
+    """A checkpoint tensor, or one of several parameters that lie in it one after the other along its rows.
+
+    A name with EXPERT in it stands for as many tensors as there are experts, "0", "1", ... in its place. The rows of a
+    transposed tensor, which is stored [in, out], are its last axis.
+    """
 
     name: str  # of the tensor
-    place: int = 0  # among them
+    place: int = 0  # among the parameters in it
+    is_transposed: bool = False
 
 
 WeightNames = dict[str, TensorPart]  # by the parameter's path

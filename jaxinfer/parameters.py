@@ -28,7 +28,8 @@ class ParamSpec:
       shape, dtype: of the whole array.
       axes: the logical name of each dimension.
       sharding: over the mesh; divisibility is checked.
-      is_read_whole: by every step; false where a step reads the rows of its tokens.
+      read_share: of its bytes, what a decode step has to read at least: all, none but the rows of its tokens, or
+        those of the experts of one token.
     """
 
     path: str
@@ -36,7 +37,7 @@ class ParamSpec:
     dtype: jnp.dtype
     axes: ax.LogicalAxes
     sharding: NamedSharding
-    is_read_whole: bool
+    read_share: float
 
     def repeat_kv_heads(self, array: jax.Array) -> jax.Array:
         """The parameter from `array`, which has every KV head once: its heads in groups of equal neighbours."""
@@ -83,10 +84,10 @@ class ModelDefinition:
         params = []
         for keys, variable in nnx.to_flat_state(state):
             path = "/".join(map(str, keys))
-            axes, is_read_whole = variable.get_metadata("logical_axes"), variable.get_metadata("is_read_whole")
+            axes, read_share = variable.get_metadata("logical_axes"), variable.get_metadata("read_share")
             shape = tuple(variable.shape)
             sharding = partitioner.sharding(axes, shape, path)
-            params.append(ParamSpec(path, shape, variable.dtype, axes, sharding, is_read_whole))
+            params.append(ParamSpec(path, shape, variable.dtype, axes, sharding, read_share))
         return cls(config, family, partitioner, tuple(params), graph, jax.tree.structure(state))
 
     def bind(self, arrays: tuple[jax.Array, ...]) -> models.Decoder:
@@ -120,5 +121,5 @@ class ModelDefinition:
 
     @property
     def step_shard_bytes(self) -> int:
-        """Bytes of the parameters that a decode step has to read on one device, but for a few rows."""
-        return sum(spec.shard_bytes for spec in self.params if spec.is_read_whole)
+        """Bytes of the parameters that a decode step has to read on one device at least."""
+        return sum(int(spec.shard_bytes * spec.read_share) for spec in self.params)

@@ -49,7 +49,7 @@ def write_checkpoint(directory: pathlib.Path) -> None:
         file_name = f"model-{shard + 1:05}-of-{NUM_SHARDS:05}.safetensors"
         tensors = {}
         for param in stored[shard::NUM_SHARDS]:
-            tensors[param.tensor] = rng.standard_normal(param.shape, np.float32)
+            tensors[param.tensors[0]] = rng.standard_normal(param.shape, np.float32)
         save_file(tensors, directory / file_name)
         weight_map |= dict.fromkeys(tensors, file_name)
     (directory / "config.json").write_text(json.dumps(CONFIG))

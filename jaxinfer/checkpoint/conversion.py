@@ -88,19 +88,22 @@ class Source:
         """Of all that shall be written."""
         return sum(map(self.param_bytes, self.params))
 
+    @functools.cached_property
+    def _index(self) -> TensorIndex:
+        return TensorIndex.open(self.model_dir)
+
     def param_bytes(self, param: StoredParam) -> int:
         return math.prod(param.shape) * self.dtypes[param.spec.path].itemsize
 
     def read(self, param: StoredParam) -> np.ndarray:
-        """A parameter, shaped as in a checkpoint's tensor, in the dtype in which it shall be written."""
+        """A parameter with its heads merged, in the dtype in which it shall be written."""
         spec = param.spec
         if self.format == HUGGING_FACE:
-            with TensorIndex.open(self.model_dir).reader(param.tensor) as read:
-                data = np.ascontiguousarray(read(param.slices))
-        else:
-            shape = orbax_weights.stored_param_shape(spec, self.definition.config.num_kv_heads)
-            data = orbax_weights.read(self.model_dir, spec.path, shape, self.stored_dtypes[spec.path])
-        return hf_reader.cast(data, self.dtypes[spec.path], param.tensor).reshape(param.shape)
+            whole = tuple(slice(0, size) for size in param.shape)
+            return hf_reader.read(self._index, param, whole, self.dtypes[spec.path])
+        shape = orbax_weights.stored_param_shape(spec, self.definition.config.num_kv_heads)
+        data = orbax_weights.read(self.model_dir, spec.path, shape, self.stored_dtypes[spec.path])
+        return hf_reader.cast(data, self.dtypes[spec.path], spec.path).reshape(param.shape)
 
 
 def convert(source: Source, target: pathlib.Path, progress: Advance) -> None:

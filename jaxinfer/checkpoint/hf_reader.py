@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.checkpoint.hf_index import DTYPES, ReadSlices, StoredTensor, TensorIndex, listed
-from jaxinfer.checkpoint.layout import StoredParam, stored_params, tensor_shape, tensors
+from jaxinfer.checkpoint.hf_index import DTYPES, StoredTensor, TensorIndex, listed
+from jaxinfer.checkpoint.layout import Slices, StoredParam, stored_params, tensor_shape, tensors
 from jaxinfer.parameters import ModelDefinition
 
 _COMPARED_BYTES = 1 << 24  # of each tensor at a time
@@ -37,24 +37,30 @@ def load_weights(
     done, total = 0, definition.weight_bytes
     arrays = []
     for param in stored:
-        with index.reader(param.tensor) as read:
-            arrays.append(_load(param, definition.config.num_kv_heads, read))
+        arrays.append(_load(index, param, definition.config.num_kv_heads))
         done += param.spec.num_bytes
         if progress is not None:
             progress(done, total)
     return tuple(arrays)
 
 
-def _load(param: StoredParam, num_kv_heads: int, read: ReadSlices) -> jax.Array:
-    """One parameter from its stored tensor. Returns when the devices have it, so that host copies do not pile up."""
+def read(index: TensorIndex, param: StoredParam, slices: Slices, dtype: jnp.dtype) -> np.ndarray:
+    """These slices of a parameter with its heads merged. No more of its tensors is read than they name."""
+    pieces = []
+    for name, of_tensor in param.pieces(slices):
+        with index.reader(name) as read_slices:
+            pieces.append(cast(read_slices(of_tensor), dtype, name))
+    return param.join(pieces)
+
+
+def _load(index: TensorIndex, param: StoredParam, num_kv_heads: int) -> jax.Array:
+    """One parameter. Returns when the devices have it, so that host copies do not pile up."""
     spec = param.spec
     shard_shape = spec.sharding.shard_shape(spec.shape)
     shards: dict[jax.Device, jax.Array] = {}
     for key, devices in _devices_by_slices(param, num_kv_heads).items():
         # Heads apart again. A KV head that is repeated is alone on each of its devices, so none is repeated here.
-        data = cast(read(tuple(slice(start, stop) for start, stop in key)), spec.dtype, param.tensor).reshape(
-            shard_shape
-        )
+        data = read(index, param, tuple(slice(*ends) for ends in key), spec.dtype).reshape(shard_shape)
         shards |= {device: jax.device_put(data, device) for device in devices}
         jax.block_until_ready(list(shards.values()))
     in_order = [shards[device] for device in spec.sharding.addressable_devices_indices_map(spec.shape)]
@@ -62,20 +68,19 @@ def _load(param: StoredParam, num_kv_heads: int, read: ReadSlices) -> jax.Array:
 
 
 def _devices_by_slices(param: StoredParam, num_kv_heads: int) -> dict[tuple[tuple[int, int], ...], list[jax.Device]]:
-    """The distinct slices of the stored tensor, as (start, stop) pairs, and the devices that need each."""
+    """The distinct slices of the stored parameter, as (start, stop) pairs, and the devices that need each."""
     groups: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in param.spec.sharding.addressable_devices_indices_map(param.spec.shape).items():
         assert index is not None
-        slices = param.shard_slices(index, num_kv_heads)
+        slices = param.slices(index, num_kv_heads)
         groups.setdefault(tuple((s.start, s.stop) for s in slices), []).append(device)
     return groups
 
 
 def stored_dtypes(index: TensorIndex, definition: ModelDefinition) -> dict[str, np.dtype]:
-    """Of each parameter, whose tensor must have passed `check_matches`."""
-    return {
-        param.spec.path: jnp.dtype(DTYPES[index.tensors[param.tensor].dtype]) for param in stored_params(definition)
-    }
+    """Of each parameter, whose tensors must have passed `check_matches`."""
+    params = stored_params(definition)
+    return {param.spec.path: jnp.dtype(DTYPES[index.tensors[param.tensors[0]].dtype]) for param in params}
 
 
 def cast(data: np.ndarray, dtype: jnp.dtype, name: str) -> np.ndarray:
@@ -92,7 +97,8 @@ def cast(data: np.ndarray, dtype: jnp.dtype, name: str) -> np.ndarray:
 
 def check_matches(index: TensorIndex, definition: ModelDefinition) -> None:
     """Raises ValueError unless the directory has exactly the model's tensors, with the shapes of config.json."""
-    expected = {name: tensor_shape(parts) for name, parts in tensors(stored_params(definition)).items()}
+    stored = stored_params(definition)
+    expected = {name: tensor_shape(parts) for name, parts in tensors(stored).items()}
     left_over = {name for name in index.tensors.keys() - expected.keys() if not name.endswith(_IGNORED_SUFFIX)}
     tied_copies = {copy: table for copy, table in _tied_copies(definition).items() if copy in left_over}
     left_over -= tied_copies.keys()
@@ -106,6 +112,9 @@ def check_matches(index: TensorIndex, definition: ModelDefinition) -> None:
     mismatches = (_mismatch(name, index.tensors[name], shape) for name, shape in expected.items())
     if wrong := [text for text in mismatches if text]:
         raise ValueError(f"{index.model_dir}: tensors that do not fit config.json: {listed(wrong)}")
+    for param in stored:
+        if len(dtypes := {index.tensors[name].dtype for name in param.tensors}) > 1:
+            raise ValueError(f"{index.model_dir}: {param.tensors[0]} and the other experts' are {listed(dtypes)}")
     for copy, table in tied_copies.items():
         _check_equal(index, copy, table)
 

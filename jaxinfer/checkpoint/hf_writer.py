@@ -9,7 +9,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -61,10 +61,11 @@ def write_tensors(
 ) -> None:
     """The weights into a directory: one file, or an index and files of at most 5 GB, as Hugging Face has them.
 
-    `dtypes` is by parameter, and `read` gives one, shaped as in its tensor. A file appears whole or not at all, and
+    `dtypes` is by parameter, and `read` gives one with its heads merged. A file appears whole or not at all, and
     one that is there, of the same name, is left.
     """
     whole = tensors(stored_params(definition))
+    read = _remembering(read)
     sizes = {
         name: math.prod(tensor_shape(parts)) * dtypes[parts[0].spec.path].itemsize for name, parts in whole.items()
     }
@@ -76,10 +77,11 @@ def write_tensors(
         if not path.exists():
             with open(partial, "wb") as file:
                 file.write(_header({name: whole[name] for name in names}, dtypes))
-                for part in (part for name in names for part in whole[name]):
-                    file.write(read(part).reshape(-1).view(np.uint8).data)
+                for name in names:
+                    for data in _in_file(name, whole[name], read):
+                        file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
                     gc.collect(1)  # since jax 0.12 an array and its host copy are in a cycle; the young take no time
-                    done += math.prod(part.shape) * dtypes[part.spec.path].itemsize
+                    done += sizes[name]
                     progress(done, total)
             os.rename(partial, path)
         before += sum(sizes[name] for name in names)
@@ -87,6 +89,28 @@ def write_tensors(
         weight_map = {name: file_name for file_name, names in files.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _in_file(name: str, parts: list[StoredParam], read: Callable[[StoredParam], np.ndarray]) -> Iterator[np.ndarray]:
+    """The tensor `name`, piece by piece."""
+    pieces = (part.of_tensor(name, read(part)) for part in parts)
+    if parts[0].is_transposed:
+        yield np.concatenate(list(pieces), axis=-2).swapaxes(-1, -2)
+    else:
+        yield from pieces
+
+
+def _remembering(read: Callable[[StoredParam], np.ndarray]) -> Callable[[StoredParam], np.ndarray]:
+    """`read`, that is not asked again for the parameter that it gave last: it may lie in several tensors."""
+    last: dict[str, np.ndarray] = {}
+
+    def remembered(param: StoredParam) -> np.ndarray:
+        if param.spec.path not in last:
+            last.clear()  # before the next, so that there is room for it
+            last[param.spec.path] = read(param)
+        return last[param.spec.path]
+
+    return remembered
 
 
 def _files(sizes: Mapping[str, int]) -> dict[str, list[str]]:

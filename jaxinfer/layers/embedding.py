@@ -13,7 +13,8 @@ class Embedding(nnx.Module):
     """A table [vocab, embed]: rows in at the bottom; dot products out at the top, if it `is_head`."""
 
     def __init__(self, vocab_size: int, embed_dim: int, *, is_head: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.table = param(((ax.VOCAB, vocab_size), (ax.EMBED, embed_dim)), dtype, rngs, is_read_whole=is_head)
+        axes = ((ax.VOCAB, vocab_size), (ax.EMBED, embed_dim))
+        self.table = param(axes, dtype, rngs, read_share=1.0 if is_head else 0.0)  # 0: but for a few rows
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [...] -> [..., D]. The host has checked the ids: JAX reads the last row for one beyond the end."""
