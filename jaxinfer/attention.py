@@ -14,8 +14,8 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.kv_cache import Cache
 from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
 from pallas_kernels.paged_attention import AttentionSpec
-from pallas_kernels.paged_attention.ragged import token_places
 from pallas_kernels.precision import matmul_precision
+from pallas_kernels.ragged import token_places
 from sharding_rules import axes as ax
 
 

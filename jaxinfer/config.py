@@ -32,6 +32,47 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A mixture of experts in place of MLPs.
+
+    Attributes, where the name does not say it:
+      mlp_dim: of each expert.
+      shared_mlp_dim: of the experts that every token goes through, together; 0: there are none.
+      dense_layers: those that have an MLP and no experts.
+      scoring: what makes scores of the router's logits, "softmax" or "sigmoid".
+      normalize: whether the weights of a token's experts are scaled to a sum of one.
+      scale: factor on these weights.
+      num_groups, groups_per_token: neighbours among the experts are in groups, of which a token's best count.
+      experts_per_group_score: how many of a group's experts are summed to its score.
+      router_bias: on the logits.
+      choice_bias: on the scores, for picking only.
+    """
+
+    num_experts: int
+    num_experts_per_token: int
+    mlp_dim: int
+    shared_mlp_dim: int = 0
+    dense_layers: frozenset[int] = frozenset()
+    scoring: str = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    experts_per_group_score: int = 1
+    router_bias: bool = False
+    choice_bias: bool = False
+
+    def __post_init__(self):
+        if self.num_experts % self.num_groups:
+            raise ValueError(f"config.json: {self.num_experts} experts do not divide into {self.num_groups} groups")
+        in_groups = self.groups_per_token * (self.num_experts // self.num_groups)
+        if self.num_experts_per_token > in_groups:
+            raise ValueError(
+                f"config.json: num_experts_per_tok is {self.num_experts_per_token}; a token's groups have {in_groups}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer. `embed_dim` need not equal `num_q_heads * head_dim`.
 
@@ -48,6 +89,7 @@ class ModelConfig:
       embed_scale: factor on the embedded tokens.
       norms_before, norms_after: whether attention and MLP have a norm before them, and one behind, ahead of the sum.
       norm_offset: what is added to the stored scales of the norms.
+      moe: experts in place of the MLP, whose `mlp_dim` is then that of `dense_layers`.
     """
 
     family: str
@@ -76,6 +118,7 @@ class ModelConfig:
     norms_before: bool = True
     norms_after: bool = False
     norm_offset: float = 0.0
+    moe: MoEConfig | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -98,6 +141,9 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """Tokens that a query of `layer` sees; None: all."""
         return self.windows[layer] if self.windows else None
+
+    def has_experts(self, layer: int) -> bool:
+        return self.moe is not None and layer not in self.moe.dense_layers
 
     def layer_rope(self, layer: int) -> RopeConfig:
         return self.window_rope if self.window_rope is not None and self.window(layer) is not None else self.rope

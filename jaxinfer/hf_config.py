@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxinfer.config import RopeConfig
@@ -21,11 +21,11 @@ T = TypeVar("T")
 # CONFIG_JSON_KEYS, which are about sampling.
 _IRRELEVANT = CONFIG_JSON_KEYS | frozenset(
     """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id
-    cache_implementation chunk_size_feed_forward decoder_start_token_id dtype embd_pdrop eos_token_id finetuning_task
-    gradient_checkpointing hidden_dropout id2label initializer_range is_decoder label2id mlp_dropout
-    output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type resid_pdrop return_dict
-    sep_token_id task_specific_params tokenizer_class torch_dtype torchscript transformers_version use_bfloat16
-    use_cache use_return_dict""".split()
+    cache_implementation chunk_size_feed_forward decoder_start_token_id dtype embd_pdrop eos_token_id
+    finetuning_task gradient_checkpointing hidden_dropout id2label initializer_range is_decoder label2id mlp_dropout
+    output_attentions output_hidden_states output_router_logits pad_token_id prefix pretraining_tp problem_type
+    resid_pdrop return_dict router_aux_loss_coef router_jitter_noise sep_token_id task_specific_params
+    tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache use_return_dict""".split()
 )
 
 
@@ -81,6 +81,13 @@ class HFConfig:
         """As `get`, for a key whose null means None, and whose absence means `absent`."""
         self._read.add(key)
         return None if self._values.get(key, absent) is None else self.get(key, kind, absent)
+
+    def get_first(self, keys: Sequence[str], kind: type[T]) -> T:
+        """The value of whichever of `keys` is there: names of the same. Raises ValueError where two differ."""
+        found = {key: self.get(key, kind) for key in keys if self._values.get(key) is not None}
+        if len(set(found.values())) > 1:
+            raise ValueError(f"{self.source}: {found} mean the same; expected one value")
+        return next(iter(found.values())) if found else self.get(keys[0], kind)
 
     def decoder(self, *, head_dim: int | None = None, tie_embeddings: bool = False) -> dict[str, Any]:
         """The fields of `ModelConfig` whose keys most families share.

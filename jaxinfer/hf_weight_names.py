@@ -30,6 +30,8 @@ NORMS_ON_BOTH_SIDES = {
     "mlp_post_norm": "post_feedforward_layernorm",
 }
 
+PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+
 
 def decoder_names(config: ModelConfig, norms: Mapping[str, str] = _NORMS) -> WeightNames:
     """Of `layers.decoder.Decoder`: "layers/0/mlp/up/weight" -> "model.layers.0.mlp.up_proj.weight".
@@ -40,7 +42,7 @@ def decoder_names(config: ModelConfig, norms: Mapping[str, str] = _NORMS) -> Wei
     if not config.tie_embeddings:
         names["head/table"] = "lm_head.weight"
     linear = [(f"attention/{name}", f"self_attn.{name[0]}_proj") for name in ("q", "k", "v", "out")]
-    linear += [(f"mlp/{name}", f"mlp.{name}_proj") for name in ("gate", "up", "down")]
+    mlp = [(f"mlp/{name}", f"mlp.{in_file}") for name, in_file in PROJECTIONS.items()]
     has_bias = dict.fromkeys(("attention/q", "attention/k", "attention/v"), config.attention_bias)
     has_bias |= {"attention/out": config.attention_out_bias}
     for layer in range(config.num_layers):
@@ -49,11 +51,25 @@ def decoder_names(config: ModelConfig, norms: Mapping[str, str] = _NORMS) -> Wei
             names[f"{ours}/{name}/scale"] = f"{theirs}.{in_file}.weight"
         for name in ("q_norm", "k_norm") if config.qk_norm else ():
             names[f"{ours}/attention/{name}/scale"] = f"{theirs}.self_attn.{name}.weight"
-        for name, in_file in linear:
+        for name, in_file in linear if config.has_experts(layer) else linear + mlp:
             names[f"{ours}/{name}/weight"] = f"{theirs}.{in_file}.weight"
             if has_bias.get(name, config.mlp_bias):
                 names[f"{ours}/{name}/bias"] = f"{theirs}.{in_file}.bias"
     return {path: TensorPart(name) for path, name in names.items()}
+
+
+def expert_names(config: ModelConfig, router: str, experts: str, projections: Mapping[str, str]) -> WeightNames:
+    """Of layers with experts, a tensor for each: "layers/0/mlp/experts/up" -> "model.layers.0.mlp.experts.7.up_proj".
+
+    `router` and `experts` are their places in a layer, `projections` the names of gate, up and down.
+    """
+    names = {}
+    for layer in filter(config.has_experts, range(config.num_layers)):
+        ours, theirs = f"layers/{layer}/mlp", f"model.layers.{layer}"
+        names[f"{ours}/router/weight"] = TensorPart(f"{theirs}.{router}.weight")
+        for name, in_file in projections.items():
+            names[f"{ours}/experts/{name}"] = TensorPart(f"{theirs}.{experts}.{EXPERT}.{in_file}.weight")
+    return names
 
 
 def fused(names: WeightNames, parts: tuple[str, ...], whole: str) -> WeightNames:

@@ -15,6 +15,7 @@ from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner, mesh_text, parse_mesh
 from jaxinfer.planner import MemoryPlan
 from jaxinfer.step_plan import num_chunks
+from pallas_kernels.grouped_map import xla as grouped_map
 from pallas_kernels.paged_attention import xla
 from sharding_rules import axes as ax
 
@@ -62,11 +63,9 @@ class Demand:
                 context_tokens=config.max_model_len,
                 itemsize=itemsize,
             ),
-            num_tokens=rows + chunk_tokens,
-            mlp_dim=model.mlp_dim // partitioner.num_shards(ax.MLP),
+            mlp_bytes=self._mlp_bytes(rows + chunk_tokens),
             num_drawn=rows + chunks,
             vocab_size=model.vocab_size,
-            itemsize=itemsize,
         )
         sampling = ExtrasSpec(rows, config.max_model_len, model.vocab_size, chunk_tokens)
         return planner.plan_memory(
@@ -81,6 +80,19 @@ class Demand:
             memory_fraction=config.memory_fraction,
             kv_cache_bytes=config.kv_cache_bytes,
         )
+
+    def _mlp_bytes(self, num_tokens: int) -> int:
+        """Of the widest MLP on one device. Experts are computed tile by tile, each with a copy of its weights."""
+        model, num_shards = self.definition.config, self.definition.partitioner.num_shards(ax.MLP)
+        itemsize, moe = self.definition.dtype.itemsize, model.moe
+        widest = 3 * num_tokens * (model.mlp_dim // num_shards)  # 3: gate, up and their product
+        if moe is not None:
+            routed = num_tokens * moe.num_experts_per_token
+            tile = grouped_map.tile_rows(routed, moe.num_experts)
+            of_expert = 3 * (model.embed_dim + tile) * (moe.mlp_dim // num_shards)
+            shared = 3 * num_tokens * (moe.shared_mlp_dim // num_shards)
+            widest = max(widest if moe.dense_layers else 0, 4 * routed * model.embed_dim + of_expert, shared)
+        return widest * itemsize
 
     def _fits(self, **flags: object) -> bool:
         """With these flags changed, of which the definition knows nothing."""

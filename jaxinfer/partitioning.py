@@ -108,9 +108,13 @@ class Partitioner:
         """Devices along `mesh_axis`; 1 if the mesh lacks it."""
         return self.mesh.shape.get(mesh_axis, 1)
 
+    def mesh_axes(self, logical_axis: str) -> tuple[str, ...]:
+        """Those of the mesh that split `logical_axis`."""
+        return self._mesh_axes((logical_axis,))[0]
+
     def num_shards(self, logical_axis: str) -> int:
         """Into how many pieces `logical_axis` is cut."""
-        return math.prod(self.axis_size(mesh_axis) for mesh_axis in self._mesh_axes((logical_axis,))[0])
+        return math.prod(map(self.axis_size, self.mesh_axes(logical_axis)))
 
     def spec(self, axes: ax.LogicalAxes) -> PartitionSpec:
         """`PartitionSpec` for an array whose axes are named `axes`, without trailing Nones dropped.

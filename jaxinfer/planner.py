@@ -24,18 +24,15 @@ def page_bytes(*, num_layers: int, num_kv_heads: int, page_size: int, head_dim: 
     return 2 * num_layers * num_kv_heads * page_size * head_dim * itemsize  # 2: keys and values
 
 
-def workspace_bytes(
-    *, attention_bytes: int, num_tokens: int, mlp_dim: int, num_drawn: int, vocab_size: int, itemsize: int
-) -> int:
+def workspace_bytes(*, attention_bytes: int, mlp_bytes: int, num_drawn: int, vocab_size: int) -> int:
     """Most bytes that a step needs on one device beside weights and cache: an estimate.
 
-    For a step of `num_tokens` that draws `num_drawn` tokens; `mlp_dim` is that on the device. Attention, MLP and
-    sampling follow each other and use the same memory, so the largest counts. XLA was seen to allocate as much, or up
-    to a third less, in float32 on a CPU, where bfloat16 takes more, because it is computed in float32.
+    For a step that draws `num_drawn` tokens. Attention, MLP and sampling follow each other and use the same memory, so
+    the largest counts. XLA was seen to allocate as much, or up to a third less, in float32 on a CPU, where bfloat16
+    takes more, because it is computed in float32.
     """
-    mlp = 3 * num_tokens * mlp_dim * itemsize  # 3: gate, up and their product
     sampling = 7 * 4 * num_drawn * vocab_size  # 7: logits, noise, and what the search for top-k and top-p keeps
-    return max(attention_bytes, mlp, sampling)
+    return max(attention_bytes, mlp_bytes, sampling)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from jaxinfer.logprobs import Logprobs
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.sampling import SamplingArrays, sample
 from pallas_kernels import paged_attention
-from pallas_kernels.paged_attention.ragged import token_places
+from pallas_kernels.ragged import token_places
 from sharding_rules import axes as ax
 
 Arrays = tuple[jax.Array, ...]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxinfer.batch import max_chunk_tokens
-from jaxinfer.config import ModelConfig, RopeConfig
+from jaxinfer.config import ModelConfig, MoEConfig, RopeConfig
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.extras import ExtrasSpec
 from jaxinfer.memory import Demand
@@ -39,6 +39,9 @@ def demand(model: ModelConfig = SMALL, mesh: str = "", free_bytes: int | None = 
     return Demand(config=EngineConfig(**settings), definition=definition, page_size=16, free_bytes=free_bytes)
 
 
+EXPERTS = MoEConfig(num_experts=4, num_experts_per_token=2, mlp_dim=4096)
+
+
 @pytest.fixture
 def whole_contexts(monkeypatch: pytest.MonkeyPatch):
     """Attention gathers them, as on a GPU, so that its workspace is what matters most."""
@@ -66,11 +69,12 @@ def test_the_workspace_of_attention():
         ("blocks", {"vocab_size": 64_000}, "", {"max_model_len": 64}),
         ("blocks", {"vocab_size": 64_000}, "tensor:2", {"max_model_len": 64}),
         ("blocks", {"mlp_dim": 8192}, "", {"max_model_len": 128}),
+        ("blocks", {"moe": EXPERTS}, "", {"max_model_len": 128}),
     ],
-    ids=["blocks", "blocks on a mesh", "chunks' scores", "rows' pages", "logits", "logits of a mesh", "mlp"],
+    ids=["blocks", "blocks on a mesh", "chunks' scores", "rows' pages", "logits", "logits of a mesh", "mlp", "experts"],
 )
 def test_the_workspace_is_what_compiled_steps_allocate(
-    contexts: str, model: dict[str, int], mesh: str, flags: dict[str, int], request: pytest.FixtureRequest
+    contexts: str, model: dict[str, Any], mesh: str, flags: dict[str, int], request: pytest.FixtureRequest
 ):
     """The estimate is at least that, and at most half as much again."""
     if contexts == "whole":

@@ -33,14 +33,13 @@ def test_a_page_holds_keys_and_values_of_every_layer():
     ("changes", "expected"),
     [
         ({}, 50_000),
-        ({"mlp_dim": 10_000}, 3 * 36 * 10_000 * 2),
+        ({"mlp_bytes": 60_000}, 60_000),
         ({"vocab_size": 10_000}, 7 * 4 * 6 * 10_000),
-        ({"mlp_dim": 10_000, "itemsize": 4}, 3 * 36 * 10_000 * 4),
     ],
 )
 def test_the_workspace_is_that_of_the_largest_part(changes: dict[str, int], expected: int):
-    """Of a step of 4 rows and 2 chunks of 32 tokens together."""
-    sizes = {"num_tokens": 36, "num_drawn": 6, "vocab_size": 50, "mlp_dim": 20, "itemsize": 2}
+    """Of a step of 4 rows and 2 chunks."""
+    sizes = {"mlp_bytes": 4320, "num_drawn": 6, "vocab_size": 50}
     assert workspace_bytes(**{"attention_bytes": 50_000, **sizes, **changes}) == expected
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from jaxinfer.hf_config import HFConfig
-from jaxinfer.layers.linear import contract
 from jaxinfer.models import llama
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
+from pallas_kernels.matmul import contract
 from tests.parity import driver
 
 SHAPES = driver.Shapes(rows=2, max_len=32, chunk=16, num_steps=2)

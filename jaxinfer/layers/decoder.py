@@ -8,6 +8,7 @@ from jaxinfer.config import ModelConfig, RopeConfig
 from jaxinfer.layers.attention_block import Attend, AttentionBlock
 from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.mlp import GatedMLP
+from jaxinfer.layers.moe import MoE
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.rope import inverse_frequencies, rotation
 from jaxinfer.partitioning import Partitioner
@@ -17,15 +18,15 @@ Rope = tuple[jax.Array, jax.Array]  # as `rope.rotation` makes it
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each added to the residual stream, with norms before or after it as the config says."""
+    """Attention and MLP or experts, each added to the residual stream, with norms as the config says."""
 
-    def __init__(self, config: ModelConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         norm = lambda: embed_norm(config, dtype, rngs)  # noqa: E731
         self.attention_norm = norm() if config.norms_before else None
         self.attention = AttentionBlock(config, partitioner, dtype=dtype, rngs=rngs)
         self.attention_post_norm = norm() if config.norms_after else None
         self.mlp_norm = norm() if config.norms_before else None
-        self.mlp = GatedMLP(config, partitioner, dtype=dtype, rngs=rngs)
+        self.mlp = (MoE if config.has_experts(layer) else GatedMLP)(config, partitioner, dtype=dtype, rngs=rngs)
         self.mlp_post_norm = norm() if config.norms_after else None
 
     def __call__(self, x: jax.Array, rope: Rope, layer: int, attend: Attend) -> jax.Array:
@@ -46,7 +47,8 @@ class Decoder(nnx.Module):
         self.partitioner = partitioner
         tied, size = config.tie_embeddings, (config.vocab_size, config.embed_dim)
         self.embedding = Embedding(*size, is_head=tied, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Block(config, partitioner, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        layers = range(config.num_layers)
+        self.layers = nnx.List([Block(config, layer, partitioner, dtype=dtype, rngs=rngs) for layer in layers])
         self.norm = embed_norm(config, dtype, rngs)
         self.head = None if tied else Embedding(*size, is_head=True, dtype=dtype, rngs=rngs)
 

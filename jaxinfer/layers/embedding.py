@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.layers.linear import contract
 from jaxinfer.layers.param import param
+from pallas_kernels.matmul import contract
 from sharding_rules import axes as ax
 
 

@@ -21,8 +21,16 @@ ACTIVATIONS = {
 class GatedMLP(nnx.Module):
     """down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        embed, mlp = ((ax.EMBED, config.embed_dim),), ((ax.MLP, config.mlp_dim),)
+    def __init__(
+        self,
+        config: ModelConfig,
+        partitioner: Partitioner,
+        *,
+        mlp_dim: int | None = None,  # None: the config's
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        embed, mlp = ((ax.EMBED, config.embed_dim),), ((ax.MLP, mlp_dim or config.mlp_dim),)
         self.activation = ACTIVATIONS[config.activation]
         self.partitioner = partitioner
         self.gate = Linear(embed, mlp, use_bias=config.mlp_bias, dtype=dtype, rngs=rngs)

@@ -26,6 +26,7 @@ from jax import lax
 from pallas_kernels.paged_attention import ragged
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.precision import matmul_precision
+from pallas_kernels.ragged import max_num_tiles
 
 _CPU_BLOCK_TOKENS = 64
 _CPU_GROUP_ROWS = 2
@@ -58,7 +59,7 @@ def workspace_bytes(
     `context_tokens`.
     """
     block, tile = block_tokens(context_tokens, spec.page_size), min(tile_tokens(), chunk_tokens)
-    tiles = ragged.max_num_tiles(chunk_tokens, chunks, tile)
+    tiles = max_num_tiles(chunk_tokens, chunks, tile)
     rows_at_once, tiles_at_once = group_rows(rows), group_rows(tiles)
     gathered = 2 * block * spec.num_kv_heads * spec.head_dim * itemsize  # of one sequence; 2: keys and values
     scores = 2 * 4 * block * spec.num_q_heads  # of one token; 2: before and after softmax; 4: float32

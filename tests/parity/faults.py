@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxinfer import batch
-from jaxinfer.config import ModelConfig
+from jaxinfer.config import ModelConfig, MoEConfig
 from jaxinfer.layers import attention_block, decoder, mlp, norm
 from pallas_kernels.paged_attention import xla
 from tests.parity import driver
@@ -47,6 +47,10 @@ def _config(change: Callable[[ModelConfig], dict]) -> Plant:
         return lambda model_dir: (lambda config: dataclasses.replace(config, **change(config)))(read(model_dir))
 
     return _wrap(driver, "read_config", misread)
+
+
+def _moe(change: Callable[[MoEConfig], dict]) -> Plant:
+    return _config(lambda c: {"moe": c.moe and dataclasses.replace(c.moe, **change(c.moe))})
 
 
 def _weights(change: Callable[[str, jax.Array], jax.Array]) -> Plant:
@@ -213,5 +217,20 @@ FAULTS = [
         _config(lambda c: {"rope": dataclasses.replace(c.rope, share=1.0)}),
         family="phi3",
         config="partial_rope",
+    ),
+    Fault(
+        "weights of experts not normalised",
+        _moe(lambda moe: {"normalize": False}),
+        family="mixtral",
+    ),
+    Fault(
+        "one expert too few",
+        _moe(lambda moe: {"num_experts_per_token": moe.num_experts_per_token - 1}),
+        family="qwen3_moe",
+    ),
+    Fault(
+        "experts one place on",
+        _weights(lambda path, a: jnp.roll(a, 1, axis=0) if path.endswith("experts/down") else a),
+        family="mixtral",
     ),
 ]

@@ -1,0 +1,125 @@
+"""A function of rows in groups against NumPy in float64, and a mixture of experts against one token at a time."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxinfer import models
+from jaxinfer.config import ModelConfig, MoEConfig
+from jaxinfer.hf_config import HFConfig
+from jaxinfer.layers.moe import MoE, Router
+from jaxinfer.partitioning import Partitioner, make_mesh
+from pallas_kernels.grouped_map import xla
+from pallas_kernels.matmul import contract
+from sharding_rules import rule_set
+
+NUM_GROUPS, NUM_INPUTS, NUM_OUTPUTS = 5, 24, 16
+PRODUCT = lambda weight, rows: contract(rows, weight)  # noqa: E731
+
+
+def config(**moe: Any) -> ModelConfig:
+    mixtral = models.get("mixtral")
+    parsed = mixtral.parse_config(HFConfig(mixtral.TINY_CONFIGS["gqa"]))
+    return dataclasses.replace(parsed, moe=dataclasses.replace(parsed.moe, **moe))
+
+
+def make_moe(config: ModelConfig, partitioner: Partitioner) -> MoE:
+    moe = MoE(config, partitioner, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    return nnx.merge(*_scaled(nnx.split(moe)))
+
+
+def _scaled(split):
+    graph, state = split
+    return graph, jax.tree.map(lambda a: 10 * a, state)  # so that experts differ, and the router picks
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 40, 700])
+def test_a_product_of_each_group_against_float64(num_rows: int):
+    """Groups of every size: none, one row, all rows; 700 rows take several tiles of a group."""
+    rng = np.random.default_rng(num_rows)
+    weights = rng.standard_normal((NUM_GROUPS, NUM_OUTPUTS, NUM_INPUTS)).astype(np.float32)
+    multiply = jax.jit(functools.partial(xla.grouped_map, PRODUCT))
+    mostly_one = np.where(rng.random(num_rows) < 0.9, 1, 4)
+    for groups in (rng.integers(0, NUM_GROUPS, num_rows), np.full(num_rows, 3), mostly_one):
+        group = np.sort(groups)
+        x = rng.standard_normal((num_rows, NUM_INPUTS)).astype(np.float32)
+        sizes = np.bincount(group, minlength=NUM_GROUPS).astype(np.int32)
+        exact = np.einsum("ri,roi->ro", x.astype(np.float64), weights[group].astype(np.float64))
+        np.testing.assert_allclose(multiply(weights, x, sizes), exact, atol=2e-5)
+
+
+def test_parameters_of_a_group_without_rows_are_not_read():
+    """Neither does what lies behind the last group's rows reach those before it."""
+    weights = np.ones((3, NUM_OUTPUTS, NUM_INPUTS), np.float32)
+    weights[1] = np.nan
+    x = np.ones((6, NUM_INPUTS), np.float32)
+    x[5] = np.nan
+    sizes = jnp.asarray([2, 0, 3], jnp.int32)
+    out = xla.grouped_map(PRODUCT, jnp.asarray(weights), jnp.asarray(x), sizes)
+    np.testing.assert_array_equal(out[:5], NUM_INPUTS)
+
+
+def expected(moe: MoE, x: np.ndarray) -> np.ndarray:
+    """Token by token, expert by expert."""
+    experts, weights = (np.asarray(a) for a in moe.router(jnp.asarray(x)))
+    gate, up, down = (np.asarray(p[...], np.float64) for p in (moe.experts.gate, moe.experts.up, moe.experts.down))
+    out = np.zeros(x.shape)
+    for place in np.ndindex(experts.shape):
+        token, expert = x[place[:-1]].astype(np.float64), experts[place]
+        gated = gate[expert] @ token
+        out[place[:-1]] += weights[place] * (down[expert] @ (gated / (1 + np.exp(-gated)) * (up[expert] @ token)))
+    return out
+
+
+@pytest.mark.parametrize("mesh", ["", "expert:4", "expert:2,tensor:2", "data:2,expert:2,tensor:2"])
+def test_experts_on_meshes(mesh: str):
+    """Each device computes its experts for its tokens, whichever rules split them; no token is dropped."""
+    rules = rule_set("experts", batch="data", experts="expert", mlp="tensor")
+    partitioner = Partitioner(make_mesh(mesh), rules)
+    moe = make_moe(config(), partitioner)
+    x = np.random.default_rng(0).standard_normal((2, 9, 64)).astype(np.float32)
+    x[:, 4:] = x[:, 3:4]  # of many tokens the same experts
+    exact = expected(moe, x)
+    out = jax.jit(lambda x: moe(x))(x)
+    assert np.abs(out - exact).max() < 1e-5 * np.abs(exact).max()
+
+
+def route(x: np.ndarray, **moe: Any) -> tuple[np.ndarray, np.ndarray, Router]:
+    router = Router(
+        MoEConfig(num_experts_per_token=3, mlp_dim=8, **moe), 64, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(1)
+    )
+    if router.choice_bias is not None:
+        router.choice_bias[...] = jnp.asarray(np.random.default_rng(2).standard_normal(12), jnp.float32)
+    experts, weights = router(jnp.asarray(x))
+    return np.asarray(experts), np.asarray(weights), router
+
+
+@pytest.mark.parametrize("scores_of_group", [1, 2])
+def test_experts_of_the_best_groups_only(scores_of_group: int):
+    x = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32) * 20
+    groups = {"num_groups": 4, "groups_per_token": 2, "experts_per_group_score": scores_of_group}
+    experts, weights, router = route(x, num_experts=12, scoring="sigmoid", choice_bias=True, scale=2.5, **groups)
+    assert router.choice_bias is not None
+    scores = 1 / (1 + np.exp(-(x @ np.asarray(router.weight[...]).T)))
+    choice = (scores + np.asarray(router.choice_bias[...])).reshape(50, 4, 3)
+    of_groups = np.sort(choice, axis=-1)[..., -scores_of_group:].sum(-1)
+    for token in range(50):
+        best = np.argsort(of_groups[token])[-2:]
+        legal = [3 * group + i for group in best for i in range(3)]
+        picked = sorted(legal, key=lambda expert: -choice[token].reshape(-1)[expert])[:3]
+        assert set(experts[token]) == set(picked)
+        of_picked = scores[token, experts[token]]
+        np.testing.assert_allclose(weights[token], 2.5 * of_picked / of_picked.sum(), rtol=1e-5)
+
+
+def test_groups_must_fit():
+    with pytest.raises(ValueError, match="12 experts do not divide into 5 groups"):
+        MoEConfig(num_experts=12, num_experts_per_token=3, mlp_dim=8, num_groups=5)
+    with pytest.raises(ValueError, match="num_experts_per_tok is 4; a token's groups have 3"):
+        MoEConfig(num_experts=12, num_experts_per_token=4, mlp_dim=8, num_groups=4)
