@@ -223,4 +223,6 @@ FAULTS = [
     ),
     Fault("biases of layer norms dropped", _zeros_at("norm/", "/bias"), family="opt"),
     Fault("biases of MLPs dropped", _zeros_at("mlp/", "/bias"), family="opt"),
+    Fault("learned positions dropped", _zeros_at("position_embedding"), family="gpt2"),
+    Fault("exact gelu for its approximation", _config(lambda c: {"activation": "gelu"}), family="gpt2"),
 ]
