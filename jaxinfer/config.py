@@ -78,9 +78,11 @@ class ModelConfig:
 
     Attributes, where the name does not say it:
       max_position: tokens that the position embedding was trained or scaled for.
-      rope: of all layers, or of those without a window.
+      rope: of all layers, or of those without a window; None: nothing rotates.
       window_rope: of layers with a window, where it is another.
       windows: by layer, the tokens that a query sees, its own included; None: all. Empty: all, in every layer.
+      learned_positions: rows of a table of learned positions, added to the embedded tokens, where the last
+        `max_position` rows are those of positions 0 and on; None: no such table.
       qk_norm: of queries and keys before rotation: "" (none), "head" (each head by itself), "all" (all heads as one).
       attention_bias: of queries, keys and values.
       attention_out_bias: of the projection back.
@@ -88,7 +90,9 @@ class ModelConfig:
       attention_soft_cap, logits_soft_cap: as `AttentionSpec.soft_cap`; None: none.
       embed_scale: factor on the embedded tokens.
       norms_before, norms_after: whether attention and MLP have a norm before them, and one behind, ahead of the sum.
-      norm_offset: what is added to the stored scales of the norms.
+      norm: of the residual stream: "rms", or "layer" with a bias.
+      norm_offset: what is added to the stored scales of the RMS norms.
+      gated_mlp: whether what the MLP's activation passes on is multiplied by a second projection.
       moe: experts in place of the MLP, whose `mlp_dim` is then that of `dense_layers`.
     """
 
@@ -102,9 +106,10 @@ class ModelConfig:
     mlp_dim: int
     max_position: int
     norm_eps: float
-    rope: RopeConfig
+    rope: RopeConfig | None
     window_rope: RopeConfig | None = None
     windows: tuple[int | None, ...] = ()
+    learned_positions: int | None = None
     qk_norm: str = ""
     activation: str = "silu"
     tie_embeddings: bool = False
@@ -117,7 +122,9 @@ class ModelConfig:
     embed_scale: float = 1.0
     norms_before: bool = True
     norms_after: bool = False
+    norm: str = "rms"
     norm_offset: float = 0.0
+    gated_mlp: bool = True
     moe: MoEConfig | None = None
 
     def __post_init__(self):
@@ -130,8 +137,7 @@ class ModelConfig:
                 f"config.json: num_attention_heads {self.num_q_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_kv_heads}"
             )
-        rotary_dim = int(self.head_dim * self.rope.share)
-        if rotary_dim % 2:
+        if self.rope is not None and (rotary_dim := int(self.head_dim * self.rope.share)) % 2:
             raise ValueError(f"config.json: {rotary_dim} of head_dim rotate; an odd number has no pairs")
 
     @property
@@ -145,5 +151,5 @@ class ModelConfig:
     def has_experts(self, layer: int) -> bool:
         return self.moe is not None and layer not in self.moe.dense_layers
 
-    def layer_rope(self, layer: int) -> RopeConfig:
+    def layer_rope(self, layer: int) -> RopeConfig | None:
         return self.window_rope if self.window_rope is not None and self.window(layer) is not None else self.rope

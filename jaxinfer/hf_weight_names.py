@@ -58,6 +58,28 @@ def decoder_names(config: ModelConfig, norms: Mapping[str, str] = _NORMS) -> Wei
     return {path: TensorPart(name) for path, name in names.items()}
 
 
+def plain_decoder_names(
+    config: ModelConfig, outside: Mapping[str, str], layers: str, inside: Mapping[str, str]
+) -> WeightNames:
+    """Of a `Decoder` of plain MLPs and layer norms, whose linear layers all have a bias or none.
+
+    `outside` and `inside` have the checkpoint's name of each module outside the layers and in each of them, `layers`
+    what those inside begin with: "layers/0/mlp/up/bias" -> "model.decoder.layers.0.fc1.bias".
+    """
+    modules = dict(outside)
+    for layer in range(config.num_layers):
+        modules |= {f"layers/{layer}/{ours}": f"{layers}.{layer}.{theirs}" for ours, theirs in inside.items()}
+    if not config.tie_embeddings:
+        modules["head"] = "lm_head"
+    names = {}
+    for ours, theirs in modules.items():
+        is_table, is_norm = ours.endswith(("embedding", "head")), ours.endswith("norm")
+        names[f"{ours}/{'table' if is_table else 'scale' if is_norm else 'weight'}"] = f"{theirs}.weight"
+        if is_norm or (config.mlp_bias and not is_table):
+            names[f"{ours}/bias"] = f"{theirs}.bias"
+    return {path: TensorPart(name) for path, name in names.items()}
+
+
 def expert_names(config: ModelConfig, router: str, experts: str, projections: Mapping[str, str]) -> WeightNames:
     """Of layers with experts, a tensor for each: "layers/0/mlp/experts/up" -> "model.layers.0.mlp.experts.7.up_proj".
 

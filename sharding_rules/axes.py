@@ -13,11 +13,12 @@ KV_HEADS = "kv_heads"
 HEAD_DIM = "head_dim"
 MLP = "mlp"
 VOCAB = "vocab"
+POSITIONS = "positions"  # of a table of learned ones
 EXPERTS = "experts"
 BATCH = "batch"
 PAGES = "pages"
 
-LOGICAL_AXES = (LAYERS, EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB, EXPERTS, BATCH, PAGES)
+LOGICAL_AXES = (LAYERS, EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB, POSITIONS, EXPERTS, BATCH, PAGES)
 
 # Mesh axes, slowest link first: replicas and stages may cross nodes, tensor stays inside one.
 DATA = "data"

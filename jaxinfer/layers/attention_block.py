@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions: the projections around whatever attends."""
+"""Grouped-query attention, with rotary positions or none: the projections around whatever attends."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ class AttentionBlock(nnx.Module):
         num_kv_heads = num_sharded_kv_heads(config.num_kv_heads, partitioner)
         kv_heads = ((ax.KV_HEADS, num_kv_heads), (ax.HEAD_DIM, config.head_dim))
         self.partitioner = partitioner
-        self.is_interleaved = config.rope.interleaved
+        self.is_interleaved = config.rope is not None and config.rope.interleaved
         self.q = Linear(embed, heads, use_bias=config.attention_bias, dtype=dtype, rngs=rngs)
         self.k = Linear(embed, kv_heads, use_bias=config.attention_bias, dtype=dtype, rngs=rngs)
         self.v = Linear(embed, kv_heads, use_bias=config.attention_bias, dtype=dtype, rngs=rngs)
@@ -35,13 +35,14 @@ class AttentionBlock(nnx.Module):
         self.q_norm = _qk_norm(config, heads, dtype, rngs)
         self.k_norm = _qk_norm(config, kv_heads, dtype, rngs)
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], layer: int, attend: Attend) -> jax.Array:
-        """x [B, T, D], rope as `rope.rotation` makes it -> [B, T, D]."""
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None, layer: int, attend: Attend) -> jax.Array:
+        """x [B, T, D], rope as `rope.rotation` makes it, or None to rotate nothing -> [B, T, D]."""
         constrain = self.partitioner.constrain
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rotate(heads, *rope, interleaved=self.is_interleaved) for heads in (q, k))
+        if rope is not None:
+            q, k = (rotate(heads, *rope, interleaved=self.is_interleaved) for heads in (q, k))
         q = constrain(q, (ax.BATCH, None, ax.HEADS, ax.HEAD_DIM))
         k, v = (constrain(heads, (ax.BATCH, None, ax.KV_HEADS, ax.HEAD_DIM)) for heads in (k, v))
         return constrain(self.out(attend(layer, q, k, v)), (ax.BATCH, None, ax.EMBED))

@@ -1,4 +1,6 @@
-"""The decoder that most families are: attention and a gated MLP in every layer, around a residual stream."""
+"""The decoder that most families are: attention and an MLP in every layer, around a residual stream."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +8,15 @@ from flax import nnx
 
 from jaxinfer.config import ModelConfig, RopeConfig
 from jaxinfer.layers.attention_block import Attend, AttentionBlock
-from jaxinfer.layers.embedding import Embedding
-from jaxinfer.layers.mlp import GatedMLP
+from jaxinfer.layers.embedding import Embedding, PositionEmbedding
+from jaxinfer.layers.mlp import MLP
 from jaxinfer.layers.moe import MoE
-from jaxinfer.layers.norm import RMSNorm
+from jaxinfer.layers.norm import LayerNorm, RMSNorm
 from jaxinfer.layers.rope import inverse_frequencies, rotation
 from jaxinfer.partitioning import Partitioner
 from sharding_rules import axes as ax
 
-Rope = tuple[jax.Array, jax.Array]  # as `rope.rotation` makes it
+Rope = tuple[jax.Array, jax.Array] | None  # as `rope.rotation` makes it; None: nothing rotates
 
 
 class Block(nnx.Module):
@@ -26,7 +28,7 @@ class Block(nnx.Module):
         self.attention = AttentionBlock(config, partitioner, dtype=dtype, rngs=rngs)
         self.attention_post_norm = norm() if config.norms_after else None
         self.mlp_norm = norm() if config.norms_before else None
-        self.mlp = (MoE if config.has_experts(layer) else GatedMLP)(config, partitioner, dtype=dtype, rngs=rngs)
+        self.mlp = (MoE if config.has_experts(layer) else MLP)(config, partitioner, dtype=dtype, rngs=rngs)
         self.mlp_post_norm = norm() if config.norms_after else None
 
     def __call__(self, x: jax.Array, rope: Rope, layer: int, attend: Attend) -> jax.Array:
@@ -47,6 +49,7 @@ class Decoder(nnx.Module):
         self.partitioner = partitioner
         tied, size = config.tie_embeddings, (config.vocab_size, config.embed_dim)
         self.embedding = Embedding(*size, is_head=tied, dtype=dtype, rngs=rngs)
+        self.position_embedding = _position_embedding(config, dtype, rngs)
         layers = range(config.num_layers)
         self.layers = nnx.List([Block(config, layer, partitioner, dtype=dtype, rngs=rngs) for layer in layers])
         self.norm = embed_norm(config, dtype, rngs)
@@ -58,11 +61,13 @@ class Decoder(nnx.Module):
             x = self.embedding(tokens)
             if self.config.embed_scale != 1:
                 x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+            if self.position_embedding is not None:
+                x = x + self.position_embedding(positions)
             x = self.partitioner.constrain(x, (ax.BATCH, None, ax.EMBED))
-        ropes: dict[RopeConfig, Rope] = {}
+        ropes: dict[RopeConfig | None, Rope] = {None: None}
         for layer, block in enumerate(self.layers):
             rope = self.config.layer_rope(layer)
-            if rope not in ropes:
+            if rope is not None and rope not in ropes:
                 ropes[rope] = rotation(positions, inverse_frequencies(rope, self.config.head_dim))
             with jax.named_scope(f"layer_{layer}"):
                 x = block(x, ropes[rope], layer, attend)
@@ -75,11 +80,20 @@ class Decoder(nnx.Module):
             return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def embed_norm(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> RMSNorm:
+def embed_norm(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> RMSNorm | LayerNorm:
     """Of the residual stream."""
     axes = ((ax.EMBED, config.embed_dim),)
-    return RMSNorm(axes, eps=config.norm_eps, dtype=dtype, rngs=rngs, offset=config.norm_offset)
+    kinds = {"rms": functools.partial(RMSNorm, offset=config.norm_offset), "layer": LayerNorm}
+    return kinds[config.norm](axes, eps=config.norm_eps, dtype=dtype, rngs=rngs)
 
 
-def _apply(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
+def _position_embedding(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> PositionEmbedding | None:
+    num_rows = config.learned_positions
+    if num_rows is None:
+        return None
+    first = num_rows - config.max_position
+    return PositionEmbedding(num_rows, config.embed_dim, first=first, dtype=dtype, rngs=rngs)
+
+
+def _apply(norm: RMSNorm | LayerNorm | None, x: jax.Array) -> jax.Array:
     return x if norm is None else norm(x)

@@ -1,4 +1,4 @@
-"""Token embedding, which may also serve as the output head."""
+"""Token embedding, which may also serve as the output head, and learned positions."""
 
 import jax
 import jax.numpy as jnp
@@ -23,3 +23,15 @@ class Embedding(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
         return contract(hidden, self.table[...], jnp.float32)
+
+
+class PositionEmbedding(nnx.Module):
+    """A table [positions, embed] of learned positions, whose row `first` is that of position 0."""
+
+    def __init__(self, num_rows: int, embed_dim: int, *, first: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.first = first
+        self.table = param(((ax.POSITIONS, num_rows), (ax.EMBED, embed_dim)), dtype, rngs, read_share=0.0)
+
+    def __call__(self, positions: jax.Array) -> jax.Array:
+        """int32 [...] -> [..., D]. Of padding, which may lie beyond the end, it is any row."""
+        return self.table[...][positions + self.first]

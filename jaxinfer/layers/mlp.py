@@ -1,4 +1,4 @@
-"""Gated feed-forward block (Shazeer 2020, arXiv:2002.05202)."""
+"""Feed-forward block, plain or gated (Shazeer 2020, arXiv:2002.05202)."""
 
 import functools
 
@@ -11,15 +11,18 @@ from jaxinfer.layers.linear import Linear
 from jaxinfer.partitioning import Partitioner
 from sharding_rules import axes as ax
 
+_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS = {
     "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
 }
 
 
-class GatedMLP(nnx.Module):
-    """down(activation(gate(x)) * up(x))."""
+class MLP(nnx.Module):
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) where it is not gated."""
 
     def __init__(
         self,
@@ -33,12 +36,15 @@ class GatedMLP(nnx.Module):
         embed, mlp = ((ax.EMBED, config.embed_dim),), ((ax.MLP, mlp_dim or config.mlp_dim),)
         self.activation = ACTIVATIONS[config.activation]
         self.partitioner = partitioner
-        self.gate = Linear(embed, mlp, use_bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.up = Linear(embed, mlp, use_bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.down = Linear(mlp, embed, use_bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, use_bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.gate = linear(embed, mlp) if config.gated_mlp else None
+        self.up = linear(embed, mlp)
+        self.down = linear(mlp, embed)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
-        hidden = self.activation(self.gate(x)) * self.up(x)
+        hidden = self.activation((self.gate or self.up)(x))
+        if self.gate is not None:
+            hidden = hidden * self.up(x)
         hidden = self.partitioner.constrain(hidden, (ax.BATCH, None, ax.MLP))
         return self.partitioner.constrain(self.down(hidden), (ax.BATCH, None, ax.EMBED))

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import lax
 
 from jaxinfer.config import ModelConfig, MoEConfig
-from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
+from jaxinfer.layers.mlp import ACTIVATIONS, MLP
 from jaxinfer.layers.param import param
 from jaxinfer.partitioning import Partitioner
 from pallas_kernels.grouped_map.xla import grouped_map
@@ -23,7 +23,7 @@ class MoE(nnx.Module):
         self.router = Router(moe, config.embed_dim, dtype=dtype, rngs=rngs)
         self.experts = Experts(config, moe, partitioner, dtype=dtype, rngs=rngs)
         shared = {"mlp_dim": moe.shared_mlp_dim, "dtype": dtype, "rngs": rngs}
-        self.shared = GatedMLP(config, partitioner, **shared) if moe.shared_mlp_dim else None
+        self.shared = MLP(config, partitioner, **shared) if moe.shared_mlp_dim else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxinfer import batch
-from jaxinfer.config import ModelConfig, MoEConfig
+from jaxinfer.config import ModelConfig, MoEConfig, RopeConfig
 from jaxinfer.layers import attention_block, decoder, mlp, norm
 from pallas_kernels.paged_attention import xla
 from tests.parity import driver
@@ -53,6 +53,14 @@ def _moe(change: Callable[[MoEConfig], dict]) -> Plant:
     return _config(lambda c: {"moe": c.moe and dataclasses.replace(c.moe, **change(c.moe))})
 
 
+def _rope(change: Callable[[RopeConfig], dict]) -> Plant:
+    def changed(config: ModelConfig) -> dict:
+        assert config.rope is not None
+        return {"rope": dataclasses.replace(config.rope, **change(config.rope))}
+
+    return _config(changed)
+
+
 def _weights(change: Callable[[str, jax.Array], jax.Array]) -> Plant:
     def misload(load: Callable) -> Callable:
         def load_changed(model_dir, definition):
@@ -62,6 +70,11 @@ def _weights(change: Callable[[str, jax.Array], jax.Array]) -> Plant:
         return load_changed
 
     return _wrap(driver, "load_weights", misload)
+
+
+def _zeros_at(*parts: str) -> Plant:
+    """The parameters whose path has all of `parts` are zero."""
+    return _weights(lambda path, a: jnp.zeros_like(a) if all(part in path for part in parts) else a)
 
 
 def _rotate_interleaved(rotate: Callable) -> Callable:
@@ -143,13 +156,14 @@ def _norm_of_each_head(module: norm.RMSNorm, x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(mean_square + module.eps) * scale
 
 
+def _layer_norm_of_the_root_mean_square(module: norm.LayerNorm, x: jax.Array) -> jax.Array:
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + module.eps) * module.scale[...] + module.bias[...]
+
+
 FAULTS = [
-    Fault("rope theta over 50", _config(lambda c: {"rope": dataclasses.replace(c.rope, theta=c.rope.theta / 50)})),
-    Fault(
-        "llama3 rope scaling ignored",
-        _config(lambda c: {"rope": dataclasses.replace(c.rope, scaling="default")}),
-        config="llama3_rope",
-    ),
+    Fault("rope theta over 50", _rope(lambda rope: {"theta": rope.theta / 50})),
+    Fault("llama3 rope scaling ignored", _rope(lambda rope: {"scaling": "default"}), config="llama3_rope"),
     Fault("rotated dims interleaved", _wrap(attention_block, "rotate", _rotate_interleaved)),
     Fault(
         "rope positions in bfloat16",  # exact up to 256
@@ -158,11 +172,7 @@ FAULTS = [
     ),
     Fault("norm epsilon times 100", _config(lambda c: {"norm_eps": 100 * c.norm_eps})),
     Fault("query heads strided over KV heads", _attention(_heads_strided)),
-    Fault(
-        "attention biases dropped",
-        _weights(lambda path, a: jnp.zeros_like(a) if "attention" in path and path.endswith("bias") else a),
-        config="biases",
-    ),
+    Fault("attention biases dropped", _zeros_at("attention/", "/bias"), config="biases"),
     Fault(
         "separate head ignored",
         _wrap(decoder.Decoder, "logits", lambda logits: lambda model, hidden: model.embedding.logits(hidden)),
@@ -207,16 +217,13 @@ FAULTS = [
         _wrap(norm.RMSNorm, "__call__", lambda call: _norm_of_each_head),
         family="olmo2",
     ),
+    Fault("neighbours not paired", _rope(lambda rope: {"interleaved": False}), family="glm4"),
+    Fault("all of a head rotates", _rope(lambda rope: {"share": 1.0}), family="phi3", config="partial_rope"),
+    Fault("positions looked up two rows early", _config(lambda c: {"max_position": c.learned_positions}), family="opt"),
     Fault(
-        "neighbours not paired",
-        _config(lambda c: {"rope": dataclasses.replace(c.rope, interleaved=False)}),
-        family="glm4",
-    ),
-    Fault(
-        "all of a head rotates",
-        _config(lambda c: {"rope": dataclasses.replace(c.rope, share=1.0)}),
-        family="phi3",
-        config="partial_rope",
+        "mean of layer norm not subtracted",
+        _wrap(norm.LayerNorm, "__call__", lambda call: _layer_norm_of_the_root_mean_square),
+        family="opt",
     ),
     Fault(
         "weights of experts not normalised",
@@ -233,4 +240,8 @@ FAULTS = [
         _weights(lambda path, a: jnp.roll(a, 1, axis=0) if path.endswith("experts/down") else a),
         family="mixtral",
     ),
+    Fault("biases of layer norms dropped", _zeros_at("norm/", "/bias"), family="opt"),
+    Fault("biases of MLPs dropped", _zeros_at("mlp/", "/bias"), family="opt"),
+    Fault("learned positions dropped", _zeros_at("position_embedding"), family="gpt2"),
+    Fault("exact gelu for its approximation", _config(lambda c: {"activation": "gelu"}), family="gpt2"),
 ]

@@ -37,10 +37,11 @@ def weights(family: str, hf_config: dict[str, Any], seed: int = 0) -> dict[str, 
     config = module.parse_config(HFConfig(hf_config))
     definition = ModelDefinition.create(config, Partitioner.create(), np.dtype(np.float32))
     parts = layout.tensors(layout.stored_params(definition))
-    return {name: _tensor(name, layout.tensor_shape(of_name), seed) for name, of_name in parts.items()}
+    return {name: _tensor(name, of_name, seed) for name, of_name in parts.items()}
 
 
-def _tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def _tensor(name: str, parts: list[layout.StoredParam], seed: int) -> np.ndarray:
+    shape = layout.tensor_shape(parts)
     # RandomState and not Generator: NumPy promises that its numbers never change.
     normal = np.random.RandomState([seed, zlib.crc32(name.encode())]).standard_normal(shape)
     if name.endswith("bias"):
@@ -49,10 +50,10 @@ def _tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         values = 1 + 0.2 * normal  # a norm's scale
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             values *= _MATRIX_GAIN  # else normalised queries and keys would have scores too small to pick
-    elif "embed" in name:
+    elif parts[0].spec.path.endswith("embedding/table"):
         values = _EMBEDDING_STDDEV * normal
     else:
-        values = _MATRIX_GAIN * normal / np.sqrt(shape[1])
+        values = _MATRIX_GAIN * normal / np.sqrt(shape[0] if parts[0].is_transposed else shape[1])
     return values.astype(np.float32)
 
 
