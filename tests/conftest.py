@@ -55,6 +55,16 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-golden"))
 
 
+@pytest.fixture
+def whole_contexts(monkeypatch: pytest.MonkeyPatch):
+    """Attention gathers them, as on a GPU, so that its workspace is what matters most."""
+    from pallas_kernels.paged_attention import xla
+
+    monkeypatch.setattr(xla, "_CPU_BLOCK_TOKENS", 2**20)
+    monkeypatch.setattr(xla, "_CPU_GROUP_ROWS", 2**20)
+    monkeypatch.setattr(xla, "_CPU_TILE_TOKENS", 128)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips `parity` tests without PyTorch; where it must be there, its absence is a failure and not a skip."""
     if item.get_closest_marker("parity") and importlib.util.find_spec("torch") is None:
