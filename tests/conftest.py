@@ -48,6 +48,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite the files in tests/golden, for review in the diff"
     )
+    parser.addoption("--family-path", help="a folder of model families to test as if they were in jaxinfer/models")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if folder := config.getoption("--family-path"):
+        from jaxinfer import models
+
+        models.__path__.append(folder)
 
 
 @pytest.fixture
