@@ -6,7 +6,7 @@ because traversing the module costs a hundred times more host time per step.
 
 import dataclasses
 import math
-from types import ModuleType
+import types
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ class ModelDefinition:
     """
 
     config: ModelConfig
-    family: ModuleType
+    family: types.ModuleType
     partitioner: Partitioner
     params: tuple[ParamSpec, ...]
     _graph: nnx.GraphDef
@@ -79,7 +79,12 @@ class ModelDefinition:
         """Allocates nothing. Raises ValueError for a parameter that the mesh cannot split."""
         family = models.get(config.family)
         dtype = jnp.dtype(dtype)
-        abstract = nnx.eval_shape(lambda: family.Model(config, partitioner, dtype=dtype, rngs=nnx.Rngs(0)))
+
+        def model() -> nnx.Module:
+            key = jax.random.key(0)  # for all: with the keys of nnx.Rngs the time grows as the square of the layers
+            return family.Model(config, partitioner, dtype=dtype, rngs=types.SimpleNamespace(params=lambda: key))
+
+        abstract = nnx.eval_shape(model)
         graph, state = nnx.split(abstract, nnx.Param)
         params = []
         for keys, variable in nnx.to_flat_state(state):

@@ -7,21 +7,18 @@ compilation.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer import batch, kv_cache
+from jaxinfer import kv_cache
 from jaxinfer.batch import Buckets, StepBatch, StepShape
-from jaxinfer.extras import Extras, ExtrasSpec
+from jaxinfer.extras import Extras
 from jaxinfer.kv_cache import CacheSpec
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.sampler_programs import Key, SamplerPrograms
-from jaxinfer.step_plan import StepPlan
-from jaxinfer.steps import Arrays, SlotState, StepFunctions, StepOutput
-from sharding_rules import axes as ax
+from jaxinfer.step_programs import StepPrograms
+from jaxinfer.steps import Arrays, SlotState, StepOutput
 
 
 class Runner:
@@ -39,23 +36,22 @@ class Runner:
         self.definition = definition
         self.buckets = buckets
         self._partitioner = definition.partitioner
-        self._spec = spec
-        self._backend = backend
+        self._steps = StepPrograms(definition=definition, cache_spec=spec, buckets=buckets, backend=backend)
         self._weights = weights
         self._allocate_cache = kv_cache.allocator(spec, self._partitioner)
         self._cache, self._slots = self._allocate_cache(), self._empty_slots()
         self._programs: dict[StepShape, jax.stages.Compiled] = {}
-        self.extras_spec = ExtrasSpec.create(buckets, definition.config.vocab_size)
+        self.extras_spec = self._steps.extras_spec
         self._sampler = SamplerPrograms(definition, self.extras_spec)
 
     def compile_all(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles every program in `buckets`, calling `progress(done, total)` after each."""
         shapes = self.buckets.shapes()
-        one_token = [self._abstract_batch(shape) for shape in shapes if shape.num_steps == 1]
+        one_token = [self._steps.batch(shape) for shape in shapes if shape.num_steps == 1]
         jobs: dict[StepShape | Key, Callable[[], jax.stages.Lowered]] = {
-            shape: lambda shape=shape: self.lowered(shape) for shape in shapes
+            shape: lambda shape=shape: self._steps.lowered(shape) for shape in shapes
         }
-        jobs |= self._sampler.lowerings(one_token, self._abstract_weights())
+        jobs |= self._sampler.lowerings(one_token, self._steps.weights())
         pool = ThreadPoolExecutor()
         try:
             futures = {pool.submit(lambda lowered=lowered: lowered().compile()): key for key, lowered in jobs.items()}
@@ -103,49 +99,7 @@ class Runner:
         self._weights, self._cache = (), ()
         self._programs.clear()
 
-    def lowered(self, shape: StepShape) -> jax.stages.Lowered:
-        """The program of a shape."""
-        functions = StepFunctions(
-            definition=self.definition,
-            page_size=self._spec.page_size,
-            backend_name=self._backend,
-            num_steps=shape.num_steps,
-            max_chunk=self.extras_spec.max_chunk,
-        )
-        cache_sharding = kv_cache.cache_sharding(self._spec, self._partitioner)
-        pages = jax.ShapeDtypeStruct(self._spec.shape, self._spec.dtype, sharding=cache_sharding)
-        cache = ((pages, pages),) * self._spec.num_layers
-        slots = SlotState(self._array(jnp.int32, *self._slot_shape), self._array(jnp.bool_, *self._slot_shape))
-        replicated = self._partitioner.replicated  # so that every host can read the output
-        output = StepOutput(replicated, replicated, replicated)
-        activations = self._sampler.activation_shardings if shape.num_steps == 1 else None
-        if activations and not shape.chunk_tokens:
-            activations = activations._replace(hidden=None)
-        function = functions.prefill if shape.chunk_tokens else functions.decode
-        shardings = (*jax.tree.map(lambda a: a.sharding, (cache, slots)), output, activations)
-        jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=shardings)
-        return jitted.lower(self._abstract_weights(), cache, slots, self._abstract_batch(shape))
-
-    def _abstract_weights(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        params = self.definition.params
-        return tuple(jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for p in params)
-
-    def _abstract_batch(self, shape: StepShape) -> StepBatch:
-        """The shapes and dtypes of any batch of this shape: those of an empty one."""
-        shards = range(self._partitioner.num_shards(ax.BATCH))
-        none = [np.zeros(0, np.int32) for _ in shards]
-        plan = StepPlan([[] for _ in shards], [[] for _ in shards], none, none, shape.num_steps)
-        empty = batch.build(plan, shape, self.buckets.empty_table())
-        return jax.tree.map(lambda a: self._array(a.dtype, *a.shape), empty)
-
     def _empty_slots(self) -> SlotState:
-        shape = self._slot_shape
+        shape = self._steps.slot_shape
         empty = SlotState(np.zeros(shape, np.int32), np.zeros(shape, np.bool_))
         return SlotState(*jax.device_put(tuple(empty), self._partitioner.row_sharding(shape)))
-
-    @property
-    def _slot_shape(self) -> tuple[int, int]:
-        return self._partitioner.num_shards(ax.BATCH), self.buckets.rows[-1]
-
-    def _array(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._partitioner.row_sharding(shape))

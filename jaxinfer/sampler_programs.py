@@ -16,7 +16,7 @@ from jaxinfer.extras import Extras, ExtrasSpec, FullRows, Score
 from jaxinfer.full_sampler import FullSampler
 from jaxinfer.logprobs import Logprobs
 from jaxinfer.parameters import ModelDefinition
-from jaxinfer.steps import Activations, Arrays, SlotState, StepOutput
+from jaxinfer.steps import Activations, Arrays, SlotState, StepOutput, activation_shardings
 from sharding_rules import axes as ax
 
 _LOAD, _SCORE = "load", "score"
@@ -103,7 +103,7 @@ class SamplerPrograms:
             finite=self._replicated((num_shards, num_rows), jnp.bool_),
         )
         shape = (num_shards, num_rows, self.spec.vocab_size)
-        logits = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self.activation_shardings.logits)
+        logits = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=activation_shardings(self._partitioner).logits)
         flag = self._rows((), jnp.bool_)
         rows = FullRows(self._rows((num_shards, num_rows), jnp.bool_), wants_logprobs=flag, draws=flag)
         replicated = self._partitioner.replicated  # so that every host can read the output
@@ -119,16 +119,10 @@ class SamplerPrograms:
         num_tokens = self.spec.max_chunk
         shape = (self._num_shards, num_tokens, self._definition.config.embed_dim)
         dtype = self._definition.params[0].dtype
-        hidden = jax.ShapeDtypeStruct(shape, dtype, sharding=self.activation_shardings.hidden)
+        hidden = jax.ShapeDtypeStruct(shape, dtype, sharding=activation_shardings(self._partitioner).hidden)
         score = Score(self._rows((self._num_shards, num_tokens), jnp.int32), self._rows((), jnp.int32))
         jitted = jax.jit(self._functions.score, out_shardings=Logprobs(*[self._partitioner.replicated] * 4))
         return jitted.lower(weights, hidden, score)
-
-    @property
-    def activation_shardings(self) -> Activations:
-        """How steps leave their activations; those of a step without chunks have no `hidden`."""
-        spec = self._partitioner.sharding
-        return Activations(spec((ax.BATCH, None, ax.VOCAB)), spec((ax.BATCH, None, ax.EMBED)))
 
     def _rows(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._partitioner.row_sharding(shape))

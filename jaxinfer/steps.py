@@ -17,6 +17,7 @@ from jaxinfer.batch import Array, StepBatch
 from jaxinfer.kv_cache import Cache
 from jaxinfer.logprobs import Logprobs
 from jaxinfer.parameters import ModelDefinition
+from jaxinfer.partitioning import Partitioner
 from jaxinfer.sampling import SamplingArrays, sample
 from pallas_kernels import paged_attention
 from pallas_kernels.ragged import token_places
@@ -55,6 +56,12 @@ class Activations(NamedTuple):
 
     logits: Array  # float32 [D, R, V]
     hidden: Array | None  # [D, T, E]; of the chunks if there are any, T the most tokens they may have, zeros after them
+
+
+def activation_shardings(partitioner: Partitioner) -> Activations:
+    """How steps leave them; those of a step without chunks have no `hidden`."""
+    spec = partitioner.sharding
+    return Activations(spec((ax.BATCH, None, ax.VOCAB)), spec((ax.BATCH, None, ax.EMBED)))
 
 
 def is_stop(tokens: jax.Array, stop_token_ids: Array) -> jax.Array:

@@ -48,11 +48,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite the files in tests/golden, for review in the diff"
     )
+    parser.addoption("--family-path", help="a folder of model families to test as if they were in jaxinfer/models")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if folder := config.getoption("--family-path"):
+        from jaxinfer import models
+
+        models.__path__.append(folder)
 
 
 @pytest.fixture
 def update_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture
+def whole_contexts(monkeypatch: pytest.MonkeyPatch):
+    """Attention gathers them, as on a GPU, so that its workspace is what matters most."""
+    from pallas_kernels.paged_attention import xla
+
+    monkeypatch.setattr(xla, "_CPU_BLOCK_TOKENS", 2**20)
+    monkeypatch.setattr(xla, "_CPU_GROUP_ROWS", 2**20)
+    monkeypatch.setattr(xla, "_CPU_TILE_TOKENS", 128)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -8,7 +8,7 @@ from jaxinfer import Engine, devices
 from tests import tiny_model
 from tests.command_line import run_here, with_engine
 
-EXAMPLES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.toml"))
+DEMO = pathlib.Path(__file__).parents[1] / "configs" / "demo_eight_devices.toml"  # the others: tests/test_presets.py
 
 
 @pytest.fixture(scope="module")
@@ -18,23 +18,16 @@ def engine(tmp_path_factory: pytest.TempPathFactory):
         yield engine
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_the_examples_run(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: pathlib.Path
-):
+def test_the_demonstration_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """On a tiny model. This process has its eight devices, so that only the wish for them is looked at."""
     counts: list[int] = []
     asked = with_engine(monkeypatch, engine)
     monkeypatch.setattr(devices, "set_num_cpu_devices", counts.append)
-    assert run_here(f"--config={path}", "--max_tokens=3") == 0, capsys.readouterr().err
+    assert run_here(f"--config={DEMO}", "--max_tokens=3") == 0, capsys.readouterr().err
     assert counts == [8] and asked[0]["mesh"] == "data:2,tensor:4"
     captured = capsys.readouterr()
     assert "temperature=0.0" in captured.err and "max_tokens=3\n" in captured.err
     assert captured.out.startswith("Once upon a time") and "\n\nThe old king" in captured.out
-
-
-def test_there_is_an_example():
-    assert EXAMPLES
 
 
 def test_the_command_line_overrides_the_file_and_the_file_the_default(

@@ -73,6 +73,7 @@ LAYERS = {
     "jaxinfer.resolve": 5,
     "jaxinfer.runner": 5,
     "jaxinfer.sampler_programs": 5,
+    "jaxinfer.step_programs": 5,
     "jaxinfer.transfer": 5,
     "jaxinfer.steps": 5,
     "jaxinfer.async_engine": 6,

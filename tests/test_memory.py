@@ -42,14 +42,6 @@ def demand(model: ModelConfig = SMALL, mesh: str = "", free_bytes: int | None = 
 EXPERTS = MoEConfig(num_experts=4, num_experts_per_token=2, mlp_dim=4096)
 
 
-@pytest.fixture
-def whole_contexts(monkeypatch: pytest.MonkeyPatch):
-    """Attention gathers them, as on a GPU, so that its workspace is what matters most."""
-    monkeypatch.setattr(xla, "_CPU_BLOCK_TOKENS", 2**20)
-    monkeypatch.setattr(xla, "_CPU_GROUP_ROWS", 2**20)
-    monkeypatch.setattr(xla, "_CPU_TILE_TOKENS", 128)
-
-
 @pytest.mark.usefixtures("whole_contexts")
 def test_the_workspace_of_attention():
     """Four rows and three tiles of 32: their keys and values, their tokens' scores, and their queries."""
@@ -89,10 +81,10 @@ def test_the_workspace_is_what_compiled_steps_allocate(
         chunk=max_chunk_tokens(config.max_num_batched_tokens, config.max_model_len, rows),
         num_steps=1,
     )
-    runner = driver.make_runner(wanted.definition, (), shapes)
+    programs = driver.step_programs(wanted.definition, shapes)
     allocated = 0
-    for shape in runner.buckets.shapes():
-        memory = runner.lowered(shape).compile().memory_analysis()
+    for shape in programs.buckets.shapes():
+        memory = programs.lowered(shape).compile().memory_analysis()
         assert memory is not None
         allocated = max(allocated, memory.temp_size_in_bytes)
     assert allocated <= 1.02 * plan.workspace_bytes

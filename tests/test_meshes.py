@@ -15,6 +15,7 @@ from jaxinfer.hf_config import HFConfig
 from jaxinfer.models import llama
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
+from jaxinfer.sampler_programs import SamplerPrograms
 from jaxinfer.sampling_params import MAX_LOGPROBS
 from sharding_rules import axes as ax
 from tests.parity import driver, recipe
@@ -89,10 +90,10 @@ def compile_step(
         rules = dataclasses.replace(partitioner.rules, rules={**partitioner.rules.rules, unsplit: ()})
         partitioner = dataclasses.replace(partitioner, rules=rules)
     definition = ModelDefinition.create(config, partitioner, jnp.dtype("float32"))
-    runner = driver.make_runner(definition, (), SHAPES)  # no weights: it is compiled and never run
+    programs = driver.step_programs(definition, SHAPES)
     buckets = SHAPES.buckets()
     chunks, num_steps = (buckets.num_chunks, 1) if chunk_tokens else (0, num_steps)
-    compiled = runner.lowered(StepShape(chunk_tokens, chunks, SHAPES.rows, buckets.pages[0], num_steps)).compile()
+    compiled = programs.lowered(StepShape(chunk_tokens, chunks, SHAPES.rows, buckets.pages[0], num_steps)).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert hlo is not None and memory is not None
     spec = driver.cache_spec(definition, SHAPES)
@@ -175,11 +176,11 @@ def test_extras_move_logits_once_and_nothing_else(mesh: str):
     """With `tensor` the parts of the logits come together. Beside that only what the host reads travels."""
     config = llama.parse_config(HFConfig(CONFIG))
     definition = ModelDefinition.create(config, Partitioner.create(mesh), jnp.dtype("float32"))
-    runner = driver.make_runner(definition, (), SHAPES)
-    batch = runner._abstract_batch(StepShape(0, 0, SHAPES.rows, SHAPES.buckets().pages[0], 1))
+    programs = driver.step_programs(definition, SHAPES)
+    batch = programs.batch(StepShape(0, 0, SHAPES.rows, SHAPES.buckets().pages[0], 1))
     num_shards = batch.slots.shape[0]
     collectives = {}
-    for name, lower in runner._sampler.lowerings([batch], runner._abstract_weights()).items():
+    for name, lower in SamplerPrograms(definition, programs.extras_spec).lowerings([batch], programs.weights()).items():
         found = _COLLECTIVE.findall(lower().compile().as_text() or "")
         collectives[name] = [(op, _num_elements(result)) for result, op in found]
     for name, num_tokens in ((SHAPES.rows, SHAPES.rows), ("score", SHAPES.chunk)):

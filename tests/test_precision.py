@@ -21,9 +21,9 @@ def test_every_product_of_a_float32_step_is_full(dtype: str, precision: str):
     """A GPU would round the operands to TF32, of ten bits."""
     config = llama.parse_config(HFConfig(llama.TINY_CONFIGS["gqa"]))
     definition = ModelDefinition.create(config, Partitioner.create(), jnp.dtype(dtype))
-    runner = driver.make_runner(definition, definition.init(), SHAPES)
-    for shape in runner.buckets.shapes():
-        text = runner.lowered(shape).as_text()
+    programs = driver.step_programs(definition, SHAPES)
+    for shape in programs.buckets.shapes():
+        text = programs.lowered(shape).as_text()
         products = re.findall(r"dot_general .* precision = \[(\w+, \w+)\]", text)
         assert len(products) == text.count("dot_general") > 2 * 9  # two layers: four projections, attention, the MLP
         assert set(products) == {precision}

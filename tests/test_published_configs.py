@@ -1,175 +1,72 @@
-"""config.json as it was published for models whose family has keys of its own: read, or refused by name."""
+"""Published models are accepted as they are, and are as large as they were published to be. Nothing is allocated."""
 
-import re
-from typing import Any
-
+import jax.numpy as jnp
 import pytest
 
 from jaxinfer import models
 from jaxinfer.config import ModelConfig
-from jaxinfer.hf_config import HFConfig
+from jaxinfer.parameters import ModelDefinition
+from jaxinfer.partitioning import Partitioner
+from tests import published
 
-OPT_125M: dict[str, Any] = {
-    "_name_or_path": "facebook/opt-125m",
-    "_remove_final_layer_norm": False,
-    "activation_dropout": 0.0,
-    "activation_function": "relu",
-    "architectures": ["OPTForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 2,
-    "do_layer_norm_before": True,
-    "dropout": 0.1,
-    "eos_token_id": 2,
-    "ffn_dim": 3072,
-    "hidden_size": 768,
-    "init_std": 0.02,
-    "layerdrop": 0.0,
-    "max_position_embeddings": 2048,
-    "model_type": "opt",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "pad_token_id": 1,
-    "prefix": "</s>",
-    "torch_dtype": "float16",
-    "transformers_version": "4.21.0.dev0",
-    "use_cache": True,
-    "vocab_size": 50272,
-    "word_embed_proj_dim": 768,
-}
-GALACTICA_125M: dict[str, Any] = OPT_125M | {
-    "_name_or_path": "galactica-125m",
-    "activation_function": "gelu",
-    "attention_dropout": 0.1,
-    "enable_bias": False,
-    "layer_norm_elementwise_affine": True,
-    "learned_embeddings": True,
-    "scale_embeddings": False,
-    "vocab_size": 50000,
-}
-
-GPT2: dict[str, Any] = {
-    "activation_function": "gelu_new",
-    "architectures": ["GPT2LMHeadModel"],
-    "attn_pdrop": 0.1,
-    "bos_token_id": 50256,
-    "embd_pdrop": 0.1,
-    "eos_token_id": 50256,
-    "initializer_range": 0.02,
-    "layer_norm_epsilon": 1e-05,
-    "model_type": "gpt2",
-    "n_ctx": 1024,
-    "n_embd": 768,
-    "n_head": 12,
-    "n_layer": 12,
-    "n_positions": 1024,
-    "resid_pdrop": 0.1,
-    "summary_activation": None,
-    "summary_first_dropout": 0.1,
-    "summary_proj_to_labels": True,
-    "summary_type": "cls_index",
-    "summary_use_proj": True,
-    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
-    "vocab_size": 50257,
-}
-GPT2_XL: dict[str, Any] = GPT2 | {"n_embd": 1600, "n_head": 25, "n_layer": 48, "output_past": True}
-GPT2_MEDIUM: dict[str, Any] = GPT2 | {"n_special": 0, "predict_special_tokens": True}
-DISTILGPT2: dict[str, Any] = GPT2 | {
-    "_num_labels": 1,
-    "id2label": {"0": "LABEL_0"},
-    "label2id": {"LABEL_0": 0},
-    "n_layer": 6,
-}
-CEREBRAS_GPT_111M: dict[str, Any] = {
-    "activation_function": "gelu",
-    "architectures": ["GPT2LMHeadModel"],
-    "attn_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "initializer_range": 0.02,
-    "layer_norm_epsilon": 1e-05,
-    "model_type": "gpt2",
-    "n_embd": 768,
-    "n_head": 12,
-    "n_inner": 3072,
-    "n_layer": 10,
-    "n_positions": 2048,
-    "reorder_and_upcast_attn": False,
-    "resid_pdrop": 0.0,
-    "scale_attn_by_inverse_layer_idx": False,
-    "scale_attn_weights": True,
-    "use_cache": True,
-    "vocab_size": 50257,
+# By file: family; layers, query heads, KV heads, head_dim; parameters, as the page of the weights counts them.
+MODELS = {
+    "gemma_2_9b": ("gemma2", (42, 16, 8, 256), 9_241_705_984),
+    "gemma_3_1b_it": ("gemma3", (26, 4, 1, 256), 999_885_952),
+    "glm_4_9b_0414": ("glm4", (40, 32, 2, 128), 9_400_279_040),
+    "gpt2": ("gpt2", (12, 12, 12, 64), 124_439_808),
+    "llama_2_7b": ("llama", (32, 32, 32, 128), 6_738_415_616),
+    "llama_3_1_70b_instruct": ("llama", (80, 64, 8, 128), 70_553_706_496),
+    "llama_3_1_8b_instruct": ("llama", (32, 32, 8, 128), 8_030_261_248),
+    "llama_3_2_1b": ("llama", (16, 32, 8, 64), 1_235_814_400),
+    "mistral_7b_v0_1": ("mistral", (32, 32, 8, 128), 7_241_732_096),
+    "mistral_7b_v0_3": ("mistral", (32, 32, 8, 128), 7_248_023_552),
+    "mixtral_8x7b_instruct_v0_1": ("mixtral", (32, 32, 8, 128), 46_702_792_704),
+    "olmo_2_7b": ("olmo2", (32, 32, 32, 128), 7_298_617_344),
+    "opt_125m": ("opt", (12, 12, 12, 64), 125_239_296),
+    "phi_3_mini_4k_instruct": ("phi3", (32, 32, 32, 96), 3_821_079_552),
+    "phi_4": ("phi3", (40, 40, 10, 128), 14_659_507_200),
+    "qwen_2_5_7b": ("qwen2", (28, 28, 4, 128), 7_615_616_512),
+    "qwen_2_5_7b_instruct": ("qwen2", (28, 28, 4, 128), 7_615_616_512),
+    "qwen_3_30b_a3b": ("qwen3_moe", (48, 32, 4, 128), 30_532_122_624),
+    "qwen_3_8b": ("qwen3", (36, 32, 8, 128), 8_190_735_360),
+    "qwq_32b": ("qwen2", (64, 40, 8, 128), 32_763_876_352),
 }
 
 
-def parse(values: dict[str, Any]) -> ModelConfig:
-    hf = HFConfig(values, "m/config.json")
-    return models.for_architecture(hf.architecture).parse_config(hf)
+def test_every_file_and_every_family_is_here():
+    assert sorted(MODELS) == published.names()
+    assert {family for family, _, _ in MODELS.values()} == set(models.families())
 
 
-def test_opt():
-    config = parse(OPT_125M)
-    assert (config.vocab_size, config.embed_dim, config.head_dim, config.mlp_dim) == (50272, 768, 64, 3072)
-    assert (config.rope, config.max_position, config.learned_positions) == (None, 2048, 2050)
-    assert (config.norm, config.norm_eps, config.gated_mlp, config.activation) == ("layer", 1e-5, False, "relu")
-    assert config.attention_bias and config.attention_out_bias and config.mlp_bias and config.tie_embeddings
+@pytest.mark.parametrize("name", MODELS)
+def test_accepted_with_the_published_size(name: str):
+    config = published.read(name)
+    family, dimensions, num_params = MODELS[name]
+    assert config.family == family
+    assert (config.num_layers, config.num_q_heads, config.num_kv_heads, config.head_dim) == dimensions
+    definition = ModelDefinition.create(config, Partitioner.abstract(""), jnp.dtype("bfloat16"))
+    assert definition.weight_bytes == 2 * num_params
 
 
-def test_galactica():
-    config = parse(GALACTICA_125M)
-    assert not (config.attention_bias or config.attention_out_bias or config.mlp_bias)
-    assert config.activation == "gelu"
+def windows(config: ModelConfig) -> list[int | None]:
+    return [config.window(layer) for layer in range(config.num_layers)]
 
 
-def test_gpt2():
-    config = parse(GPT2)
-    assert (config.vocab_size, config.embed_dim, config.head_dim, config.mlp_dim) == (50257, 768, 64, 3072)
-    assert (config.rope, config.max_position, config.learned_positions) == (None, 1024, 1024)
-    assert (config.norm, config.norm_eps, config.gated_mlp, config.activation) == ("layer", 1e-5, False, "gelu_new")
-    assert config.attention_bias and config.attention_out_bias and config.mlp_bias and config.tie_embeddings
-    assert parse(GPT2_MEDIUM) == config
-    assert parse(GPT2_XL).num_q_heads == 25
-    assert parse(DISTILGPT2).num_layers == 6
-
-
-def test_cerebras_gpt():
-    config = parse(CEREBRAS_GPT_111M)
-    assert (config.activation, config.mlp_dim, config.learned_positions) == ("gelu", 3072, 2048)
-
-
-def test_keys_of_gpt2_alone_may_change_another_familys_mathematics():
-    with pytest.raises(ValueError, match=r"unknown keys \['summary_type'\] may change the mathematics"):
-        parse(OPT_125M | {"summary_type": "last"})
-
-
-@pytest.mark.parametrize(
-    ("published", "changes", "message"),
-    [
-        (OPT_125M, {"do_layer_norm_before": False}, "do_layer_norm_before=False is not implemented"),
-        (OPT_125M, {"word_embed_proj_dim": 512}, "word_embed_proj_dim=512 is not implemented; implemented: 768"),
-        (OPT_125M, {"_remove_final_layer_norm": True}, "_remove_final_layer_norm=True is not implemented"),
-        (OPT_125M, {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False is not implemented"),
-        (OPT_125M, {"learned_embeddings": False}, "learned_embeddings=False is not implemented"),
-        (OPT_125M, {"scale_embeddings": True}, "scale_embeddings=True is not implemented"),
-        (
-            OPT_125M,
-            {"activation_function": "silu"},
-            "activation_function='silu' is not implemented; implemented: 'relu'",
-        ),
-        (GPT2, {"scale_attn_weights": False}, "scale_attn_weights=False is not implemented"),
-        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True is not implemented"),
-        (GPT2, {"add_cross_attention": True}, "add_cross_attention=True is not implemented"),
-        (GPT2, {"n_ctx": 512}, "n_ctx=512 is not implemented; implemented: 1024"),
-        (GPT2, {"n_special": 3}, "n_special=3 is not implemented; implemented: 0"),
-        (
-            GPT2,
-            {"activation_function": "relu"},
-            "activation_function='relu' is not implemented; implemented: 'gelu_new'",
-        ),
-        (GPT2, {"n_embd": None}, "n_embd is missing"),
-        (OPT_125M, {"rope_theta": 10000.0}, "unknown keys ['rope_theta'] may change the mathematics"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) and len(value) == 1 else "",
-)
-def test_refuses(published: dict[str, Any], changes: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=re.escape(f"m/config.json: {message}")):
-        parse(published | changes)
+def test_windows_and_ropes_as_published():
+    """What a wrong reading would leave plausible: lengths and counts are right, and the text is not."""
+    assert windows(published.read("mistral_7b_v0_1")) == [4096] * 32
+    for name in ("mistral_7b_v0_3", "phi_4", "qwen_2_5_7b", "qwen_3_8b", "qwq_32b"):  # they have the key, and no window
+        assert not published.read(name).windows, name
+    assert windows(published.read("phi_3_mini_4k_instruct")) == [2047] * 32
+    assert windows(published.read("gemma_2_9b")) == [4096, None] * 21
+    gemma3 = published.read("gemma_3_1b_it")
+    assert windows(gemma3) == ([512] * 5 + [None]) * 4 + [512] * 2
+    ropes = [gemma3.layer_rope(layer) for layer in (4, 5)]
+    assert [rope and rope.theta for rope in ropes] == [10_000, 1_000_000]
+    llama2, glm = published.read("llama_2_7b").rope, published.read("glm_4_9b_0414").rope
+    assert llama2 is not None and llama2.theta == 10_000
+    assert glm is not None and (glm.share, glm.interleaved) == (0.5, True)
+    llama = published.read("llama_3_2_1b").rope
+    assert llama is not None
+    assert (llama.theta, llama.scaling, llama.factor, llama.original_max_position) == (500_000, "llama3", 32, 8192)

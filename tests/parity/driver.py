@@ -24,6 +24,7 @@ from jaxinfer.runner import Runner
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.step_plan import StepPlan
+from jaxinfer.step_programs import StepPrograms
 from jaxinfer.steps import Arrays
 from sharding_rules import axes as ax
 
@@ -73,9 +74,17 @@ def load_definition(model_dir: pathlib.Path, mesh: str = "") -> ModelDefinition:
 
 def make_runner(definition: ModelDefinition, weights: Arrays, shapes: Shapes) -> Runner:
     """Not compiled yet."""
-    spec = cache_spec(definition, shapes)
-    buckets = shapes.buckets(definition.partitioner.num_shards(ax.BATCH))
-    return Runner(definition, weights, spec, buckets, backend="xla")
+    return Runner(definition, weights, cache_spec(definition, shapes), _buckets(definition, shapes), backend="xla")
+
+
+def step_programs(definition: ModelDefinition, shapes: Shapes) -> StepPrograms:
+    """To compile and never run."""
+    spec, buckets = cache_spec(definition, shapes), _buckets(definition, shapes)
+    return StepPrograms(definition=definition, cache_spec=spec, buckets=buckets, backend="xla")
+
+
+def _buckets(definition: ModelDefinition, shapes: Shapes) -> batch.Buckets:
+    return shapes.buckets(definition.partitioner.num_shards(ax.BATCH))
 
 
 def cache_spec(definition: ModelDefinition, shapes: Shapes) -> kv_cache.CacheSpec:

@@ -1,0 +1,82 @@
+"""The program of each shape of a step, lowered from shapes alone: no weights, no cache, nothing allocated."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer import batch, kv_cache
+from jaxinfer.batch import Buckets, StepBatch, StepShape
+from jaxinfer.extras import ExtrasSpec
+from jaxinfer.kv_cache import CacheSpec
+from jaxinfer.parameters import ModelDefinition
+from jaxinfer.step_plan import StepPlan
+from jaxinfer.steps import SlotState, StepFunctions, StepOutput, activation_shardings
+from sharding_rules import axes as ax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepPrograms:
+    """What to compile for a model on its mesh.
+
+    Attributes:
+      definition: the model.
+      cache_spec: over the whole mesh.
+      buckets: every shape of a step.
+      backend: of the attention.
+    """
+
+    definition: ModelDefinition
+    cache_spec: CacheSpec
+    buckets: Buckets
+    backend: str
+
+    @property
+    def extras_spec(self) -> ExtrasSpec:
+        """The sizes of what a step may be given beyond its batch."""
+        return ExtrasSpec.create(self.buckets, self.definition.config.vocab_size)
+
+    @property
+    def slot_shape(self) -> tuple[int, int]:
+        """Of the arrays of `SlotState`."""
+        return self.definition.partitioner.num_shards(ax.BATCH), self.buckets.rows[-1]
+
+    def lowered(self, shape: StepShape) -> jax.stages.Lowered:
+        """The program of a shape."""
+        spec, partitioner = self.cache_spec, self.definition.partitioner
+        functions = StepFunctions(
+            definition=self.definition,
+            page_size=spec.page_size,
+            backend_name=self.backend,
+            num_steps=shape.num_steps,
+            max_chunk=self.extras_spec.max_chunk,
+        )
+        pages = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=kv_cache.cache_sharding(spec, partitioner))
+        cache = ((pages, pages),) * spec.num_layers
+        slots = SlotState(self._array(jnp.int32, *self.slot_shape), self._array(jnp.bool_, *self.slot_shape))
+        replicated = partitioner.replicated  # so that every host can read the output
+        output = StepOutput(replicated, replicated, replicated)
+        activations = activation_shardings(partitioner) if shape.num_steps == 1 else None
+        if activations and not shape.chunk_tokens:
+            activations = activations._replace(hidden=None)
+        function = functions.prefill if shape.chunk_tokens else functions.decode
+        shardings = (*jax.tree.map(lambda a: a.sharding, (cache, slots)), output, activations)
+        jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=shardings)
+        return jitted.lower(self.weights(), cache, slots, self.batch(shape))
+
+    def weights(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        params = self.definition.params
+        return tuple(jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for p in params)
+
+    def batch(self, shape: StepShape) -> StepBatch:
+        """The shapes and dtypes of any batch of this shape: those of an empty one."""
+        shards = range(self.slot_shape[0])
+        none = [np.zeros(0, np.int32) for _ in shards]
+        plan = StepPlan([[] for _ in shards], [[] for _ in shards], none, none, shape.num_steps)
+        empty = batch.build(plan, shape, self.buckets.empty_table())
+        return jax.tree.map(lambda a: self._array(a.dtype, *a.shape), empty)
+
+    def _array(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.definition.partitioner.row_sharding(shape))

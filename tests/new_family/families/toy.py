@@ -1,0 +1,84 @@
+"""A family that only a test knows: attention and an MLP without a gate, side by side, under tensor names of its own."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfer.config import ModelConfig
+from jaxinfer.hf_config import HFConfig
+from jaxinfer.hf_weight_names import TensorPart, WeightNames
+from jaxinfer.layers.attention_block import Attend, AttentionBlock
+from jaxinfer.layers.decoder import embed_norm
+from jaxinfer.layers.embedding import Embedding
+from jaxinfer.layers.linear import Linear
+from jaxinfer.layers.rope import inverse_frequencies, rotation
+from jaxinfer.partitioning import Partitioner
+from sharding_rules import axes as ax
+
+ARCHITECTURES = ("ToyForCausalLM",)
+TINY_CONFIGS = {
+    "gqa": {
+        "architectures": ["ToyForCausalLM"],
+        "model_type": "toy",
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "hidden_act": "relu",
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+    }
+}
+
+
+def parse_config(hf: HFConfig) -> ModelConfig:
+    hf.expect("model_type", "toy")
+    config = ModelConfig(family="toy", **hf.decoder(), rope=hf.rope(), activation=hf.expect("hidden_act", "relu"))
+    hf.check_all_read()
+    return config
+
+
+def weight_names(config: ModelConfig) -> WeightNames:
+    names = {"embedding/table": "embed.weight", "norm/scale": "last_norm.weight", "head/table": "head.weight"}
+    for layer in range(config.num_layers):
+        for name in ("attention/q", "attention/k", "attention/v", "attention/out", "up", "down"):
+            names[f"layers/{layer}/{name}/weight"] = f"blocks.{layer}.{name.replace('/', '.')}.weight"
+        names[f"layers/{layer}/norm/scale"] = f"blocks.{layer}.norm.weight"
+    return {path: TensorPart(name) for path, name in names.items()}
+
+
+class Block(nnx.Module):
+    def __init__(self, config: ModelConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        embed, mlp = ((ax.EMBED, config.embed_dim),), ((ax.MLP, config.mlp_dim),)
+        self.norm = embed_norm(config, dtype, rngs)
+        self.attention = AttentionBlock(config, partitioner, dtype=dtype, rngs=rngs)
+        self.up = Linear(embed, mlp, use_bias=False, dtype=dtype, rngs=rngs)
+        self.down = Linear(mlp, embed, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], layer: int, attend: Attend) -> jax.Array:
+        normal = self.norm(x)
+        return x + self.attention(normal, rope, layer, attend) + self.down(jax.nn.relu(self.up(normal)))
+
+
+class Model(nnx.Module):
+    def __init__(self, config: ModelConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        size = (config.vocab_size, config.embed_dim)
+        self.config = config
+        self.embedding = Embedding(*size, is_head=False, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Block(config, partitioner, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = embed_norm(config, dtype, rngs)
+        self.head = Embedding(*size, is_head=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
+        assert self.config.rope is not None
+        x = self.embedding(tokens)
+        rope = rotation(positions, inverse_frequencies(self.config.rope, self.config.head_dim))
+        for layer, block in enumerate(self.layers):
+            x = block(x, rope, layer, attend)
+        return self.norm(x)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        return self.head.logits(hidden)
