@@ -44,6 +44,7 @@ def attention_specs(config: ModelConfig, partitioner: Partitioner, page_size: in
         page_size=page_size,
         scale=config.softmax_scale,
         soft_cap=config.attention_soft_cap,
+        value_dim=None if config.latent is None else config.latent.kv_rank,
     )
     return tuple(dataclasses.replace(spec, window=config.window(layer)) for layer in range(config.num_layers))
 
@@ -92,8 +93,8 @@ class PagedAttention:
     def cache(self) -> Cache:
         return tuple(self._cache)
 
-    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """q [D, S, N, H], k and v [D, S, K, H] -> [D, S, N, H]."""
+    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array | None) -> jax.Array:
+        """q [D, S, N, H], k and v [D, S, K, H] -> [D, S, N, H]; without v, H of the result is that of values."""
         attend = functools.partial(self._attend_local, self._specs[layer])
         if self._partitioner.mesh.size > 1:
             pages = self._partitioner.spec(kv_cache.CACHE_AXES)
@@ -114,29 +115,28 @@ class PagedAttention:
 
     def _attend_local(self, spec: AttentionSpec, q, k, v, k_pages, v_pages, rows: Rows | None, prompts: Prompts | None):
         """Of one shard: the first dimension is 1. All is written before anything is read: pages stay in place."""
-        q, k, v, rows, prompts = jax.tree.map(lambda x: x[0], (q, k, v, rows, prompts))
+        q, new, rows, prompts = jax.tree.map(lambda x: x[0], (q, (k, v), rows, prompts))
         num_rows = 0 if rows is None else rows.positions.size
+        pages = (k_pages, v_pages)
         with jax.named_scope("cache_write"):
             if rows is not None:
                 columns = rows.positions[:, None] // spec.page_size
                 page_ids = jnp.take_along_axis(rows.block_tables, columns, axis=1, mode="clip")[:, 0]
                 where = (jnp.where(rows.valid, page_ids, 0), rows.positions)  # 0: the scratch page
-                k_pages = kv_cache.write(k_pages, k[:num_rows], *where)
-                v_pages = kv_cache.write(v_pages, v[:num_rows], *where)
+                pages = jax.tree.map(lambda p, x: kv_cache.write(p, x[:num_rows], *where), pages, new)
             if prompts is not None:
                 place = token_places(prompts.lengths, q.shape[0] - num_rows)
                 positions = prompts.starts[place.sequence] + place.offset
                 columns = positions // spec.page_size
                 page_ids = prompts.block_tables.at[place.sequence, columns].get(mode="clip")
                 where = (jnp.where(place.valid, page_ids, 0), positions)
-                k_pages = kv_cache.write(k_pages, k[num_rows:], *where)
-                v_pages = kv_cache.write(v_pages, v[num_rows:], *where)
+                pages = jax.tree.map(lambda p, x: kv_cache.write(p, x[num_rows:], *where), pages, new)
         outs = []
         if rows is not None:
             of_rows = (rows.block_tables, jnp.where(rows.valid, rows.positions, -1)[:, None])
-            out = self._backend.paged_attention(q[:num_rows, None], k_pages, v_pages, *of_rows, spec=spec)
+            out = self._backend.paged_attention(q[:num_rows, None], *pages, *of_rows, spec=spec)
             outs.append(out[:, 0])
         if prompts is not None:
-            out = self._backend.ragged_paged_attention(q[num_rows:], k_pages, v_pages, *prompts, spec=spec)
+            out = self._backend.ragged_paged_attention(q[num_rows:], *pages, *prompts, spec=spec)
             outs.append(out)
-        return jnp.concatenate(outs)[None], k_pages, v_pages
+        return jnp.concatenate(outs)[None], *pages

@@ -32,6 +32,24 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Keys and values of all heads as projections of one latent for each token, which is what the cache holds.
+
+    Attributes:
+      kv_rank: numbers in the latent.
+      q_rank: the same for queries, which are not cached; None: they have none.
+      key_dim, rope_dim: of each query and key, the part that comes from the latent, and the one that rotates.
+      value_dim: of each head.
+    """
+
+    kv_rank: int
+    q_rank: int | None
+    key_dim: int
+    rope_dim: int
+    value_dim: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """A mixture of experts in place of MLPs.
 
@@ -93,6 +111,8 @@ class ModelConfig:
       norm: of the residual stream: "rms", or "layer" with a bias.
       norm_offset: what is added to the stored scales of the RMS norms.
       gated_mlp: whether what the MLP's activation passes on is multiplied by a second projection.
+      latent: what makes keys and values; then `num_kv_heads` and `head_dim` are those of the cache: one head, of latent
+        and rotated key.
       moe: experts in place of the MLP, whose `mlp_dim` is then that of `dense_layers`.
     """
 
@@ -125,6 +145,7 @@ class ModelConfig:
     norm: str = "rms"
     norm_offset: float = 0.0
     gated_mlp: bool = True
+    latent: LatentConfig | None = None
     moe: MoEConfig | None = None
 
     def __post_init__(self):
@@ -137,12 +158,17 @@ class ModelConfig:
                 f"config.json: num_attention_heads {self.num_q_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_kv_heads}"
             )
-        if self.rope is not None and (rotary_dim := int(self.head_dim * self.rope.share)) % 2:
+        if self.rope is not None and (rotary_dim := int(self.rotary_head_dim * self.rope.share)) % 2:
             raise ValueError(f"config.json: {rotary_dim} of head_dim rotate; an odd number has no pairs")
 
     @property
     def softmax_scale(self) -> float:
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    @property
+    def rotary_head_dim(self) -> int:
+        """Of what rotates, whole or by `rope.share`."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
 
     def window(self, layer: int) -> int | None:
         """Tokens that a query of `layer` sees; None: all."""

@@ -78,6 +78,11 @@ class HFConfig:
             raise ValueError(f"{self.source}: {key} is {value!r}; expected a positive number")
         return value
 
+    def get_count(self, key: str) -> int:
+        """The value of `key`, which may be 0, and is if it is absent."""
+        self._read.add(key)
+        return self.get(key, int) if self._values.get(key, 0) != 0 else 0
+
     def get_or_none(self, key: str, kind: type[T], absent: T | None = None) -> T | None:
         """As `get`, for a key whose null means None, and whose absence means `absent`."""
         self._read.add(key)

@@ -41,7 +41,8 @@ def decoder_names(config: ModelConfig, norms: Mapping[str, str] = _NORMS) -> Wei
     names = {"embedding/table": "model.embed_tokens.weight", "norm/scale": "model.norm.weight"}
     if not config.tie_embeddings:
         names["head/table"] = "lm_head.weight"
-    linear = [(f"attention/{name}", f"self_attn.{name[0]}_proj") for name in ("q", "k", "v", "out")]
+    heads = ("q", "k", "v", "out") if config.latent is None else ()
+    linear = [(f"attention/{name}", f"self_attn.{name[0]}_proj") for name in heads]
     mlp = [(f"mlp/{name}", f"mlp.{in_file}") for name, in_file in PROJECTIONS.items()]
     has_bias = dict.fromkeys(("attention/q", "attention/k", "attention/v"), config.attention_bias)
     has_bias |= {"attention/out": config.attention_out_bias}
@@ -55,7 +56,24 @@ def decoder_names(config: ModelConfig, norms: Mapping[str, str] = _NORMS) -> Wei
             names[f"{ours}/{name}/weight"] = f"{theirs}.{in_file}.weight"
             if has_bias.get(name, config.mlp_bias):
                 names[f"{ours}/{name}/bias"] = f"{theirs}.{in_file}.bias"
+        if config.latent is not None:
+            names |= _latent_names(config, f"{ours}/attention", f"{theirs}.self_attn")
     return {path: TensorPart(name) for path, name in names.items()}
+
+
+def _latent_names(config: ModelConfig, ours: str, theirs: str) -> dict[str, str]:
+    """Of `layers.latent_attention.LatentAttention`."""
+    assert config.latent is not None
+    norms, linear = {"kv_norm": "kv_a_layernorm"}, {"kv_down": "kv_a_proj_with_mqa", "q": "q_proj", "out": "o_proj"}
+    if config.latent.q_rank is not None:
+        norms |= {"q_norm": "q_a_layernorm"}
+        linear |= {"q_down": "q_a_proj", "q": "q_b_proj"}
+    names = {f"{ours}/kv_up": f"{theirs}.kv_b_proj.weight"}
+    names |= {f"{ours}/{name}/scale": f"{theirs}.{in_file}.weight" for name, in_file in norms.items()}
+    names |= {f"{ours}/{name}/weight": f"{theirs}.{in_file}.weight" for name, in_file in linear.items()}
+    has_bias = {"kv_down": config.attention_bias, "q_down": config.attention_bias, "out": config.attention_out_bias}
+    biased = {name: in_file for name, in_file in linear.items() if has_bias.get(name)}
+    return names | {f"{ours}/{name}/bias": f"{theirs}.{in_file}.bias" for name, in_file in biased.items()}
 
 
 def plain_decoder_names(
@@ -80,16 +98,23 @@ def plain_decoder_names(
     return {path: TensorPart(name) for path, name in names.items()}
 
 
-def expert_names(config: ModelConfig, router: str, experts: str, projections: Mapping[str, str]) -> WeightNames:
+def expert_names(
+    config: ModelConfig, router: str, experts: str, projections: Mapping[str, str], shared: str = ""
+) -> WeightNames:
     """Of layers with experts, a tensor for each: "layers/0/mlp/experts/up" -> "model.layers.0.mlp.experts.7.up_proj".
 
-    `router` and `experts` are their places in a layer, `projections` the names of gate, up and down.
+    `router`, `experts` and `shared` are their places in a layer, `projections` the names of gate, up and down.
     """
+    assert config.moe is not None
     names = {}
     for layer in filter(config.has_experts, range(config.num_layers)):
         ours, theirs = f"layers/{layer}/mlp", f"model.layers.{layer}"
         names[f"{ours}/router/weight"] = TensorPart(f"{theirs}.{router}.weight")
+        if config.moe.choice_bias:
+            names[f"{ours}/router/choice_bias"] = TensorPart(f"{theirs}.{router}.e_score_correction_bias")
         for name, in_file in projections.items():
+            if shared:
+                names[f"{ours}/shared/{name}/weight"] = TensorPart(f"{theirs}.{shared}.{in_file}.weight")
             names[f"{ours}/experts/{name}"] = TensorPart(f"{theirs}.{experts}.{EXPERT}.{in_file}.weight")
     return names
 

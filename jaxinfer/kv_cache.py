@@ -1,13 +1,15 @@
 """The paged cache of keys and values: allocated once, donated to every step, written in place.
 
 Per layer two arrays [num_pages, num_kv_heads, page_size, head_dim], so that one (page, head) tile is
-contiguous. Page 0 is the scratch page: padding writes there, and what is read there counts for nothing; hence no
-page id is ever negative or out of range (JAX would scatter at -1 into the last page). With `data` in the mesh the
-pages are divided among its shards; page ids in block tables are local to a shard, and each has a scratch page.
+contiguous; or one, where values are part of the keys. Page 0 is the scratch page: padding writes there, and what is
+read there counts for nothing; hence no page id is ever negative or out of range (JAX would scatter at -1 into the last
+page). With `data` in the mesh the pages are divided among its shards; page ids in block tables are local to a shard,
+and each has a scratch page.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,11 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
 from sharding_rules import axes as ax
 
+T = TypeVar("T")
+
 CACHE_AXES: ax.LogicalAxes = (ax.PAGES, ax.KV_HEADS, None, ax.HEAD_DIM)
 
-Cache = tuple[tuple[jax.Array, jax.Array], ...]  # (k_pages, v_pages) of each layer
+Cache = tuple[tuple[jax.Array, jax.Array | None], ...]  # (k_pages, v_pages) of each layer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,7 @@ class CacheSpec:
 
     Attributes:
       num_layers: how many pairs of arrays.
+      has_values: whether a pair has its second array.
       num_pages: of all data shards together, scratch pages included.
       num_kv_heads: repetitions over the mesh included.
       page_size: tokens per page.
@@ -36,11 +41,16 @@ class CacheSpec:
     """
 
     num_layers: int
+    has_values: bool
     num_pages: int
     num_kv_heads: int
     page_size: int
     head_dim: int
     dtype: jnp.dtype
+
+    def layers(self, make: Callable[[], T]) -> tuple[tuple[T, T | None], ...]:
+        """What has the structure of a cache, array by array from `make`."""
+        return tuple((make(), make() if self.has_values else None) for _ in range(self.num_layers))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -53,6 +63,7 @@ def cache_spec(
     """The cache for a model on a mesh, `pages_per_shard` including the scratch page."""
     return CacheSpec(
         num_layers=config.num_layers,
+        has_values=config.latent is None,
         num_pages=pages_per_shard * partitioner.num_shards(ax.PAGES),
         num_kv_heads=num_sharded_kv_heads(config.num_kv_heads, partitioner),
         page_size=page_size,
@@ -72,7 +83,7 @@ def allocator(spec: CacheSpec, partitioner: Partitioner) -> Callable[[], Cache]:
     """
     sharding = cache_sharding(spec, partitioner)
     make = jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=sharding).lower().compile()
-    return lambda: tuple((make(), make()) for _ in range(spec.num_layers))
+    return lambda: spec.layers(make)
 
 
 def write(pages: jax.Array, new: jax.Array, page_ids: jax.Array, positions: jax.Array) -> jax.Array:

@@ -50,7 +50,6 @@ class Demand:
         num_shards = partitioner.num_shards(ax.BATCH)
         spec = attention_specs(model, partitioner, self.page_size)[0]
         itemsize = self.definition.dtype.itemsize
-        heads = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim, "itemsize": itemsize}
         rows = config.max_num_seqs // num_shards
         chunks = num_chunks(rows)
         chunk_tokens = max_chunk_tokens(config.max_num_batched_tokens, config.max_model_len, rows)
@@ -71,7 +70,12 @@ class Demand:
         return planner.plan_memory(
             weights_bytes=self.definition.shard_bytes,
             workspace_bytes=of_step + sampling.slots_bytes,
-            page_bytes=planner.page_bytes(num_layers=model.num_layers, page_size=self.page_size, **heads),
+            page_bytes=planner.page_bytes(
+                num_layers=model.num_layers,
+                token_numbers=spec.token_numbers,
+                page_size=self.page_size,
+                itemsize=itemsize,
+            ),
             page_size=self.page_size,
             max_model_len=config.max_model_len,
             sequences_per_shard=rows,

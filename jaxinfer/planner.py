@@ -19,9 +19,9 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def page_bytes(*, num_layers: int, num_kv_heads: int, page_size: int, head_dim: int, itemsize: int) -> int:
-    """Bytes of one page over all layers, for `num_kv_heads` heads on the device."""
-    return 2 * num_layers * num_kv_heads * page_size * head_dim * itemsize  # 2: keys and values
+def page_bytes(*, num_layers: int, token_numbers: int, page_size: int, itemsize: int) -> int:
+    """Bytes of one page over all layers, each with so many numbers of a token on the device."""
+    return num_layers * token_numbers * page_size * itemsize
 
 
 def workspace_bytes(*, attention_bytes: int, mlp_bytes: int, num_drawn: int, vocab_size: int) -> int:

@@ -54,7 +54,7 @@ class StepPrograms:
             max_chunk=self.extras_spec.max_chunk,
         )
         pages = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=kv_cache.cache_sharding(spec, partitioner))
-        cache = ((pages, pages),) * spec.num_layers
+        cache = spec.layers(lambda: pages)
         slots = SlotState(self._array(jnp.int32, *self.slot_shape), self._array(jnp.bool_, *self.slot_shape))
         replicated = partitioner.replicated  # so that every host can read the output
         output = StepOutput(replicated, replicated, replicated)

@@ -11,6 +11,7 @@ EMBED = "embed"
 HEADS = "heads"
 KV_HEADS = "kv_heads"
 HEAD_DIM = "head_dim"
+LATENT = "latent"
 MLP = "mlp"
 VOCAB = "vocab"
 POSITIONS = "positions"  # of a table of learned ones
@@ -18,7 +19,7 @@ EXPERTS = "experts"
 BATCH = "batch"
 PAGES = "pages"
 
-LOGICAL_AXES = (LAYERS, EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB, POSITIONS, EXPERTS, BATCH, PAGES)
+LOGICAL_AXES = (LAYERS, EMBED, HEADS, KV_HEADS, HEAD_DIM, LATENT, MLP, VOCAB, POSITIONS, EXPERTS, BATCH, PAGES)
 
 # Mesh axes, slowest link first: replicas and stages may cross nodes, tensor stays inside one.
 DATA = "data"

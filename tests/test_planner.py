@@ -26,7 +26,7 @@ def plan(**changes: Any) -> MemoryPlan:
 
 
 def test_a_page_holds_keys_and_values_of_every_layer():
-    assert page_bytes(num_layers=3, num_kv_heads=2, page_size=16, head_dim=8, itemsize=4) == 2 * 3 * 2 * 16 * 8 * 4
+    assert page_bytes(num_layers=3, token_numbers=2 * 2 * 8, page_size=16, itemsize=4) == 3 * (2 * 2 * 8) * 16 * 4
 
 
 @pytest.mark.parametrize(

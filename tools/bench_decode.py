@@ -29,6 +29,7 @@ import numpy as np
 from absl import app, flags
 
 from jaxinfer import kv_cache, planner
+from jaxinfer.attention import attention_specs
 from jaxinfer.bandwidth import measure_read_bandwidth
 from jaxinfer.batch import Buckets
 from jaxinfer.checkpoint.hf_reader import load_weights
@@ -114,14 +115,10 @@ def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch
 
 def step_bytes(definition: ModelDefinition, batch_size: int) -> int:
     """Bytes that a decode step must read, with the cache half way between the first step and the last."""
-    config = definition.config
-    token_bytes = planner.page_bytes(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        page_size=1,
-        head_dim=config.head_dim,
-        itemsize=definition.dtype.itemsize,
-    )
+    config, partitioner = definition.config, definition.partitioner
+    (spec, *_), itemsize = attention_specs(config, partitioner, page_size=1), definition.dtype.itemsize
+    sizes = {"num_layers": config.num_layers, "token_numbers": spec.token_numbers, "itemsize": itemsize}
+    token_bytes = planner.page_bytes(page_size=1, **sizes)
     return definition.step_shard_bytes + batch_size * (_PROMPT_TOKENS.value + _NEW_TOKENS.value // 2) * token_bytes
 
 

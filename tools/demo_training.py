@@ -53,7 +53,13 @@ def token_losses(definition: ModelDefinition, arrays: tuple[jax.Array, ...], bat
     model, scale = definition.bind(arrays), definition.config.softmax_scale
     tokens, targets = batch[:, :-1], batch[:, 1:]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden = model(tokens, positions, lambda layer, q, k, v: causal_attention(q, k, v, scale))
+
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array | None) -> jax.Array:
+        del layer
+        assert v is not None, "the demonstration model is a Llama"
+        return causal_attention(q, k, v, scale)
+
+    hidden = model(tokens, positions, attend)
     return optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
 
 

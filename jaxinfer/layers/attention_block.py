@@ -14,8 +14,9 @@ from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
 from sharding_rules import axes as ax
 
 # attend(layer, q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> [B,T,N,H]. Where keys and values are kept,
-# and on which devices, is the callable's business: a model never learns it.
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+# and on which devices, is the callable's business: a model never learns it. Without v the values are the first of the
+# keys' numbers, as many as the model's config says.
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 class AttentionBlock(nnx.Module):

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxinfer.config import ModelConfig, RopeConfig
 from jaxinfer.layers.attention_block import Attend, AttentionBlock
 from jaxinfer.layers.embedding import Embedding, PositionEmbedding
+from jaxinfer.layers.latent_attention import LatentAttention
 from jaxinfer.layers.mlp import MLP
 from jaxinfer.layers.moe import MoE
 from jaxinfer.layers.norm import LayerNorm, RMSNorm
@@ -25,7 +26,8 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, layer: int, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         norm = lambda: embed_norm(config, dtype, rngs)  # noqa: E731
         self.attention_norm = norm() if config.norms_before else None
-        self.attention = AttentionBlock(config, partitioner, dtype=dtype, rngs=rngs)
+        attention = AttentionBlock if config.latent is None else LatentAttention
+        self.attention = attention(config, partitioner, dtype=dtype, rngs=rngs)
         self.attention_post_norm = norm() if config.norms_after else None
         self.mlp_norm = norm() if config.norms_before else None
         self.mlp = (MoE if config.has_experts(layer) else MLP)(config, partitioner, dtype=dtype, rngs=rngs)
@@ -68,7 +70,7 @@ class Decoder(nnx.Module):
         for layer, block in enumerate(self.layers):
             rope = self.config.layer_rope(layer)
             if rope is not None and rope not in ropes:
-                ropes[rope] = rotation(positions, inverse_frequencies(rope, self.config.head_dim))
+                ropes[rope] = rotation(positions, inverse_frequencies(rope, self.config.rotary_head_dim))
             with jax.named_scope(f"layer_{layer}"):
                 x = block(x, ropes[rope], layer, attend)
         return self.norm(x)

@@ -35,4 +35,4 @@ def attend_by_tiles(
     out = attend(q[token], block_tables[tiles.sequence], positions)
     place = token_places(lengths, num_tokens)
     num_before = jnp.cumsum(-(-lengths // tile)) - -(-lengths // tile)  # tiles of the sequences before
-    return out.reshape(-1, *q.shape[1:]).at[num_before[place.sequence] * tile + place.offset].get(mode="clip")
+    return out.reshape(-1, *out.shape[2:]).at[num_before[place.sequence] * tile + place.offset].get(mode="clip")

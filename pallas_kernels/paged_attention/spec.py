@@ -9,10 +9,11 @@ class AttentionSpec:
 
     Attributes:
       num_q_heads, num_kv_heads: query head n reads KV head n // (num_q_heads / num_kv_heads).
-      head_dim: of queries, keys and values.
+      head_dim: of queries and keys, and of values unless `value_dim` says otherwise.
       page_size: tokens per page.
       scale: factor on the scores before softmax.
       window: cached tokens that a query sees, its own included; None: all.
+      value_dim: values are the first so many numbers of the keys, and have no pages of their own; None: they have.
       soft_cap: c in c * tanh(score / c), which scores become before softmax (Gemma 2, arXiv:2408.00118); None: as is.
     """
 
@@ -22,11 +23,22 @@ class AttentionSpec:
     page_size: int
     scale: float
     window: int | None = None
+    value_dim: int | None = None
     soft_cap: float | None = None
 
     def __post_init__(self):
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(f"num_q_heads {self.num_q_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+
+    @property
+    def out_dim(self) -> int:
+        """Of values and of what comes out."""
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def token_numbers(self) -> int:
+        """That the cache holds of a token, in one layer."""
+        return self.num_kv_heads * self.head_dim * (2 if self.value_dim is None else 1)
 
     @property
     def group_size(self) -> int:

@@ -61,7 +61,7 @@ def workspace_bytes(
     block, tile = block_tokens(context_tokens, spec.page_size), min(tile_tokens(), chunk_tokens)
     tiles = max_num_tiles(chunk_tokens, chunks, tile)
     rows_at_once, tiles_at_once = group_rows(rows), group_rows(tiles)
-    gathered = 2 * block * spec.num_kv_heads * spec.head_dim * itemsize  # of one sequence; 2: keys and values
+    gathered = block * spec.token_numbers * itemsize  # of one sequence
     scores = 2 * 4 * block * spec.num_q_heads  # of one token; 2: before and after softmax; 4: float32
     query_tokens = rows + -(-tiles // tiles_at_once) * tiles_at_once * tile
     queries = 4 * query_tokens * spec.num_q_heads * spec.head_dim * itemsize  # 4: with outputs, each in two orders
@@ -77,13 +77,13 @@ def unsupported(spec: AttentionSpec) -> str | None:
 def paged_attention(
     q: jax.Array,  # [B, T, N, H]
     k_pages: jax.Array,  # [P, K, page_size, H]
-    v_pages: jax.Array,  # [P, K, page_size, H]
+    v_pages: jax.Array | None,  # the same; None where spec.value_dim is not
     block_tables: jax.Array,  # int32 [B, M]; entries in [0, P)
     positions: jax.Array,  # int32 [B, T]; in [-1, M * page_size)
     *,
     spec: AttentionSpec,
 ) -> jax.Array:
-    """Attention of T new tokens of each of B sequences -> [B, T, N, H] in q's dtype. Softmax in float32."""
+    """Attention of T new tokens of each of B sequences -> [B, T, N, spec.out_dim] in q's dtype. Softmax in float32."""
     _check(q, k_pages, v_pages, block_tables, positions, spec)
     b, rows = q.shape[0], group_rows(q.shape[0])
     if rows == b:
@@ -98,14 +98,14 @@ def paged_attention(
         new = _attend_group(group_q, k_pages, v_pages, group_tables, group_positions, spec)
         return lax.dynamic_update_slice_in_dim(out, new, i * rows, axis=0)
 
-    out = lax.fori_loop(0, len(order) // rows, attend, jnp.zeros_like(q))
+    out = lax.fori_loop(0, len(order) // rows, attend, jnp.zeros((*q.shape[:-1], spec.out_dim), q.dtype))
     return out[-b % rows + jnp.argsort(by_length)]
 
 
 def ragged_paged_attention(
     q: jax.Array,  # [S, N, H]
     k_pages: jax.Array,  # [P, K, page_size, H]
-    v_pages: jax.Array,  # [P, K, page_size, H]
+    v_pages: jax.Array | None,  # the same; None where spec.value_dim is not
     block_tables: jax.Array,  # int32 [C, M]
     starts: jax.Array,  # int32 [C]
     lengths: jax.Array,  # int32 [C]
@@ -123,7 +123,7 @@ def ragged_paged_attention(
 def _attend_group(
     q: jax.Array,
     k_pages: jax.Array,
-    v_pages: jax.Array,
+    v_pages: jax.Array | None,
     block_tables: jax.Array,
     positions: jax.Array,
     spec: AttentionSpec,
@@ -137,7 +137,8 @@ def _attend_group(
 
     def attend(i: jax.Array | int, state: _Softmax) -> _Softmax:
         pages = lax.dynamic_slice_in_dim(block_tables, i * block_pages, block_pages, axis=1)
-        keys, values = (_gather(of_all, pages) for of_all in (k_pages, v_pages))
+        keys = _gather(k_pages, pages)
+        values = keys[..., : spec.out_dim] if v_pages is None else _gather(v_pages, pages)
         cached = i * block_pages * spec.page_size + jnp.arange(keys.shape[2], dtype=jnp.int32)
         return _attend_block(state, grouped, keys, values, cached, positions, spec)
 
@@ -145,7 +146,7 @@ def _attend_group(
     state = _Softmax(
         largest=jnp.full(rows, -jnp.inf, jnp.float32),
         total=jnp.zeros(rows, jnp.float32),
-        out=jnp.zeros((*rows, spec.head_dim), jnp.float32),
+        out=jnp.zeros((*rows, spec.out_dim), jnp.float32),
     )
     if num_blocks == 1:
         state = attend(0, state)
@@ -154,7 +155,7 @@ def _attend_group(
         first = 0 if spec.window is None else jnp.min(_first_visible(positions, spec.window)) // block
         state = lax.fori_loop(first, jnp.max(positions) // block + 1, attend, state)
     out = state.out / jnp.maximum(state.total, jnp.finfo(jnp.float32).tiny)[..., None]
-    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(*q.shape[:-1], spec.out_dim)
 
 
 class _Softmax(NamedTuple):
@@ -223,7 +224,9 @@ def _check(q, k_pages, v_pages, block_tables, positions, spec: AttentionSpec) ->
     if q.shape != (b, t, spec.num_q_heads, spec.head_dim):
         raise ValueError(f"q has shape {q.shape}; expected {(b, t, spec.num_q_heads, spec.head_dim)} for {spec}")
     page_shape = (spec.num_kv_heads, spec.page_size, spec.head_dim)
-    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+    if (v_pages is None) != (spec.value_dim is not None):
+        raise ValueError(f"v_pages is {'None' if v_pages is None else 'given'}; expected the other for {spec}")
+    for name, pages in (("k_pages", k_pages), ("v_pages", k_pages if v_pages is None else v_pages)):
         if pages.shape[1:] != page_shape or pages.shape != k_pages.shape:
             raise ValueError(f"{name} has shape {pages.shape}; expected (num_pages, *{page_shape}) for {spec}")
         if pages.dtype != q.dtype:
