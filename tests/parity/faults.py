@@ -92,8 +92,8 @@ def _attention(change: Callable) -> Plant:
     """`change(attend, q, positions)` instead of the attention over pages."""
 
     def make(attention: Callable) -> Callable:
-        def changed(q, k_pages, v_pages, block_tables, positions, *, spec):
-            attend = lambda q, positions: attention(q, k_pages, v_pages, block_tables, positions, spec=spec)  # noqa: E731
+        def changed(q, k_pages, v_pages, block_tables, positions, **of_layer):
+            attend = lambda q, positions: attention(q, k_pages, v_pages, block_tables, positions, **of_layer)  # noqa: E731
             return change(attend, q, positions)
 
         return changed
