@@ -65,6 +65,8 @@ class MoEConfig:
       experts_per_group_score: how many of a group's experts are summed to its score.
       router_bias: on the logits.
       choice_bias: on the scores, for picking only.
+      swiglu_limit: of experts with biases and the clamped SwiGLU of gpt-oss; None: the model's activation, no biases.
+      swiglu_alpha: of that SwiGLU.
     """
 
     num_experts: int
@@ -80,6 +82,8 @@ class MoEConfig:
     experts_per_group_score: int = 1
     router_bias: bool = False
     choice_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
 
     def __post_init__(self):
         if self.num_experts % self.num_groups:
