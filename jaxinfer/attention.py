@@ -93,27 +93,31 @@ class PagedAttention:
     def cache(self) -> Cache:
         return tuple(self._cache)
 
-    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array | None) -> jax.Array:
-        """q [D, S, N, H], k and v [D, S, K, H] -> [D, S, N, H]; without v, H of the result is that of values."""
+    def __call__(
+        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sinks: jax.Array | None = None
+    ) -> jax.Array:
+        """q [D, S, N, H], k and v [D, S, K, H], sinks [N] -> [D, S, N, H]; no v where values are in k."""
         attend = functools.partial(self._attend_local, self._specs[layer])
         if self._partitioner.mesh.size > 1:
             pages = self._partitioner.spec(kv_cache.CACHE_AXES)
             heads = self._partitioner.spec((ax.BATCH, None, ax.HEADS, ax.HEAD_DIM))
             kv_heads = self._partitioner.spec((ax.BATCH, None, ax.KV_HEADS, ax.HEAD_DIM))
-            sequences = self._partitioner.spec((ax.BATCH,))
+            sequences, of_heads = self._partitioner.spec((ax.BATCH,)), self._partitioner.spec((ax.HEADS,))
             attend = jax.shard_map(
                 attend,
                 mesh=self._partitioner.mesh,
-                in_specs=(heads, kv_heads, kv_heads, pages, pages, sequences, sequences),
+                in_specs=(heads, kv_heads, kv_heads, pages, pages, sequences, sequences, of_heads),
                 out_specs=(heads, pages, pages),
                 check_vma=False,
             )
         k_pages, v_pages = self._cache[layer]
-        out, k_pages, v_pages = attend(q, k, v, k_pages, v_pages, self._rows, self._prompts)
+        out, k_pages, v_pages = attend(q, k, v, k_pages, v_pages, self._rows, self._prompts, sinks)
         self._cache[layer] = (k_pages, v_pages)
         return out
 
-    def _attend_local(self, spec: AttentionSpec, q, k, v, k_pages, v_pages, rows: Rows | None, prompts: Prompts | None):
+    def _attend_local(
+        self, spec: AttentionSpec, q, k, v, k_pages, v_pages, rows: Rows | None, prompts: Prompts | None, sinks
+    ):
         """Of one shard: the first dimension is 1. All is written before anything is read: pages stay in place."""
         q, new, rows, prompts = jax.tree.map(lambda x: x[0], (q, (k, v), rows, prompts))
         num_rows = 0 if rows is None else rows.positions.size
@@ -134,9 +138,9 @@ class PagedAttention:
         outs = []
         if rows is not None:
             of_rows = (rows.block_tables, jnp.where(rows.valid, rows.positions, -1)[:, None])
-            out = self._backend.paged_attention(q[:num_rows, None], *pages, *of_rows, spec=spec)
+            out = self._backend.paged_attention(q[:num_rows, None], *pages, *of_rows, spec=spec, sinks=sinks)
             outs.append(out[:, 0])
         if prompts is not None:
-            out = self._backend.ragged_paged_attention(q[num_rows:], *pages, *prompts, spec=spec)
-            outs.append(out)
+            of_prompts = self._backend.ragged_paged_attention
+            outs.append(of_prompts(q[num_rows:], *pages, *prompts, spec=spec, sinks=sinks))
         return jnp.concatenate(outs)[None], *pages

@@ -4,6 +4,7 @@ Host only, no jax: the scheduler, the planner and the checkpoint reader use it t
 """
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,12 +14,17 @@ class RopeConfig:
     Attributes:
       theta: base of the geometric series of wavelengths.
       scaling: how frequencies are stretched beyond the training length: "default" (not at all), "linear"
-        (all by `factor`) or "llama3" (low frequencies by `factor`, smooth in between; Llama 3.1 model card).
+        (all by `factor`), "llama3" (low frequencies by `factor`, smooth in between; Llama 3.1 model card) or "yarn"
+        (the same with another blend; Peng et al. 2023, arXiv:2309.00071).
       factor: the stretch.
       low_freq_factor, high_freq_factor: llama3's two corners, in rotations over `original_max_position`.
       original_max_position: tokens that the model was trained on before stretching.
       share: of each head's dimensions, the first, that rotate; the rest stay as they are.
       interleaved: whether pairs are neighbours, (x[2i], x[2i + 1]), and not halves, (x[i], x[i + R/2]).
+      beta_fast, beta_slow: yarn's two corners, in rotations over `original_max_position`.
+      truncate: whether yarn's corners are moved outward to whole pairs.
+      attention_factor: on cos and sin, so squared on what the rotating dimensions add to a score.
+      mscale_all_dim: DeepSeek's, for the factor that it has on all scores; 0: none. See `yarn_mscale`.
     """
 
     theta: float
@@ -29,6 +35,19 @@ class RopeConfig:
     original_max_position: int = 0
     share: float = 1.0
     interleaved: bool = False
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """0.1 * mscale * ln(factor) + 1: what yarn scales queries and keys by, stretched by `factor` (arXiv:2309.00071).
+
+    DeepSeek-V2 (arXiv:2405.04434) multiplies its softmax scale by the square of that with `RopeConfig.mscale_all_dim`.
+    """
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +83,8 @@ class MoEConfig:
       experts_per_group_score: how many of a group's experts are summed to its score.
       router_bias: on the logits.
       choice_bias: on the scores, for picking only.
+      swiglu_limit: of experts with biases and the clamped SwiGLU of gpt-oss; None: the model's activation, no biases.
+      swiglu_alpha: of that SwiGLU.
     """
 
     num_experts: int
@@ -79,6 +100,8 @@ class MoEConfig:
     experts_per_group_score: int = 1
     router_bias: bool = False
     choice_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
 
     def __post_init__(self):
         if self.num_experts % self.num_groups:

@@ -8,12 +8,12 @@ file is ever imported.
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxinfer.config import RopeConfig
 from jaxinfer.generation_config import CONFIG_JSON_KEYS
+from jaxinfer.hf_rope import is_positive, rope_config
 
 T = TypeVar("T")
 
@@ -70,11 +70,11 @@ class HFConfig:
             if default is None:
                 raise ValueError(f"{self.source}: {key} is missing")
             return default
-        if kind is float and type(value) is int and _is_positive(value):
+        if kind is float and type(value) is int and is_positive(value):
             value = float(value)
         if type(value) is not kind:
             raise ValueError(f"{self.source}: {key} is {value!r}; expected {kind.__name__}")
-        if kind in (int, float) and not _is_positive(value):
+        if kind in (int, float) and not is_positive(value):
             raise ValueError(f"{self.source}: {key} is {value!r}; expected a positive number")
         return value
 
@@ -194,7 +194,7 @@ class HFConfig:
             if isinstance(new, dict) and "partial_rotary_factor" in new:
                 new = dict(new)
                 share = new.pop("partial_rotary_factor")
-            if not (_is_positive(share) and share <= 1):
+            if not (is_positive(share) and share <= 1):
                 raise ValueError(f"{self.source}: partial_rotary_factor is {share!r}; expected a share of at most 1")
         if new is None:
             values = dict(self._mapping("rope_scaling", old_scaling))
@@ -210,47 +210,10 @@ class HFConfig:
                     raise ValueError(f"{self.source}: {key} is {old} here and {values[key]} in rope_parameters")
                 if old is not None:
                     values[key] = old
-        rope = _rope_config(values, self.source)
+        rope = rope_config(values, self.source)
         return dataclasses.replace(rope, share=float(share), interleaved=interleaved)
 
     def _mapping(self, key: str, value: Any) -> Mapping[str, Any]:
         if value is not None and not isinstance(value, dict):
             raise ValueError(f"{self.source}: {key} is {value!r}; expected an object")
         return value or {}
-
-
-def _is_positive(value: Any) -> bool:
-    """Whether it is a number that a float can hold, and neither zero, negative, infinite nor NaN."""
-    return type(value) in (int, float) and 0 < value <= sys.float_info.max
-
-
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-def _rope_config(values: dict[str, Any], source: str) -> RopeConfig:
-    named = [name for name in (values.pop("rope_type", None), values.pop("type", None)) if name is not None]
-    if len(set(map(repr, named))) > 1:
-        raise ValueError(f"{source}: rope_type is {named[0]!r} and type is {named[1]!r}; they mean the same")
-    scaling = named[0] if named else "default"
-    if scaling not in _ROPE_KEYS:
-        raise ValueError(f"{source}: rope_type {scaling!r} is not implemented; implemented: {', '.join(_ROPE_KEYS)}")
-    keys = ("rope_theta", *_ROPE_KEYS[scaling])
-    if missing := [key for key in keys if values.get(key) is None]:
-        raise ValueError(f"{source}: rope_type {scaling!r} needs {missing}")
-    if unknown := sorted(set(values) - set(keys)):
-        raise ValueError(f"{source}: rope_type {scaling!r} does not know {unknown}")
-    for key in keys:
-        if not _is_positive(values[key]):
-            raise ValueError(f"{source}: {key} is {values[key]!r}; expected a positive number")
-    return RopeConfig(
-        theta=float(values["rope_theta"]),
-        scaling=scaling,
-        factor=float(values.get("factor", 1.0)),
-        low_freq_factor=float(values.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(values.get("high_freq_factor", 1.0)),
-        original_max_position=int(values.get("original_max_position_embeddings", 0)),
-    )

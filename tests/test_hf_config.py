@@ -1,5 +1,6 @@
 """config.json is read by an allow-list: each refusal names the file, the key and the values that would do."""
 
+import math
 import pathlib
 import re
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from jaxinfer import models
-from jaxinfer.config import ModelConfig, RopeConfig
+from jaxinfer.config import ModelConfig, RopeConfig, yarn_mscale
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.models import llama
 
@@ -19,6 +20,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 NO_THETA = {"rope_theta": None}
 
 
@@ -99,9 +101,14 @@ def test_keys_without_influence_are_accepted():
         ({"rope_theta": -1.0}, "rope_theta is -1.0; expected a positive number"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected an object"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "rope_type 'yarn' is not implemented; implemented: default, linear, llama3",
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type 'dynamic' is not implemented; implemented: default, linear, llama3, yarn",
         ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' needs ['original_max_position_embeddings']"),
+        ({"rope_scaling": YARN | {"mscale": 1.0}}, "rope_type 'yarn' needs ['mscale_all_dim']"),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "truncate is 1; expected bool"),
+        ({"rope_scaling": YARN | {"beta_fast": 0}}, "beta_fast is 0; expected a positive number"),
+        ({"rope_scaling": YARN | {"beta": 1}}, "rope_type 'yarn' does not know ['beta']"),
         ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs ['factor']"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "rope_type 'linear' does not know ['beta']"),
         ({"rope_scaling": {"type": "linear", "factor": True}}, "factor is True; expected a positive number"),
@@ -132,6 +139,24 @@ def test_both_shapes_of_rope_agree():
     assert old == parse(rope_parameters=LLAMA3)  # some writers leave rope_theta outside
     assert old == parse(rope_scaling=LLAMA3, rope_parameters=LLAMA3)
     assert old.rope == RopeConfig(10000.0, "llama3", 8.0, 1.0, 4.0, 64)
+
+
+def test_factor_of_yarn_on_cos_and_sin():
+    """DeepSeek has a part of it on all scores instead; `attention_factor` comes before both."""
+
+    def of_file(**keys: float | None) -> float:
+        rope = parse(rope_scaling=YARN | keys).rope
+        assert rope is not None
+        return rope.attention_factor
+
+    assert of_file() == 0.1 * math.log(4) + 1
+    assert of_file(mscale=1.0, mscale_all_dim=1.0) == 1
+    assert of_file(mscale=2.0, mscale_all_dim=0.5) == (0.2 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
+    assert of_file(mscale=2.0, mscale_all_dim=0.5, attention_factor=1.5) == 1.5
+    assert of_file(factor=0.5) == 1
+    assert of_file(attention_factor=None, beta_fast=None, mscale=None) == of_file()
+    rope = parse(rope_scaling=YARN | {"mscale": 1.0, "mscale_all_dim": 0.707}).rope
+    assert rope is not None and yarn_mscale(rope.factor, rope.mscale_all_dim) == 0.0707 * math.log(4) + 1
 
 
 def test_unknown_architecture_lists_the_known():

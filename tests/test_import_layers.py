@@ -26,6 +26,7 @@ LAYERS = {
     "jaxinfer.engine_config": 1,
     "jaxinfer.generation_config": 1,
     "jaxinfer.hf_config": 1,
+    "jaxinfer.hf_rope": 1,
     "jaxinfer.hf_weight_names": 1,
     "jaxinfer.host_memory": 1,
     "jaxinfer.intake": 1,

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxinfer import models
 from jaxinfer.config import ModelConfig, MoEConfig
 from jaxinfer.hf_config import HFConfig
-from jaxinfer.layers.moe import MoE, Router
+from jaxinfer.layers.moe import GatedExperts, MoE, Router
 from jaxinfer.partitioning import Partitioner, make_mesh
 from pallas_kernels.grouped_map import xla
 from pallas_kernels.matmul import contract
@@ -29,14 +29,19 @@ def config(**moe: Any) -> ModelConfig:
     return dataclasses.replace(parsed, moe=dataclasses.replace(parsed.moe, **moe))
 
 
+CONFIGS = {"gated": config(), "clamped": config(swiglu_limit=2.0, swiglu_alpha=1.3)}
+
+
 def make_moe(config: ModelConfig, partitioner: Partitioner) -> MoE:
     moe = MoE(config, partitioner, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
-    return nnx.merge(*_scaled(nnx.split(moe)))
+    return nnx.merge(*_random(nnx.split(moe)))
 
 
-def _scaled(split):
+def _random(split):
+    """So large that experts differ, and the router picks; biases, too, which are zero at first."""
     graph, state = split
-    return graph, jax.tree.map(lambda a: 10 * a, state)  # so that experts differ, and the router picks
+    rng = np.random.default_rng(0)
+    return graph, jax.tree.map(lambda a: jnp.asarray(0.2 * rng.standard_normal(a.shape), a.dtype), state)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 40, 700])
@@ -68,21 +73,36 @@ def test_parameters_of_a_group_without_rows_are_not_read():
 def expected(moe: MoE, x: np.ndarray) -> np.ndarray:
     """Token by token, expert by expert."""
     experts, weights = (np.asarray(a) for a in moe.router(jnp.asarray(x)))
-    gate, up, down = (np.asarray(p[...], np.float64) for p in (moe.experts.gate, moe.experts.up, moe.experts.down))
+    of_expert = gated if isinstance(moe.experts, GatedExperts) else clamped
+    params = {key: np.asarray(value[...], np.float64) for key, value in nnx.state(moe.experts, nnx.Param).items()}
     out = np.zeros(x.shape)
     for place in np.ndindex(experts.shape):
-        token, expert = x[place[:-1]].astype(np.float64), experts[place]
-        gated = gate[expert] @ token
-        out[place[:-1]] += weights[place] * (down[expert] @ (gated / (1 + np.exp(-gated)) * (up[expert] @ token)))
+        token, one = x[place[:-1]].astype(np.float64), {key: value[experts[place]] for key, value in params.items()}
+        out[place[:-1]] += weights[place] * of_expert(token, **one)
     return out
 
 
+def gated(token: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    gated = gate @ token
+    return down @ (gated / (1 + np.exp(-gated)) * (up @ token))
+
+
+def clamped(
+    token: np.ndarray, gate_up: np.ndarray, gate_up_bias: np.ndarray, down: np.ndarray, down_bias: np.ndarray
+) -> np.ndarray:
+    gate, up = (gate_up @ token + gate_up_bias).T
+    assert gate.max() > 2 and np.abs(up).max() > 2
+    gate, up = np.minimum(gate, 2), np.clip(up, -2, 2)
+    return down @ (gate / (1 + np.exp(-1.3 * gate)) * (up + 1)) + down_bias
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("mesh", ["", "expert:4", "expert:2,tensor:2", "data:2,expert:2,tensor:2"])
-def test_experts_on_meshes(mesh: str):
+def test_experts_on_meshes(kind: str, mesh: str):
     """Each device computes its experts for its tokens, whichever rules split them; no token is dropped."""
     rules = rule_set("experts", batch="data", experts="expert", mlp="tensor")
     partitioner = Partitioner(make_mesh(mesh), rules)
-    moe = make_moe(config(), partitioner)
+    moe = make_moe(CONFIGS[kind], partitioner)
     x = np.random.default_rng(0).standard_normal((2, 9, 64)).astype(np.float32)
     x[:, 4:] = x[:, 3:4]  # of many tokens the same experts
     exact = expected(moe, x)

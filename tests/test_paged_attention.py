@@ -26,6 +26,7 @@ class Case:
     lengths: tuple[int, ...]
     window: int | None = None
     soft_cap: float | None = None
+    has_sinks: bool = False
 
     @property
     def spec(self) -> AttentionSpec:
@@ -51,6 +52,8 @@ CASES = [
     Case(4, 2, 16, 16, 1, (200, 3, 130), window=1),
     Case(8, 2, 16, 16, 40, (40, 90, 200), window=50, soft_cap=0.5),
     Case(4, 4, 16, 4, 1, (9, 40), soft_cap=0.5),
+    Case(8, 2, 16, 4, 1, (1, 7, 90, 9), has_sinks=True),
+    Case(8, 2, 16, 16, 40, (40, 90, 200), window=50, has_sinks=True),
 ]
 
 
@@ -67,6 +70,8 @@ def make(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
         "block_tables": np.zeros((batch, pages_each), np.int32),
         "positions": np.array([np.arange(n - case.num_queries, n) for n in case.lengths], np.int32),
     }
+    if case.has_sinks:  # from far below the largest score to far above
+        arrays["sinks"] = rng.permutation(np.linspace(-30, 30, case.num_q_heads)).astype(np.float32)
     free = iter(rng.permutation(np.arange(1, num_pages)))
     for row, length in enumerate(case.lengths):
         for i in range(cdiv(length, case.page_size)):
@@ -80,7 +85,7 @@ def make(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
     return arrays
 
 
-def reference(case: Case, q, k_pages, v_pages, block_tables, positions) -> np.ndarray:
+def reference(case: Case, q, k_pages, v_pages, block_tables, positions, sinks=None) -> np.ndarray:
     """The formula of xla.py, one query at a time in float64."""
     out = np.zeros(q.shape)
     for b, t, n in np.ndindex(q.shape[:3]):
@@ -92,8 +97,10 @@ def reference(case: Case, q, k_pages, v_pages, block_tables, positions) -> np.nd
         scores = keys @ q[b, t, n].astype(np.float64) * case.spec.scale
         if case.soft_cap is not None:
             scores = case.soft_cap * np.tanh(scores / case.soft_cap)
-        weights = np.exp(scores - scores.max())
-        out[b, t, n] = weights @ values / weights.sum()
+        sink = -np.inf if sinks is None else sinks[n]
+        largest = max(scores.max(), sink)
+        weights = np.exp(scores - largest)
+        out[b, t, n] = weights @ values / (weights.sum() + np.exp(sink - largest))
     return out
 
 
@@ -121,7 +128,8 @@ def test_matches_the_formula_and_never_reads_what_is_masked(name: str, dtype: st
 @pytest.mark.parametrize(
     "case",
     [c for c in CASES if c.num_queries == 1 and c.window is None]
-    + [Case(4, 2, 16, 8, 1, (3, 70, 40)), Case(4, 2, 16, 8, 67, (67, 67, 140), window=50, soft_cap=0.5)],
+    + [Case(4, 2, 16, 8, 1, (3, 70, 40)), Case(4, 2, 16, 8, 67, (67, 67, 140), window=50, soft_cap=0.5)]
+    + [Case(4, 2, 16, 8, 67, (67, 67, 140), window=50, has_sinks=True)],
     ids=str,
 )
 def test_ragged_sequences_match_the_formula(name: str, dtype: str, case: Case):
@@ -132,7 +140,8 @@ def test_ragged_sequences_match_the_formula(name: str, dtype: str, case: Case):
     q = np.random.default_rng(1).normal(size=(num_tokens, case.num_q_heads, case.head_dim)).astype(np.float32)
     pools = {k: jnp.array(arrays[k]).astype(dtype) for k in ("k_pages", "v_pages")}
     starts = np.array(case.lengths, np.int32) - counts
-    attend = jax.jit(functools.partial(backend(name, case.spec).ragged_paged_attention, spec=case.spec))
+    sinks = {"sinks": arrays["sinks"]} if case.has_sinks else {}
+    attend = jax.jit(functools.partial(backend(name, case.spec).ragged_paged_attention, spec=case.spec, **sinks))
     ids = {"block_tables": arrays["block_tables"], "starts": starts, "lengths": np.array(counts, np.int32)}
     out = attend(jnp.array(q).astype(dtype), **pools, **ids)
     assert out.dtype == dtype and out.shape == q.shape
@@ -142,15 +151,16 @@ def test_ragged_sequences_match_the_formula(name: str, dtype: str, case: Case):
         asked = np.asarray(jnp.array(q[None, of_sequence]).astype(dtype), np.float64)
         table, positions = arrays["block_tables"][row : row + 1], np.arange(start, start + count)[None]
         wide = {k: np.asarray(v, np.float64) for k, v in pools.items()}
-        expected = reference(case, asked, **wide, block_tables=table, positions=positions)[0]
+        expected = reference(case, asked, **wide, block_tables=table, positions=positions, **sinks)[0]
         atol = rtol * np.abs(expected).max(initial=0) / 8
         np.testing.assert_allclose(np.asarray(out[of_sequence], np.float64), expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("name", backends())
-def test_a_query_that_sees_nothing_gets_zeros_and_disturbs_nobody(name: str):
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_a_query_that_sees_nothing_gets_zeros_and_disturbs_nobody(name: str, has_sinks: bool):
     """In a group with others, and where a whole group sees nothing."""
-    case = CASES[0]
+    case = dataclasses.replace(CASES[0], has_sinks=has_sinks)
     arrays = {k: jnp.array(v) for k, v in make(case).items()}
     attend = functools.partial(backend(name, case.spec).paged_attention, spec=case.spec)
     whole = np.asarray(attend(**arrays))
@@ -211,10 +221,11 @@ def test_heads_that_cannot_be_grouped_are_refused():
         ("k_pages", (13, 2, 5, 16), "k_pages has shape"),
         ("v_pages", (12, 2, 4, 16), "v_pages has shape"),
         ("block_tables", (3, 4), "block_tables has shape"),
+        ("sinks", (2,), "sinks has shape"),
     ],
 )
 def test_wrong_shapes_are_refused(name: str, key: str, shape: tuple[int, ...], message: str):
-    case = CASES[0]
+    case = dataclasses.replace(CASES[0], has_sinks=True)
     arrays = {k: jnp.array(v) for k, v in make(case).items()}
     arrays[key] = jnp.zeros(shape, arrays[key].dtype)
     with pytest.raises(ValueError, match=message):

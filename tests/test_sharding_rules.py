@@ -48,7 +48,7 @@ def describe_model(family: str, strategy: str) -> str:
             lines.append(describe(spec.path, spec.dtype, spec.shape, spec.axes, spec.sharding))
         cache = kv_cache.cache_spec(config, partitioner, pages_per_shard=8, page_size=16, dtype=jnp.dtype("float32"))
         for layer in range(cache.num_layers):
-            for array in ("k", "v"):
+            for array in ("k", "v") if cache.has_values else ("k",):
                 sharding = kv_cache.cache_sharding(cache, partitioner)
                 lines.append(
                     describe(f"cache/{layer}/{array}", cache.dtype, cache.shape, kv_cache.CACHE_AXES, sharding)

@@ -70,7 +70,8 @@ class Decoder(nnx.Module):
         for layer, block in enumerate(self.layers):
             rope = self.config.layer_rope(layer)
             if rope is not None and rope not in ropes:
-                ropes[rope] = rotation(positions, inverse_frequencies(rope, self.config.rotary_head_dim))
+                freqs = inverse_frequencies(rope, self.config.rotary_head_dim)
+                ropes[rope] = rotation(positions, freqs, rope.attention_factor)
             with jax.named_scope(f"layer_{layer}"):
                 x = block(x, ropes[rope], layer, attend)
         return self.norm(x)

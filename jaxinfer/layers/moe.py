@@ -21,7 +21,8 @@ class MoE(nnx.Module):
         assert config.moe is not None
         moe = config.moe
         self.router = Router(moe, config.embed_dim, dtype=dtype, rngs=rngs)
-        self.experts = Experts(config, moe, partitioner, dtype=dtype, rngs=rngs)
+        kind = GatedExperts if moe.swiglu_limit is None else ClampedExperts
+        self.experts = kind(config, moe, partitioner, dtype=dtype, rngs=rngs)
         shared = {"mlp_dim": moe.shared_mlp_dim, "dtype": dtype, "rngs": rngs}
         self.shared = MLP(config, partitioner, **shared) if moe.shared_mlp_dim else None
 
@@ -70,22 +71,14 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Gated MLPs whose weights lie in one array each, [experts, mlp, embed] and the like.
+    """What experts of all kinds have in common: weights of all lie in one array, [experts, embed, mlp] and the like.
 
     A device computes what its experts, and its parts of them, add to each token that it has; the sum over devices is
     one all-reduce. No token is dropped, however many pick the same expert.
     """
 
-    def __init__(
-        self, config: ModelConfig, moe: MoEConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
-        experts, embed, mlp = (ax.EXPERTS, moe.num_experts), (ax.EMBED, config.embed_dim), (ax.MLP, moe.mlp_dim)
-        share = moe.num_experts_per_token / moe.num_experts
+    def __init__(self, partitioner: Partitioner):
         self.partitioner = partitioner
-        self.activation = ACTIVATIONS[config.activation]
-        self.gate = param((experts, mlp, embed), dtype, rngs, read_share=share)
-        self.up = param((experts, mlp, embed), dtype, rngs, read_share=share)
-        self.down = param((experts, embed, mlp), dtype, rngs, read_share=share)
 
     def __call__(self, x: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
         """x [B, T, D], experts int32 and weights float32 [B, T, k] -> [B, T, D]."""
@@ -105,12 +98,12 @@ class Experts(nnx.Module):
         return compute(x, experts, weights, arrays)
 
     def _params(self) -> dict[str, nnx.Param]:
-        return {"gate": self.gate, "up": self.up, "down": self.down}
+        """Of all experts, "down" among them."""
+        raise NotImplementedError
 
     def _expert(self, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         """One expert's part of [rows, D] -> [rows, D], to be summed over the devices that have the others."""
-        hidden = self.activation(contract(x, params["gate"])) * contract(x, params["up"])
-        return contract(hidden, params["down"])
+        raise NotImplementedError
 
     def _compute_local(self, x, experts, weights, params):
         """Tokens sorted by expert, so that those of an expert are rows of one product."""
@@ -130,3 +123,66 @@ class Experts(nnx.Module):
     def _first_expert(self, num_local: int) -> jax.Array | int:
         axes = self.partitioner.mesh_axes(ax.EXPERTS)
         return lax.axis_index(axes) * num_local if axes else 0
+
+
+class GatedExperts(Experts):
+    """Each down(activation(gate(x)) * up(x))."""
+
+    def __init__(
+        self, config: ModelConfig, moe: MoEConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        super().__init__(partitioner)
+        experts, embed, mlp = (ax.EXPERTS, moe.num_experts), (ax.EMBED, config.embed_dim), (ax.MLP, moe.mlp_dim)
+        share = moe.num_experts_per_token / moe.num_experts
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate = param((experts, mlp, embed), dtype, rngs, read_share=share)
+        self.up = param((experts, mlp, embed), dtype, rngs, read_share=share)
+        self.down = param((experts, embed, mlp), dtype, rngs, read_share=share)
+
+    def _params(self) -> dict[str, nnx.Param]:
+        return {"gate": self.gate, "up": self.up, "down": self.down}
+
+    def _expert(self, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        hidden = self.activation(contract(x, params["gate"])) * contract(x, params["up"])
+        return contract(hidden, params["down"])
+
+
+class ClampedExperts(Experts):
+    """gpt-oss' (arXiv:2508.10925), each down(`clamped_swiglu`(gate(x), up(x))), with biases.
+
+    Gate and up are one array, a hidden unit's two rows neighbours, as in the checkpoint: so a mesh splits whole pairs.
+    """
+
+    def __init__(
+        self, config: ModelConfig, moe: MoEConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        super().__init__(partitioner)
+        experts, embed, mlp = (ax.EXPERTS, moe.num_experts), (ax.EMBED, config.embed_dim), (ax.MLP, moe.mlp_dim)
+        share = moe.num_experts_per_token / moe.num_experts
+        self.moe = moe
+        self.gate_up = param((experts, mlp, (None, 2), embed), dtype, rngs, read_share=share)
+        self.gate_up_bias = param((experts, mlp, (None, 2)), dtype, rngs, "zeros", read_share=share)
+        self.down = param((experts, embed, mlp), dtype, rngs, read_share=share)
+        self.down_bias = param((experts, embed), dtype, rngs, "zeros", read_share=share)
+
+    def _params(self) -> dict[str, nnx.Param]:
+        biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
+        return {"gate_up": self.gate_up, "down": self.down} | biases
+
+    def _expert(self, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        bias = params["gate_up_bias"]  # [F, 2]
+        pairs = contract(x, params["gate_up"].reshape(bias.size, -1)).reshape(-1, *bias.shape) + bias
+        assert self.moe.swiglu_limit is not None
+        hidden = clamped_swiglu(pairs[..., 0], pairs[..., 1], self.moe.swiglu_alpha, self.moe.swiglu_limit)
+        return contract(hidden, params["down"]) + self._on_one_device(params["down_bias"])
+
+    def _on_one_device(self, bias: jax.Array) -> jax.Array:
+        """Of those that split the hidden units, and whose parts are summed; zero on the others."""
+        axes = self.partitioner.mesh_axes(ax.MLP)
+        return jnp.where(lax.axis_index(axes) == 0, bias, 0) if axes else bias
+
+
+def clamped_swiglu(gate: jax.Array, up: jax.Array, alpha: float, limit: float) -> jax.Array:
+    """(up + 1) * gate * sigmoid(alpha * gate), gate at most `limit` and up within it: gpt-oss' (arXiv:2508.10925)."""
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)

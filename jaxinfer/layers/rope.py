@@ -20,7 +20,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
         return freqs / np.float32(rope.factor)
     if rope.scaling == "llama3":
         return _llama3(rope, freqs)
-    raise ValueError(f"rope scaling {rope.scaling!r} is not implemented; known: default, linear, llama3")
+    if rope.scaling == "yarn":
+        return _yarn(rope, freqs)
+    raise ValueError(f"rope scaling {rope.scaling!r} is not implemented; known: default, linear, llama3, yarn")
 
 
 def _llama3(rope: RopeConfig, freqs: np.ndarray) -> np.ndarray:
@@ -31,10 +33,26 @@ def _llama3(rope: RopeConfig, freqs: np.ndarray) -> np.ndarray:
     return ((1 - blend) * freqs / rope.factor + blend * freqs).astype(np.float32)
 
 
-def rotation(positions: jax.Array, freqs: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each float32 [..., 1, R/2], of the angle of each pair at `positions` int32 [...]."""
+def _yarn(rope: RopeConfig, freqs: np.ndarray) -> np.ndarray:
+    """As `_llama3`, but what is blended grows evenly with a pair's index, not with its rotations."""
+    num_pairs = len(freqs)
+
+    def pair_that_turns(num_rotations: float) -> float:
+        wavelength = rope.original_max_position / num_rotations
+        return num_pairs * math.log(wavelength / (2 * math.pi)) / math.log(rope.theta)
+
+    first, last = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * num_pairs - 1)
+    slowed = np.clip((np.arange(num_pairs) - first) / (last - first or 1e-3), 0.0, 1.0)  # 1: by factor, 0: kept
+    return (slowed * freqs / rope.factor + (1 - slowed) * freqs).astype(np.float32)
+
+
+def rotation(positions: jax.Array, freqs: np.ndarray, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """`factor` times (cos, sin), each float32 [..., 1, R/2], of each pair's angle at `positions` int32 [...]."""
     angles = positions[..., None, None].astype(jnp.float32) * freqs
-    return jnp.cos(angles), jnp.sin(angles)
+    return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:

@@ -3,7 +3,7 @@
 Not the multi-token prediction behind V3's last layer.
 """
 
-from jaxinfer.config import LatentConfig, ModelConfig, MoEConfig
+from jaxinfer.config import LatentConfig, ModelConfig, MoEConfig, yarn_mscale
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.hf_weight_names import PROJECTIONS, WeightNames, decoder_names, expert_names
 from jaxinfer.layers.decoder import Decoder
@@ -46,12 +46,28 @@ _TINY_V2 = _TINY | {
     "topk_method": "group_limited_greedy",
     "norm_topk_prob": False,
     "routed_scaling_factor": 1.5,
+    "rope_scaling": {  # an original length within the tests' contexts, so that the scaling acts
+        "type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 256,
+    },
 }
 TINY_CONFIGS = {
     "gqa": _TINY,
     "v2": _TINY_V2,
     "v2_lite": _TINY_V2
-    | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+    | {
+        "rope_scaling": None,
+        "q_lora_rank": None,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+    },
     "halves_biases": _TINY | {"rope_interleave": False, "attention_bias": True, "norm_topk_prob": False},
 }
 
@@ -72,14 +88,15 @@ def parse_config(hf: HFConfig) -> ModelConfig:
     hf.expect("qk_head_dim", latent.key_dim + latent.rope_dim)
     fields |= {"num_kv_heads": 1, "head_dim": latent.kv_rank + latent.rope_dim}
     has_bias = hf.get("attention_bias", bool, False)
+    rope = hf.rope(interleaved=version == "deepseek_v2" or hf.get("rope_interleave", bool, True))
     config = ModelConfig(
         family="deepseek",
         **fields,
-        rope=hf.rope(interleaved=version == "deepseek_v2" or hf.get("rope_interleave", bool, True)),
+        rope=rope,
         activation=hf.expect("hidden_act", "silu"),
         attention_bias=has_bias,
         attention_out_bias=has_bias,
-        query_scale=(latent.key_dim + latent.rope_dim) ** -0.5,
+        query_scale=(latent.key_dim + latent.rope_dim) ** -0.5 * yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2,
         latent=latent,
         moe=(_moe_v2 if version == "deepseek_v2" else _moe_v3)(hf),
     )

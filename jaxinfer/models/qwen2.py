@@ -29,6 +29,8 @@ TINY_CONFIGS = {
     "gqa": _TINY,
     "tied": _TINY | {"tie_word_embeddings": True},
     "windows": _TINY | {"use_sliding_window": True},
+    "yarn": _TINY
+    | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, "rope_theta": 10000.0},
 }
 
 

@@ -1,8 +1,8 @@
 """Attention over a paged cache. A backend is a module in this folder with
 
 - `unsupported(spec: AttentionSpec) -> str | None`: why it cannot run `spec`, or None if it can;
-- `paged_attention(q, k_pages, v_pages, block_tables, positions, *, spec) -> out`, as `xla.py` documents it;
-- `ragged_paged_attention(q, k_pages, v_pages, block_tables, starts, lengths, *, spec) -> out`, likewise.
+- `paged_attention(q, k_pages, v_pages, block_tables, positions, *, spec, sinks) -> out`, as `xla.py` documents it;
+- `ragged_paged_attention(q, k_pages, v_pages, block_tables, starts, lengths, *, spec, sinks) -> out`, likewise.
 """
 
 import importlib

@@ -8,7 +8,8 @@ For sequence b, query t at position p = positions[b, t], and query head n readin
 
 with cap and window as `AttentionSpec` has them; so a query sees the cached tokens up to and including its own, which
 must have been written before; at position -1 it sees none, and the result is zero. Pages beyond a sequence's last
-token may hold anything, NaN included: what is masked is never multiplied.
+token may hold anything, NaN included: what is masked is never multiplied. With sinks (gpt-oss, arXiv:2508.10925) the
+softmax has one score more, sinks[n], whose value is zero.
 
 It goes over the context in blocks with a running softmax (Milakov and Gimelshein, arXiv:1805.02867; the scheme of
 FlashAttention), and over the sequences in groups of like length, each up to its longest sequence's last block: so
@@ -82,12 +83,13 @@ def paged_attention(
     positions: jax.Array,  # int32 [B, T]; in [-1, M * page_size)
     *,
     spec: AttentionSpec,
+    sinks: jax.Array | None = None,  # [N]
 ) -> jax.Array:
     """Attention of T new tokens of each of B sequences -> [B, T, N, spec.out_dim] in q's dtype. Softmax in float32."""
-    _check(q, k_pages, v_pages, block_tables, positions, spec)
+    _check(q, k_pages, v_pages, block_tables, positions, spec, sinks)
     b, rows = q.shape[0], group_rows(q.shape[0])
     if rows == b:
-        return _attend_group(q, k_pages, v_pages, block_tables, positions, spec)
+        return _attend_group(q, k_pages, v_pages, block_tables, positions, spec, sinks)
     by_length = jnp.argsort(jnp.max(positions, axis=1))
     order = jnp.pad(by_length, (-b % rows, 0), mode="edge")  # to whole groups, with the shortest again
     q, block_tables, positions = q[order], block_tables[order], positions[order]
@@ -95,7 +97,7 @@ def paged_attention(
     def attend(i: jax.Array, out: jax.Array) -> jax.Array:
         of_group = (lax.dynamic_slice_in_dim(x, i * rows, rows) for x in (q, block_tables, positions))
         group_q, group_tables, group_positions = of_group
-        new = _attend_group(group_q, k_pages, v_pages, group_tables, group_positions, spec)
+        new = _attend_group(group_q, k_pages, v_pages, group_tables, group_positions, spec, sinks)
         return lax.dynamic_update_slice_in_dim(out, new, i * rows, axis=0)
 
     out = lax.fori_loop(0, len(order) // rows, attend, jnp.zeros((*q.shape[:-1], spec.out_dim), q.dtype))
@@ -111,11 +113,12 @@ def ragged_paged_attention(
     lengths: jax.Array,  # int32 [C]
     *,
     spec: AttentionSpec,
+    sinks: jax.Array | None = None,  # [N]
 ) -> jax.Array:
     """The same for C sequences of `lengths` new tokens from positions `starts` on, one after the other in q."""
 
     def attend(q: jax.Array, block_tables: jax.Array, positions: jax.Array) -> jax.Array:
-        return paged_attention(q, k_pages, v_pages, block_tables, positions, spec=spec)
+        return paged_attention(q, k_pages, v_pages, block_tables, positions, spec=spec, sinks=sinks)
 
     return ragged.attend_by_tiles(q, block_tables, starts, lengths, tile_tokens(), attend)
 
@@ -127,6 +130,7 @@ def _attend_group(
     block_tables: jax.Array,
     positions: jax.Array,
     spec: AttentionSpec,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """Of all rows at once, block by block up to the last that one of them sees."""
     (b, t), num_columns = positions.shape, block_tables.shape[1]
@@ -148,6 +152,9 @@ def _attend_group(
         total=jnp.zeros(rows, jnp.float32),
         out=jnp.zeros((*rows, spec.out_dim), jnp.float32),
     )
+    if sinks is not None:  # each a score that was seen before all others
+        of_heads = sinks.astype(jnp.float32).reshape(spec.num_kv_heads, spec.group_size, 1)
+        state = state._replace(largest=jnp.broadcast_to(of_heads, rows), total=jnp.ones(rows, jnp.float32))
     if num_blocks == 1:
         state = attend(0, state)
     else:
@@ -219,10 +226,12 @@ def _gather(pages: jax.Array, block_tables: jax.Array) -> jax.Array:
     return gathered.reshape(b, num_kv_heads, m * page_size, head_dim)
 
 
-def _check(q, k_pages, v_pages, block_tables, positions, spec: AttentionSpec) -> None:
+def _check(q, k_pages, v_pages, block_tables, positions, spec: AttentionSpec, sinks) -> None:
     b, t = positions.shape
     if q.shape != (b, t, spec.num_q_heads, spec.head_dim):
         raise ValueError(f"q has shape {q.shape}; expected {(b, t, spec.num_q_heads, spec.head_dim)} for {spec}")
+    if sinks is not None and sinks.shape != (spec.num_q_heads,):
+        raise ValueError(f"sinks has shape {sinks.shape}; expected {(spec.num_q_heads,)} for {spec}")
     page_shape = (spec.num_kv_heads, spec.page_size, spec.head_dim)
     if (v_pages is None) != (spec.value_dim is not None):
         raise ValueError(f"v_pages is {'None' if v_pages is None else 'given'}; expected the other for {spec}")

@@ -92,8 +92,8 @@ def _attention(change: Callable) -> Plant:
     """`change(attend, q, positions)` instead of the attention over pages."""
 
     def make(attention: Callable) -> Callable:
-        def changed(q, k_pages, v_pages, block_tables, positions, *, spec):
-            attend = lambda q, positions: attention(q, k_pages, v_pages, block_tables, positions, spec=spec)  # noqa: E731
+        def changed(q, k_pages, v_pages, block_tables, positions, **of_layer):
+            attend = lambda q, positions: attention(q, k_pages, v_pages, block_tables, positions, **of_layer)  # noqa: E731
             return change(attend, q, positions)
 
         return changed
@@ -164,10 +164,17 @@ def _layer_norm_of_the_root_mean_square(module: norm.LayerNorm, x: jax.Array) ->
 FAULTS = [
     Fault("rope theta over 50", _rope(lambda rope: {"theta": rope.theta / 50})),
     Fault("llama3 rope scaling ignored", _rope(lambda rope: {"scaling": "default"}), config="llama3_rope"),
+    Fault("yarn scaling ignored", _rope(lambda rope: {"scaling": "default"}), config="yarn", family="qwen2"),
+    Fault(
+        "yarn's factor on cos and sin ignored",
+        _rope(lambda rope: {"attention_factor": 1.0}),
+        config="yarn",
+        family="qwen2",
+    ),
     Fault("rotated dims interleaved", _wrap(attention_block, "rotate", _rotate_interleaved)),
     Fault(
         "rope positions in bfloat16",  # exact up to 256
-        _wrap(decoder, "rotation", lambda rotation: lambda p, freqs: rotation(p.astype(jnp.bfloat16), freqs)),
+        _wrap(decoder, "rotation", lambda rotation: lambda p, *of: rotation(p.astype(jnp.bfloat16), *of)),
         needs_long_prompt=True,
     ),
     Fault("norm epsilon times 100", _config(lambda c: {"norm_eps": 100 * c.norm_eps})),
