@@ -56,18 +56,18 @@ _TINY_V2 = _TINY | {
         "original_max_position_embeddings": 256,
     },
 }
+_TINY_V2_LITE = _TINY_V2 | {
+    "q_lora_rank": None,
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "rope_scaling": None,
+}
 TINY_CONFIGS = {
     "gqa": _TINY,
     "v2": _TINY_V2,
-    "v2_lite": _TINY_V2
-    | {
-        "rope_scaling": None,
-        "q_lora_rank": None,
-        "topk_method": "greedy",
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 1.0,
-    },
+    "v2_lite": _TINY_V2_LITE,
     "halves_biases": _TINY | {"rope_interleave": False, "attention_bias": True, "norm_topk_prob": False},
 }
 
