@@ -207,7 +207,7 @@ def _write_orbax(source: Source, partial: pathlib.Path, progress: Advance) -> No
         if not {param.spec.path for param in group} <= written:
             shapes = [orbax_weights.stored_param_shape(param.spec, num_kv_heads) for param in group]
             pairs = zip(group, shapes, strict=True)
-            orbax_weights.add(partial, {param.spec.path: source.read(param).reshape(shape) for param, shape in pairs})
+            orbax_weights.add(partial, [(param.spec, source.read(param).reshape(shape)) for param, shape in pairs])
             with open(log, "a") as file:
                 file.writelines(f"{param.spec.path}\n" for param in group)
         done += sum(map(source.param_bytes, group))

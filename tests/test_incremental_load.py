@@ -1,0 +1,62 @@
+"""Loading reads what this process's devices hold and no more, in bytes, from either format."""
+
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from jaxinfer.checkpoint import conversion
+from tests import load_bytes
+from tests.command_line import environment
+from tests.parity import recipe
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The same 65 MB of weights in both formats."""
+    directory = tmp_path_factory.mktemp("models")
+    huggingface, orbax = (directory / name for name in load_bytes.FORMATS)
+    recipe.write_model(huggingface, load_bytes.CONFIG, recipe.weights("llama", load_bytes.CONFIG))
+    conversion.convert(conversion.Source.open(huggingface), orbax, lambda done, total: None)
+    return directory
+
+
+def of_process(directory: pathlib.Path, rank: int, port: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.load_bytes", str(directory), str(rank), str(port)]
+    root, env = pathlib.Path(__file__).parents[1], environment(PJRT_NPROC="32")
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=root, env=env, stdout=pipe, stderr=pipe, encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", load_bytes.FORMATS)
+@pytest.mark.parametrize("mesh", load_bytes.MESHES)
+def test_a_process_with_all_devices_reads_the_model_once(directory: pathlib.Path, mesh: str, name: str):
+    """However many devices hold a slice."""
+    definition = load_bytes.define(mesh)
+    num_read, _ = load_bytes.count(directory / name, definition)
+    assert 0.85 * definition.weight_bytes < num_read < 1.03 * definition.weight_bytes  # Orbax compresses by some 8 %
+
+
+def test_a_process_reads_the_part_that_its_device_owns(directory: pathlib.Path):
+    """A quarter, or half where another has the same; and of Orbax what lies in the same chunks, and small arrays."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    processes = [of_process(directory, rank, port) for rank in range(load_bytes.NUM_PROCESSES)]
+    try:
+        outputs = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    model_bytes = load_bytes.define("").weight_bytes
+    for rank, (stdout, stderr) in enumerate(outputs):
+        assert stdout, stderr
+        for mesh, name, num_read, num_owned in json.loads(stdout.splitlines()[-1]):
+            case = f"process {rank}, {mesh}, {name}: {num_read / model_bytes:.3f} of the model read"
+            print(f"{case}, {num_owned / model_bytes:.3f} owned")
+            share = {"tensor:4": 0.25, "data:2,tensor:2": 0.5}[mesh]
+            assert num_owned == pytest.approx(share * model_bytes, rel=0.01)
+            assert 0.85 * num_owned < num_read < (1.2 if name == "orbax" else 1.01) * num_owned, case
