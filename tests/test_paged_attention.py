@@ -157,6 +157,31 @@ def test_ragged_sequences_match_the_formula(name: str, dtype: str, case: Case):
 
 
 @pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("case", [Case(8, 1, 40, 16, 1, (5, 90, 33)), Case(8, 2, 24, 16, 40, (40, 150))], ids=str)
+def test_values_that_are_the_first_of_the_keys(name: str, case: Case):
+    """As with pages of values that are copies of the keys."""
+    module, dim = backend(name, case.spec), 16
+    arrays = {k: jnp.array(v) for k, v in make(case).items() if k != "v_pages"}
+    spec = dataclasses.replace(case.spec, value_dim=dim)
+    expected = module.paged_attention(v_pages=arrays["k_pages"], spec=case.spec, **arrays)[..., :dim]
+    out = module.paged_attention(v_pages=None, spec=spec, **arrays)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    q, positions = arrays.pop("q"), arrays.pop("positions")
+    ragged = {"starts": positions[:, 0], "lengths": jnp.full(len(q), case.num_queries, jnp.int32)}
+    out = module.ragged_paged_attention(q.reshape(-1, *q.shape[2:]), v_pages=None, spec=spec, **arrays, **ragged)
+    np.testing.assert_allclose(out.reshape(expected.shape), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("value_dim", [None, 8])
+def test_pages_of_values_there_or_not_as_the_spec_says(value_dim: int | None):
+    arrays = {k: jnp.array(v) for k, v in make(CASES[0]).items()}
+    v_pages = arrays.pop("v_pages")
+    spec = dataclasses.replace(CASES[0].spec, value_dim=value_dim)
+    with pytest.raises(ValueError, match=r"v_pages is (None|given); expected the other for AttentionSpec"):
+        backend("xla").paged_attention(v_pages=v_pages if value_dim else None, spec=spec, **arrays)
+
+
+@pytest.mark.parametrize("name", backends())
 @pytest.mark.parametrize("has_sinks", [False, True])
 def test_a_query_that_sees_nothing_gets_zeros_and_disturbs_nobody(name: str, has_sinks: bool):
     """In a group with others, and where a whole group sees nothing."""

@@ -11,6 +11,8 @@ from tests import published
 
 # By file: family; layers, query heads, KV heads, head_dim; parameters, as the page of the weights counts them.
 MODELS = {
+    "deepseek_v2_lite": ("deepseek", (27, 16, 1, 576), 15_706_484_224),
+    "deepseek_v3": ("deepseek", (61, 128, 1, 576), 671_026_419_200),
     "gemma_2_9b": ("gemma2", (42, 16, 8, 256), 9_241_705_984),
     "gemma_3_1b_it": ("gemma3", (26, 4, 1, 256), 999_885_952),
     "glm_4_9b_0414": ("glm4", (40, 32, 2, 128), 9_400_279_040),

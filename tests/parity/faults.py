@@ -11,6 +11,7 @@ from jaxinfer import batch
 from jaxinfer.config import ModelConfig, MoEConfig, RopeConfig
 from jaxinfer.layers import attention_block, decoder, mlp, norm
 from pallas_kernels.paged_attention import xla
+from sharding_rules import axes as ax
 from tests.parity import driver
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -161,6 +162,14 @@ def _layer_norm_of_the_root_mean_square(module: norm.LayerNorm, x: jax.Array) ->
     return x * jax.lax.rsqrt(mean_square + module.eps) * module.scale[...] + module.bias[...]
 
 
+def _but_latents(normalise: Callable) -> Callable:
+    def changed(module: norm.RMSNorm, x: jax.Array) -> jax.Array:
+        is_of_latents = module.scale.get_metadata("logical_axes") == (ax.LATENT,)
+        return x * module.scale[...] if is_of_latents else normalise(module, x)
+
+    return changed
+
+
 FAULTS = [
     Fault("rope theta over 50", _rope(lambda rope: {"theta": rope.theta / 50})),
     Fault("llama3 rope scaling ignored", _rope(lambda rope: {"scaling": "default"}), config="llama3_rope"),
@@ -241,6 +250,21 @@ FAULTS = [
         "one expert too few",
         _moe(lambda moe: {"num_experts_per_token": moe.num_experts_per_token - 1}),
         family="qwen3_moe",
+    ),
+    Fault(
+        "groups of experts ignored",
+        _moe(lambda moe: {"num_groups": 1, "groups_per_token": 1}),
+        family="deepseek",
+    ),
+    Fault("bias on the choice of experts ignored", _zeros_at("choice_bias"), family="deepseek"),
+    Fault("shared experts dropped", _zeros_at("shared/down"), family="deepseek"),
+    Fault("weights of experts not scaled", _moe(lambda moe: {"scale": 1.0}), family="deepseek"),
+    Fault("latents not normalised", _wrap(norm.RMSNorm, "__call__", _but_latents), family="deepseek"),
+    Fault(
+        "scores not scaled for the stretch",
+        _config(lambda c: {"query_scale": c.query_scale and c.query_scale / 1.3}),
+        family="deepseek",
+        config="v2",
     ),
     Fault(
         "experts one place on",
