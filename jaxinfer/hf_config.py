@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from jaxinfer.config import RopeConfig
@@ -20,9 +20,10 @@ T = TypeVar("T")
 # Keys about training, storage, tokens or the program that wrote the file. `generation_config` reports those of
 # CONFIG_JSON_KEYS, which are about sampling.
 _IRRELEVANT = CONFIG_JSON_KEYS | frozenset(
-    """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id
-    cache_implementation chunk_size_feed_forward decoder_start_token_id dtype embd_pdrop eos_token_id finetuning_task
-    gradient_checkpointing hidden_dropout id2label initializer_range is_decoder label2id mlp_dropout
+    """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout
+    attention_probs_dropout_prob bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout
+    decoder_start_token_id dtype embd_pdrop eos_token_id finetuning_task gradient_checkpointing hidden_dropout
+    hidden_dropout_prob id2label initializer_range is_decoder label2id mlp_dropout
     output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type resid_pdrop return_dict
     sep_token_id task_specific_params tokenizer_class torch_dtype torchscript transformers_version use_bfloat16
     use_cache use_return_dict""".split()
@@ -132,11 +133,11 @@ class HFConfig:
             )
         return value
 
-    def check_all_read(self) -> None:
-        """Raises ValueError for keys that are neither read nor irrelevant (null values aside)."""
+    def check_all_read(self, irrelevant: Collection[str] = ()) -> None:
+        """Raises ValueError for keys that are neither read nor irrelevant, to this family or all (nulls aside)."""
         self._check_auto_map()
         self.expect("is_encoder_decoder", False)
-        unread = {k for k, v in self._values.items() if v is not None} - self._read - _IRRELEVANT
+        unread = {k for k, v in self._values.items() if v is not None} - self._read - _IRRELEVANT - {*irrelevant}
         if unread:
             raise ValueError(
                 f"{self.source}: unknown keys {sorted(unread)} may change the mathematics, so the model is refused; "

@@ -44,7 +44,7 @@ class Demand:
             raise ValueError(f"{error}; would fit: {flags or 'a smaller model'}") from None
 
     def _plan(self) -> MemoryPlan:
-        config, model, partitioner = self.config, self.definition.config, self.definition.partitioner
+        config, model, partitioner = self.config, self.definition.decoder_config, self.definition.partitioner
         assert config.max_model_len is not None
         num_shards = partitioner.num_shards(ax.BATCH)
         spec = attention_specs(model, partitioner, self.page_size)[0]

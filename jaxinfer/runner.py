@@ -6,7 +6,6 @@ compilation.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 
 from jaxinfer import batch, kv_cache
 from jaxinfer.batch import Buckets, StepBatch, StepShape
+from jaxinfer.compilations import compile_all
 from jaxinfer.extras import Extras, ExtrasSpec
 from jaxinfer.kv_cache import CacheSpec
 from jaxinfer.parameters import ModelDefinition
@@ -55,20 +55,12 @@ class Runner:
         jobs: dict[StepShape | Key, Callable[[], jax.stages.Lowered]] = {
             shape: lambda shape=shape: self.lowered(shape) for shape in shapes
         }
-        jobs |= self._sampler.lowerings(one_token, self._abstract_weights())
-        pool = ThreadPoolExecutor()
-        try:
-            futures = {pool.submit(lambda lowered=lowered: lowered().compile()): key for key, lowered in jobs.items()}
-            for done, future in enumerate(as_completed(futures), start=1):
-                key, program = futures[future], future.result()
-                if isinstance(key, StepShape):
-                    self._programs[key] = program
-                else:
-                    self._sampler.add(key, program)
-                if progress is not None:
-                    progress(done, len(jobs))
-        finally:
-            pool.shutdown(cancel_futures=True)  # a program that failed must not wait for those behind it
+        jobs |= self._sampler.lowerings(one_token, self.definition.abstract_arrays)
+        for key, program in compile_all(jobs, progress).items():
+            if isinstance(key, StepShape):
+                self._programs[key] = program
+            else:
+                self._sampler.add(key, program)
 
     def dispatch(self, shape: StepShape, batch: StepBatch, extras: Extras | None = None) -> StepOutput:
         """Starts a step and returns its output, on the devices, without waiting for it."""
@@ -124,11 +116,7 @@ class Runner:
         function = functions.prefill if shape.chunk_tokens else functions.decode
         shardings = (*jax.tree.map(lambda a: a.sharding, (cache, slots)), output, activations)
         jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=shardings)
-        return jitted.lower(self._abstract_weights(), cache, slots, self._abstract_batch(shape))
-
-    def _abstract_weights(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        params = self.definition.params
-        return tuple(jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for p in params)
+        return jitted.lower(self.definition.abstract_arrays, cache, slots, self._abstract_batch(shape))
 
     def _abstract_batch(self, shape: StepShape) -> StepBatch:
         """The shapes and dtypes of any batch of this shape: those of an empty one."""

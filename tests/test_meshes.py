@@ -179,7 +179,7 @@ def test_extras_move_logits_once_and_nothing_else(mesh: str):
     batch = runner._abstract_batch(StepShape(0, 0, SHAPES.rows, SHAPES.buckets().pages[0], 1))
     num_shards = batch.slots.shape[0]
     collectives = {}
-    for name, lower in runner._sampler.lowerings([batch], runner._abstract_weights()).items():
+    for name, lower in runner._sampler.lowerings([batch], runner.definition.abstract_arrays).items():
         found = _COLLECTIVE.findall(lower().compile().as_text() or "")
         collectives[name] = [(op, _num_elements(result)) for result, op in found]
     for name, num_tokens in ((SHAPES.rows, SHAPES.rows), ("score", SHAPES.chunk)):

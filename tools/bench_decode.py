@@ -67,7 +67,7 @@ def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch
     pages_per_shard = 1 + batch_size * pages[0]
     buckets = Buckets((batch_size,), pages, pages, (_PROMPT_TOKENS.value,), page_size, num_steps, num_shards=1)
     cache = kv_cache.cache_spec(
-        definition.config,
+        definition.decoder_config,
         definition.partitioner,
         pages_per_shard=pages_per_shard,
         page_size=page_size,

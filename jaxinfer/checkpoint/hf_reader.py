@@ -93,7 +93,7 @@ def cast(data: np.ndarray, dtype: jnp.dtype, name: str) -> np.ndarray:
 def check_matches(index: TensorIndex, definition: ModelDefinition) -> None:
     """Raises ValueError unless the directory has exactly the model's tensors, with the shapes of config.json."""
     expected = {name: tensor_shape(parts) for name, parts in tensors(stored_params(definition)).items()}
-    left_over = {name for name in index.tensors.keys() - expected.keys() if not name.endswith(_IGNORED_SUFFIX)}
+    left_over = index.tensors.keys() - expected.keys() - unused_tensors(index, definition)
     tied_copies = {copy: table for copy, table in _tied_copies(definition).items() if copy in left_over}
     left_over -= tied_copies.keys()
     missing = expected.keys() - index.tensors.keys()
@@ -108,6 +108,12 @@ def check_matches(index: TensorIndex, definition: ModelDefinition) -> None:
         raise ValueError(f"{index.model_dir}: tensors that do not fit config.json: {listed(wrong)}")
     for copy, table in tied_copies.items():
         _check_equal(index, copy, table)
+
+
+def unused_tensors(index: TensorIndex, definition: ModelDefinition) -> set[str]:
+    """Names of the directory's tensors that inference does not need."""
+    unused = getattr(definition.family, "UNUSED_TENSORS", ())
+    return {name for name in index.tensors if name in unused or name.endswith(_IGNORED_SUFFIX)}
 
 
 def _mismatch(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> str:

@@ -80,7 +80,7 @@ def make_runner(definition: ModelDefinition, weights: Arrays, shapes: Shapes) ->
 
 def cache_spec(definition: ModelDefinition, shapes: Shapes) -> kv_cache.CacheSpec:
     return kv_cache.cache_spec(
-        definition.config,
+        definition.decoder_config,
         definition.partitioner,
         pages_per_shard=shapes.pages_per_shard,
         page_size=shapes.page_size,
