@@ -144,8 +144,9 @@ class Engine:
     def embed(self, prompts: Prompt | Iterable[Prompt], *, pooling: str = "mean", normalize: bool = True) -> np.ndarray:
         """float32 [len(prompts), D]: an encoder's vector of each prompt, of length 1 if `normalize`.
 
-        `pooling` is "mean", of the last activations of all its tokens, or "cls", of the first, which the model card
-        names. Raises ValueError for a decoder, and for a prompt that cannot run, with its place in the list.
+        `pooling` is "mean", of the last activations of all its tokens, or "cls", of the first; the model card says
+        which. Nothing is cut off. Raises ValueError for a decoder, and for a prompt that cannot run, with its place in
+        the list, before any runs; RuntimeError for vectors that are not finite.
         """
         self._check_open()
         if not isinstance(self._running, Embedder):

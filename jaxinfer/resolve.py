@@ -21,6 +21,7 @@ from jaxinfer.memory import Demand
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.planner import EncoderMemoryPlan, MemoryPlan, encoder_workspace_bytes
+from jaxinfer.sentence_modules import check_modules
 from jaxinfer.tokenizer import Tokenizer, load_tokenizer
 from pallas_kernels import paged_attention
 from sharding_rules import axes as ax
@@ -154,6 +155,7 @@ def _resolve_encoder(model: ResolvedModel) -> ResolvedEncoder:
     for name in ("page_size", "kv_cache_bytes"):
         if (value := getattr(config, name)) is not None:
             raise ValueError(f"--{name}={value}: {model.architecture} is an encoder and has no cache; leave it out")
+    check_modules(model.model_dir)
     num_shards = partitioner.num_shards(ax.BATCH)
     buckets = EncoderBuckets.create(
         max_rows=_rows_per_shard(config, partitioner),

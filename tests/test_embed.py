@@ -13,7 +13,7 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import models, pre_tokenizers, processors
 
-from jaxinfer import AsyncEngine, Engine, SamplingParams, resolve
+from jaxinfer import AsyncEngine, Engine, SamplingParams, resolve, sentence_modules
 from jaxinfer.models import bert
 from tests import tiny_model
 from tests.command_line import environment, run_here
@@ -75,6 +75,16 @@ def test_one_prompt_is_a_matrix_of_one_row(engine: Engine):
 def test_a_tokenizer_that_asks_for_truncation_and_padding_gets_neither(engine: Engine):
     whole = engine.embed("a longer text a longer text")
     np.testing.assert_array_equal(whole, engine.embed([CLS, 5, 7, 6, 5, 7, 6, SEP]))
+
+
+def test_a_vocabulary_without_tokenizer_json(tmp_path: pathlib.Path, engine: Engine):
+    """As older directories have it: vocab.txt, a token per line."""
+    words = {0: "[PAD]", 1: "[UNK]", CLS: "[CLS]", SEP: "[SEP]", 103: "[MASK]", 5: "a", 6: "text"}
+    directory = make(tmp_path / "model")
+    (directory / "vocab.txt").write_text("".join(f"{words.get(i, f'[unused{i}]')}\n" for i in range(128)))
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    with Engine(str(directory), max_num_seqs=2) as old:
+        np.testing.assert_array_equal(old.embed("A text"), engine.embed([CLS, 5, 6, SEP]))
 
 
 def test_normalization_changes_the_length_alone(engine: Engine):
@@ -193,6 +203,32 @@ def test_a_closed_engine_embeds_nothing(model_dir: pathlib.Path):
 def test_settings_that_cannot_work(model_dir: pathlib.Path, settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         Engine(str(model_dir), **settings)
+
+
+def modules(*names: str) -> str:
+    return json.dumps([{"idx": i, "type": f"sentence_transformers.models.{name}"} for i, name in enumerate(names)])
+
+
+def test_modules_that_are_asked_for_or_done_anyway_are_fine(tmp_path: pathlib.Path):
+    (tmp_path / "modules.json").write_text(modules("Transformer", "Pooling", "Normalize"))
+    sentence_modules.check_modules(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            modules("Transformer", "Pooling", "Dense"),
+            "modules.json: Dense is not implemented; implemented: Transformer, ",
+        ),
+        ("{", "modules.json: not a readable list of modules: JSONDecodeError"),
+        ('[{"path": ""}]', "modules.json: not a readable list of modules: KeyError"),
+    ],
+)
+def test_vectors_that_more_is_done_to_are_refused(text: str, message: str, tmp_path: pathlib.Path):
+    (make(tmp_path / "model") / "modules.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Engine(str(tmp_path / "model"))
 
 
 def test_values_that_are_not_finite_are_reported_with_the_place_of_the_prompt(tmp_path: pathlib.Path):

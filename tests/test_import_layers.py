@@ -43,6 +43,7 @@ LAYERS = {
     "jaxinfer.request_stream": 1,
     "jaxinfer.sampling_params": 1,
     "jaxinfer.scheduler": 1,
+    "jaxinfer.sentence_modules": 1,
     "jaxinfer.shard": 1,
     "jaxinfer.slot_table": 1,
     "jaxinfer.stats": 1,
