@@ -65,7 +65,7 @@ class Embedder:
     def embed(
         self, texts: Sequence[Sequence[int]], pooling: str, progress: Callable[[int, int], None] | None = None
     ) -> np.ndarray:
-        """float32 [len(texts), D], pooled in the way of `POOLINGS` that is named, of any length.
+        """float32 [len(texts), D], pooled as the one of `POOLINGS` that is named, and not normalised.
 
         `progress(done, total)` counts texts. Raises RuntimeError, which says where, for values that are not finite.
         """

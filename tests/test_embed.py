@@ -13,7 +13,7 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import models, pre_tokenizers, processors
 
-from jaxinfer import AsyncEngine, Engine, SamplingParams, resolve, sentence_modules
+from jaxinfer import AsyncEngine, Engine, SamplingParams, resolve
 from jaxinfer.models import bert
 from tests import tiny_model
 from tests.command_line import environment, run_here
@@ -203,32 +203,6 @@ def test_a_closed_engine_embeds_nothing(model_dir: pathlib.Path):
 def test_settings_that_cannot_work(model_dir: pathlib.Path, settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         Engine(str(model_dir), **settings)
-
-
-def modules(*names: str) -> str:
-    return json.dumps([{"idx": i, "type": f"sentence_transformers.models.{name}"} for i, name in enumerate(names)])
-
-
-def test_modules_that_are_asked_for_or_done_anyway_are_fine(tmp_path: pathlib.Path):
-    (tmp_path / "modules.json").write_text(modules("Transformer", "Pooling", "Normalize"))
-    sentence_modules.check_modules(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            modules("Transformer", "Pooling", "Dense"),
-            "modules.json: Dense is not implemented; implemented: Transformer, ",
-        ),
-        ("{", "modules.json: not a readable list of modules: JSONDecodeError"),
-        ('[{"path": ""}]', "modules.json: not a readable list of modules: KeyError"),
-    ],
-)
-def test_vectors_that_more_is_done_to_are_refused(text: str, message: str, tmp_path: pathlib.Path):
-    (make(tmp_path / "model") / "modules.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        Engine(str(tmp_path / "model"))
 
 
 def test_values_that_are_not_finite_are_reported_with_the_place_of_the_prompt(tmp_path: pathlib.Path):
