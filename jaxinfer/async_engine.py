@@ -27,6 +27,7 @@ from jaxinfer.metrics import EngineMetrics
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.request import Reached, Request
 from jaxinfer.request_stream import LiveRequest, RequestStream
+from jaxinfer.resolve import check_generates
 from jaxinfer.sampling_params import SamplingParams
 
 _MAX_WAITING = 1024
@@ -40,14 +41,19 @@ class AsyncEngine:
     """An engine that one event loop uses, in `async with`.
 
     `AsyncEngine(model=None, **fields)` takes what `Engine` takes, and loads and compiles as that does.
-    `max_waiting` is how many requests may wait to be started, those whose prompts are being encoded included.
+    `max_waiting` is how many requests may wait to be started, those whose prompts are being encoded included. Raises
+    ValueError for an encoder, too, which generates nothing.
 
     Every call raises EngineDeadError once the engine has died, and RuntimeError before it is entered, after it is
     closed, and from another event loop.
     """
 
     def __init__(self, model: str | None = None, *, max_waiting: int = _MAX_WAITING, **fields: Any):
-        self._set_up(lambda: Engine(model, **fields), max_waiting)
+        def make_engine() -> Engine:
+            check_generates(model)  # before it is loaded
+            return Engine(model, **fields)
+
+        self._set_up(make_engine, max_waiting)
         self._owns_engine = True
 
     @classmethod

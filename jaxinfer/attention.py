@@ -1,4 +1,4 @@
-"""What a model attends to: nothing but its own tokens (training), or a paged cache (inference)."""
+"""What a model attends to: nothing but its own tokens (training, encoders), or a paged cache (decoding)."""
 
 import dataclasses
 import functools
@@ -22,7 +22,24 @@ from sharding_rules import axes as ax
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
     """Every token attends to itself and those before it; no cache.
 
-    q [B, T, N, H], k and v [B, T, K, H] with N a multiple of K -> [B, T, N, H]. Softmax in float32.
+    q [B, T, N, H], k and v [B, T, K, H] with N a multiple of K -> [B, T, N, H].
+    """
+    t = q.shape[1]
+    return masked_attention(q, k, v, scale, jnp.tril(jnp.ones((t, t), bool)))
+
+
+def bidirectional_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, lengths: jax.Array) -> jax.Array:
+    """Every token attends to all tokens of its sequence, whose `lengths` int32 [B] are at least 1; no cache.
+
+    Shapes as of `causal_attention`. What comes out for a token beyond its sequence counts for nothing.
+    """
+    is_valid = jnp.arange(q.shape[1]) < lengths[:, None]
+    return masked_attention(q, k, v, scale, is_valid[:, None, None, None, :])
+
+
+def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: jax.Array) -> jax.Array:
+    """Attention where `mask`, bool and broadcast to [B, K, N / K, T, T], is true. Softmax in float32.
+
     Two batched einsums: on XLA:CPU faster than `jax.nn.dot_product_attention`.
     """
     b, t, n, h = q.shape
@@ -30,7 +47,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> 
     q = (q * jnp.asarray(scale, q.dtype)).reshape(b, t, num_kv_heads, n // num_kv_heads, h)
     precision = matmul_precision(q.dtype)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = jnp.where(jnp.tril(jnp.ones((t, t), bool)), scores, -jnp.inf)
+    scores = jnp.where(mask, scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision).reshape(b, t, n, h)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxinfer.integers import cdiv
+from jaxinfer.integers import cdiv, powers, round_up
 from jaxinfer.sampling import SamplingArrays
 from jaxinfer.slot_table import SlotTable
 from jaxinfer.step_plan import Chunk, StepPlan, num_chunks
@@ -88,13 +88,13 @@ class Buckets:
         four (from 512: there they cost little, and programs take long to compile)."""
 
         def pages(first: int, factor: int) -> tuple[int, ...]:
-            return tuple(dict.fromkeys(cdiv(n, page_size) for n in _powers(first, max_model_len, factor)))
+            return tuple(dict.fromkeys(cdiv(n, page_size) for n in powers(first, max_model_len, factor)))
 
         return cls(
-            rows=_powers(1, max_rows, 2),
+            rows=powers(1, max_rows, 2),
             pages=pages(128, 2),
             chunk_pages=pages(512, 4),
-            chunk_tokens=_powers(min_chunk, max_chunk_tokens(max_chunk, max_model_len, max_rows), 4),
+            chunk_tokens=powers(min_chunk, max_chunk_tokens(max_chunk, max_model_len, max_rows), 4),
             page_size=page_size,
             decode_steps=decode_steps,
             num_shards=num_shards,
@@ -130,15 +130,15 @@ class Buckets:
         """The smallest compiled shape that holds a plan."""
         end = plan.num_steps + max(starts.max(initial=0).item() for starts in plan.starts)
         if any(plan.chunks):
-            tokens = _round_up(max(sum(c.num_tokens for c in chunks) for chunks in plan.chunks), self.chunk_tokens)
+            tokens = round_up(max(sum(c.num_tokens for c in chunks) for chunks in plan.chunks), self.chunk_tokens)
             stops = [chunk.stop for chunks in plan.chunks for chunk in chunks]
             pages = max(self._least_pages(tokens), self._chunk_pages(max(*stops, end)))
             return StepShape(tokens, self.num_chunks, self.rows_beside_chunk, pages, 1)
         rows = self.rows[-1] if plan.num_steps < self.decode_steps else max(map(len, plan.rows))
         end = min(end, self.pages[-1] * self.page_size)  # a row may end within the step
         buckets = self._single_pages if plan.num_steps < self.decode_steps else self.pages
-        pages = _round_up(cdiv(end, self.page_size), buckets)
-        return StepShape(0, 0, _round_up(rows, self.rows), pages, plan.num_steps)
+        pages = round_up(cdiv(end, self.page_size), buckets)
+        return StepShape(0, 0, round_up(rows, self.rows), pages, plan.num_steps)
 
     @property
     def _single_pages(self) -> tuple[int, ...]:
@@ -150,7 +150,7 @@ class Buckets:
         return self._chunk_pages(min(chunk_tokens, self.chunk_pages[-1] * self.page_size))
 
     def _chunk_pages(self, num_tokens: int) -> int:
-        return _round_up(cdiv(num_tokens, self.page_size), self.chunk_pages)
+        return round_up(cdiv(num_tokens, self.page_size), self.chunk_pages)
 
 
 def max_chunk_tokens(max_num_batched_tokens: int, max_model_len: int, max_rows: int) -> int:
@@ -192,19 +192,3 @@ def _chunk_arrays(by_shard: list[list[Chunk]], shape: StepShape) -> ChunkArrays:
             starts[shard, i], lengths[shard, i] = chunk.start, chunk.num_tokens
             tokens[shard, start:end] = chunk.request.token_ids[chunk.start : chunk.stop]
     return ChunkArrays(tokens, starts, lengths)
-
-
-def _powers(first: int, last: int, factor: int) -> tuple[int, ...]:
-    """first, first * factor, ... below last, then last itself."""
-    sizes = []
-    while first < last:
-        sizes.append(first)
-        first *= factor
-    return (*sizes, last)
-
-
-def _round_up(size: int, buckets: tuple[int, ...]) -> int:
-    for bucket in buckets:
-        if size <= bucket:
-            return bucket
-    raise RuntimeError(f"size {size} is beyond the largest compiled shape, {buckets[-1]}")

@@ -202,3 +202,38 @@ class ModelConfig:
 
     def layer_rope(self, layer: int) -> RopeConfig | None:
         return self.window_rope if self.window_rope is not None and self.window(layer) is not None else self.rope
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """A transformer that reads a text as a whole and generates nothing, as BERT does.
+
+    Attributes, where the name does not say it:
+      max_position: rows of the position embedding, and so tokens of the longest text.
+      num_token_types: rows of the token type embedding, of which a text that stands alone uses the first.
+    """
+
+    family: str
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_q_heads: int
+    head_dim: int
+    mlp_dim: int
+    max_position: int
+    num_token_types: int
+    norm_eps: float
+    activation: str
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_q_heads
+
+    @property
+    def tie_embeddings(self) -> bool:
+        """There is no head."""
+        return False
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_dim**-0.5

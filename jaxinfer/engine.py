@@ -1,35 +1,34 @@
-"""The engine: requests in, text out.
+"""The engine: requests in, text out; or texts in, vectors out.
 
     prompt -> Intake -> Request -> EngineCore (scheduler, devices) -> RequestOutput
 
-`step` does one turn of the core; `generate` and `stream` turn it until their requests are done. An engine belongs
-to one thread.
+`step` does one turn of the core; `generate` and `stream` turn it until their requests are done. A model that generates
+nothing has an Embedder in the core's place. An engine belongs to one thread.
 """
 
-import numbers
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
+
+import numpy as np
 
 from jaxinfer.beam_search import beam_params, beam_search
 from jaxinfer.checkpoint.reader import load_weights
 from jaxinfer.compilations import num_compilations
+from jaxinfer.embedder import POOLINGS, Embedder
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.engine_core import EngineCore
-from jaxinfer.intake import Intake, Prompt
+from jaxinfer.intake import Intake, Prompt, as_prompts, read_each
 from jaxinfer.metrics import EngineMetrics
 from jaxinfer.outputs import Delta, RequestOutput
 from jaxinfer.progress import Progress
 from jaxinfer.request import Reached, Request, output_of
-from jaxinfer.resolve import ResolvedEngine, resolve
-from jaxinfer.runner import Runner
+from jaxinfer.resolve import ResolvedEncoder, ResolvedEngine, generates_nothing, resolve
 from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
-from sharding_rules import axes as ax
 
 
 class Engine:
-    """A model on a mesh, ready to generate.
+    """A model on a mesh, ready to generate or, if it is an encoder, to embed.
 
     `Engine(model=None, **fields)` takes the fields of `EngineConfig`; no model is the demonstration model. The
     constructor reads, plans, loads and compiles: after it nothing compiles any more. Raises ValueError, in one
@@ -40,39 +39,23 @@ class Engine:
         config = EngineConfig(model=model, **fields)
         self.progress = Progress(enabled=config.show_progress)
         self.stats = EngineStats()
-        self.resolved: ResolvedEngine = resolve(config)
-        self.progress.line(str(self.resolved.memory))
-        definition = self.resolved.definition
+        resolved = self._resolved = resolve(config)
+        self.progress.line(str(resolved.memory))
         with self.progress.phase("loading weights", "bytes") as advance, self.stats.timed("load_s"):
-            weights = load_weights(self.resolved.model_dir, definition, advance)
-        runner = Runner(
-            definition,
-            weights,
-            self.resolved.cache_spec,
-            self.resolved.buckets,
-            backend=self.resolved.attention_backend,
-        )
+            weights = load_weights(resolved.model_dir, resolved.definition, advance)
+        if isinstance(resolved, ResolvedEncoder):
+            self._running = Embedder(resolved, weights, self.stats)
+        else:
+            self._running = EngineCore.create(resolved, weights, self.stats)
+            self._intake = Intake(
+                tokenizer=resolved.tokenizer,
+                generation=resolved.generation,
+                vocab_size=resolved.definition.config.vocab_size,
+                max_model_len=resolved.max_model_len,
+                seed=config.seed,
+            )
         with self.progress.phase("compiling", "programs") as advance, self.stats.timed("compile_s"):
-            runner.compile_all(advance)
-        scheduler = Scheduler(
-            num_shards=definition.partitioner.num_shards(ax.BATCH),
-            pages_per_shard=self.resolved.memory.num_pages,
-            page_size=self.resolved.memory.page_size,
-            slots_per_shard=self.resolved.slots_per_shard,
-            max_model_len=self.resolved.max_model_len,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            chunk_sizes=self.resolved.buckets.chunk_tokens,
-            decode_steps=config.decode_steps,
-            enable_prefix_caching=config.enable_prefix_caching,
-        )
-        self._core = EngineCore(scheduler, runner, self.stats)
-        self._intake = Intake(
-            tokenizer=self.resolved.tokenizer,
-            generation=self.resolved.generation,
-            vocab_size=definition.config.vocab_size,
-            max_model_len=self.resolved.max_model_len,
-            seed=config.seed,
-        )
+            self._running.compile_all(advance)
         self._unfinished: dict[str, list[Request]] = {}  # all outputs of a prompt, by request id
         self._undelivered: dict[str, list[Request]] = {}  # some got on, and nobody has been told yet
         self._is_closed = False
@@ -89,7 +72,14 @@ class Engine:
         self._is_closed = True
         self._unfinished.clear()
         self._undelivered.clear()
-        self._core.close()
+        self._running.close()
+
+    @property
+    def resolved(self) -> ResolvedEngine:
+        """What was decided about a decoder before it was loaded. Raises ValueError for an encoder."""
+        if isinstance(self._resolved, ResolvedEncoder):
+            raise ValueError(generates_nothing(self._resolved.architecture))
+        return self._resolved
 
     @property
     def default_sampling_params(self) -> SamplingParams:
@@ -104,17 +94,12 @@ class Engine:
         Without `params` the model's defaults apply. Raises ValueError for a prompt that cannot run, with its place
         in the list, before any runs.
         """
-        prompts = _as_list(prompts)
+        prompts = as_prompts(prompts)
         params = self.default_sampling_params if params is None else params
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(each)} sampling params; give one, or one per prompt")
-        groups = []
-        for i, (prompt, prompt_params) in enumerate(zip(prompts, each, strict=True)):
-            try:
-                groups.append(self._make_requests(prompt, prompt_params))
-            except ValueError as error:
-                raise ValueError(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from None
+        groups = read_each([*zip(prompts, each, strict=True)], lambda pair: self._make_requests(*pair))
         pending = {group[0].request_id for group in groups}
         try:
             for group in groups:
@@ -156,6 +141,24 @@ class Engine:
         beam_search(group, self.generate, length_penalty)
         return output_of(group)
 
+    def embed(self, prompts: Prompt | Iterable[Prompt], *, pooling: str = "mean", normalize: bool = True) -> np.ndarray:
+        """float32 [len(prompts), D]: an encoder's vector of each prompt, of length 1 if `normalize`.
+
+        `pooling` is "mean", of the last activations of all its tokens, or "cls", of the first; the model card says
+        which. Nothing is cut off. Raises ValueError for a decoder, and for a prompt that cannot run, with its place in
+        the list, before any runs; RuntimeError for vectors that are not finite.
+        """
+        self._check_open()
+        if not isinstance(self._running, Embedder):
+            architecture = self._resolved.architecture
+            raise ValueError(f"{architecture} is a decoder: it generates and has no embeddings; use Engine.generate")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling={pooling!r}: unknown; known: {', '.join(POOLINGS)}")
+        texts = self._running.encode(as_prompts(prompts))
+        with self.progress.phase("embedding", "prompts") as advance:
+            vectors = self._running.embed(texts, pooling, advance)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize else vectors
+
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> str:
         """Queues a prompt and returns the request's id; lower priorities run first.
 
@@ -181,7 +184,7 @@ class Engine:
 
     def metrics(self) -> EngineMetrics:
         """What the engine has done and holds right now. Any thread may ask."""
-        return self._core.metrics(num_compilations() - self._num_compilations_when_ready)
+        return self._running.metrics(num_compilations() - self._num_compilations_when_ready)
 
     @property
     def decode_bytes_per_device(self) -> int:
@@ -191,10 +194,18 @@ class Engine:
         cache_bytes = self.stats.decode_context_tokens * token_bytes // memory.num_shards
         return self.stats.decode_steps * self.resolved.definition.step_shard_bytes + cache_bytes
 
+    @property
+    def _core(self) -> EngineCore:
+        """Everything that generates comes by here. Raises ValueError for an encoder."""
+        if isinstance(self._running, Embedder):
+            raise ValueError(generates_nothing(self._resolved.architecture))
+        return self._running
+
     def _make_requests(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[Request]:
         self._check_open()
+        scheduler = self._core.scheduler
         requests = self._intake.make_requests(prompt, params, priority)
-        self._core.scheduler.check_fits(requests[0])  # the others are as long
+        scheduler.check_fits(requests[0])  # the others are as long
         return requests
 
     def _deltas(self, group: list[Request]) -> Iterator[Delta]:
@@ -234,15 +245,3 @@ class Engine:
 
 def _is_finished(group: list[Request]) -> bool:
     return all(request.finish_reason is not None for request in group)
-
-
-def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """One prompt or several: a text, or a sequence of numbers, is one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    try:
-        several = cast(list[Prompt], list(prompts))
-    except TypeError:
-        raise ValueError(f"prompts: expected texts or token ids, found {prompts!r}") from None
-    are_ids = [isinstance(prompt, numbers.Integral) for prompt in several]
-    return [cast(Prompt, several)] if several and all(are_ids) else several

@@ -31,9 +31,9 @@ class EngineConfig(StrictFields):
       sharding: a strategy in `sharding_rules/`, or "auto" for the one that fits the mesh.
       dtype: of weights and cache; "auto" is bfloat16 on GPU and float32 on CPU.
       max_model_len: longest prompt plus output in tokens; None for what the model was trained for, at most 4096.
-      max_num_seqs: sequences that decode together, over the whole mesh.
+      max_num_seqs: sequences that decode together, or texts that an encoder reads together, over the whole mesh.
       max_num_batched_tokens: most tokens of a step in one data shard: a token of each sequence that decodes, and
-        beside them prompts, or pieces of them.
+        beside them prompts, or pieces of them. Of an encoder padded texts, which have no pieces: at least one.
       page_size: tokens per cache page; None for 64 on GPU and 16 on CPU.
       kv_cache_bytes: size of the cache per device; None for what the sequences can use, within memory_fraction.
       memory_fraction: share of a device's free memory that weights, cache and a step's workspace may take.

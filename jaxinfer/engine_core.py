@@ -8,6 +8,7 @@ the host to read, decide and convert.
 
 import dataclasses
 import time
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
@@ -21,11 +22,13 @@ from jaxinfer.logprobs import Logprobs
 from jaxinfer.metrics import EngineMetrics
 from jaxinfer.outputs import TokenLogprobs
 from jaxinfer.request import FinishReason, Request
+from jaxinfer.resolve import ResolvedEngine
 from jaxinfer.runner import Runner
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.stats import EngineStats
 from jaxinfer.step_plan import StepPlan, StepResult
-from jaxinfer.steps import StepOutput
+from jaxinfer.steps import Arrays, StepOutput
+from sharding_rules import axes as ax
 
 
 class EngineDeadError(RuntimeError):
@@ -51,6 +54,28 @@ class EngineCore:
         self._under_way: _StepUnderWay | None = None
         self._told: list[Request] = []  # got tokens or ended, and were not returned yet
         self._last_commit_time = 0.0
+
+    @classmethod
+    def create(cls, resolved: ResolvedEngine, weights: Arrays, stats: EngineStats) -> "EngineCore":
+        """As `resolved` has decided; `compile_all` makes it ready."""
+        runner = Runner(
+            resolved.definition, weights, resolved.cache_spec, resolved.buckets, backend=resolved.attention_backend
+        )
+        scheduler = Scheduler(
+            num_shards=resolved.definition.partitioner.num_shards(ax.BATCH),
+            pages_per_shard=resolved.memory.num_pages,
+            page_size=resolved.memory.page_size,
+            slots_per_shard=resolved.slots_per_shard,
+            max_model_len=resolved.max_model_len,
+            max_num_batched_tokens=resolved.config.max_num_batched_tokens,
+            chunk_sizes=resolved.buckets.chunk_tokens,
+            decode_steps=resolved.config.decode_steps,
+            enable_prefix_caching=resolved.config.enable_prefix_caching,
+        )
+        return cls(scheduler, runner, stats)
+
+    def compile_all(self, progress: Callable[[int, int], None] | None = None) -> None:
+        self.runner.compile_all(progress)
 
     @property
     def has_work(self) -> bool:

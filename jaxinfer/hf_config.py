@@ -21,12 +21,13 @@ T = TypeVar("T")
 # CONFIG_JSON_KEYS, which are about sampling.
 _IRRELEVANT = CONFIG_JSON_KEYS | frozenset(
     """_attn_implementation _attn_implementation_autoset _name_or_path activation_dropout architectures
-    attention_dropout attn_pdrop bos_token_id cache_implementation chunk_size_feed_forward decoder_start_token_id
-    dropout dtype embd_pdrop eos_token_id finetuning_task gradient_checkpointing hidden_dropout id2label init_std
-    initializer_range is_decoder label2id layerdrop mlp_dropout output_attentions output_hidden_states
-    output_router_logits pad_token_id prefix pretraining_tp problem_type resid_pdrop return_dict
-    router_aux_loss_coef router_jitter_noise sep_token_id task_specific_params tokenizer_class torch_dtype
-    torchscript transformers_version use_bfloat16 use_cache use_return_dict""".split()
+    attention_dropout attention_probs_dropout_prob attn_pdrop bos_token_id cache_implementation
+    chunk_size_feed_forward classifier_dropout decoder_start_token_id dropout dtype embd_pdrop eos_token_id
+    finetuning_task gradient_checkpointing hidden_dropout hidden_dropout_prob id2label init_std initializer_range
+    is_decoder label2id layerdrop mlp_dropout output_attentions output_hidden_states output_router_logits
+    pad_token_id prefix pretraining_tp problem_type resid_pdrop return_dict router_aux_loss_coef
+    router_jitter_noise sep_token_id task_specific_params tokenizer_class torch_dtype torchscript
+    transformers_version use_bfloat16 use_cache use_return_dict""".split()
 )
 
 

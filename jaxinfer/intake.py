@@ -5,7 +5,8 @@ import functools
 import hashlib
 import itertools
 import numbers
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar, cast
 
 from jaxinfer.generation_config import GenerationDefaults
 from jaxinfer.output_text import OutputText
@@ -15,6 +16,7 @@ from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.tokenizer import Tokenizer
 
 Prompt = str | Iterable[int]
+T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class Intake:
         """The `params.n` requests of a prompt. Raises ValueError, in one line, for one that cannot run."""
         if type(priority) is not int:
             raise ValueError(f"priority={priority!r}: must be an integer; lower runs first")
-        token_ids = self._encode(prompt)
+        token_ids = encode_prompt(prompt, self.tokenizer, self.vocab_size)
         if len(token_ids) >= self.max_model_len:
             raise ValueError(
                 f"prompt of {len(token_ids)} tokens leaves no room to generate within --max_model_len="
@@ -89,19 +91,9 @@ class Intake:
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=False) if self.tokenizer else None
         return LogprobsRecord(num_top, decode)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("the model has no tokenizer, so prompts must be token ids")
-            prompt = self.tokenizer.encode(prompt) if prompt else []
-        token_ids = self._token_ids("prompt", prompt)
-        if not token_ids:
-            raise ValueError("the prompt is empty; give at least one character or token id")
-        return token_ids
-
     def _stop_token_ids(self, params: SamplingParams) -> tuple[int, ...]:
         end = () if params.ignore_eos else self.generation.eos_token_ids
-        own = self._token_ids("stop_token_ids", params.stop_token_ids or ())
+        own = check_token_ids("stop_token_ids", params.stop_token_ids or (), self.vocab_size)
         token_ids = tuple(dict.fromkeys((*end, *own)))
         if len(token_ids) > MAX_STOP_TOKEN_IDS:
             raise ValueError(
@@ -135,26 +127,60 @@ class Intake:
         self, params: SamplingParams, stop_token_ids: tuple[int, ...], bad_words: tuple[tuple[int, ...], ...]
     ) -> None:
         """Refuses ids that are none, and bans that leave no token to begin with."""
-        self._token_ids("logit_bias", params.logit_bias or ())
+        check_token_ids("logit_bias", params.logit_bias or (), self.vocab_size)
         if params.allowed_token_ids is None:
             return
-        allowed = set(self._token_ids("allowed_token_ids", params.allowed_token_ids))
+        allowed = set(check_token_ids("allowed_token_ids", params.allowed_token_ids, self.vocab_size))
         banned = {word[0] for word in bad_words if len(word) == 1} | {*(stop_token_ids if params.min_tokens else ())}
         if allowed <= banned:
             raise ValueError(f"allowed_token_ids={[*allowed]}: bad_words or min_tokens ban them all; allow one more")
 
-    def _token_ids(self, what: str, values: Iterable[int]) -> list[int]:
-        """As plain ints, NumPy's too. JAX would silently read another token's row, so the host checks every id."""
-        if not isinstance(values, Iterable):
-            raise ValueError(f"{what}: {values!r} is neither a text nor token ids")
-        values = list(values)
-        for value in values:
-            is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            if not is_integer or not 0 <= value < self.vocab_size:
-                raise ValueError(
-                    f"{what}: {value!r} is not a token id of the model; ids are integers in [0, {self.vocab_size})"
-                )
-        return [int(value) for value in values]
+
+def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """One prompt or several: a text, or a sequence of numbers, is one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        several = cast(list[Prompt], list(prompts))
+    except TypeError:
+        raise ValueError(f"prompts: expected texts or token ids, found {prompts!r}") from None
+    are_ids = [isinstance(prompt, numbers.Integral) for prompt in several]
+    return [cast(Prompt, several)] if several and all(are_ids) else several
+
+
+def read_each(prompts: Sequence[T], read: Callable[[T], R]) -> list[R]:
+    """`read` of each. Its ValueErrors say which of several prompts it was."""
+    found = []
+    for i, prompt in enumerate(prompts):
+        try:
+            found.append(read(prompt))
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from None
+    return found
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+    """Token ids, a text's with the tokenizer's special tokens. Raises ValueError for an empty prompt and wrong ids."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("the model has no tokenizer, so prompts must be token ids")
+        prompt = tokenizer.encode(prompt) if prompt else []
+    token_ids = check_token_ids("prompt", prompt, vocab_size)
+    if not token_ids:
+        raise ValueError("the prompt is empty; give at least one character or token id")
+    return token_ids
+
+
+def check_token_ids(what: str, values: Iterable[int], vocab_size: int) -> list[int]:
+    """As plain ints, NumPy's too. JAX would silently read another token's row, so the host checks every id."""
+    if not isinstance(values, Iterable):
+        raise ValueError(f"{what}: {values!r} is neither a text nor token ids")
+    values = list(values)
+    for value in values:
+        is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not is_integer or not 0 <= value < vocab_size:
+            raise ValueError(f"{what}: {value!r} is not a token id of the model; ids are integers in [0, {vocab_size})")
+    return [int(value) for value in values]
 
 
 def _seed_of(engine_seed: int, number: int) -> int:

@@ -45,7 +45,7 @@ class Demand:
             raise ValueError(f"{error}; would fit: {flags or 'a smaller model'}") from None
 
     def _plan(self) -> MemoryPlan:
-        config, model, partitioner = self.config, self.definition.config, self.definition.partitioner
+        config, model, partitioner = self.config, self.definition.decoder_config, self.definition.partitioner
         assert config.max_model_len is not None
         num_shards = partitioner.num_shards(ax.BATCH)
         spec = attention_specs(model, partitioner, self.page_size)[0]
@@ -87,7 +87,7 @@ class Demand:
 
     def _mlp_bytes(self, num_tokens: int) -> int:
         """Of the widest MLP on one device. Experts are computed tile by tile, each with a copy of its weights."""
-        model, num_shards = self.definition.config, self.definition.partitioner.num_shards(ax.MLP)
+        model, num_shards = self.definition.decoder_config, self.definition.partitioner.num_shards(ax.MLP)
         itemsize, moe = self.definition.dtype.itemsize, model.moe
         widest = 3 * num_tokens * (model.mlp_dim // num_shards)  # 3: gate, up and their product
         if moe is not None:

@@ -7,6 +7,7 @@ because traversing the module costs a hundred times more host time per step.
 import dataclasses
 import math
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from jaxinfer import models
-from jaxinfer.config import ModelConfig
+from jaxinfer.config import EncoderConfig, ModelConfig
 from jaxinfer.partitioning import Partitioner
 from sharding_rules import axes as ax
 
@@ -67,7 +68,7 @@ class ModelDefinition:
       params: one spec per parameter, in the order of the flat tuple.
     """
 
-    config: ModelConfig
+    config: ModelConfig | EncoderConfig
     family: types.ModuleType
     partitioner: Partitioner
     params: tuple[ParamSpec, ...]
@@ -75,7 +76,9 @@ class ModelDefinition:
     _treedef: jax.tree_util.PyTreeDef
 
     @classmethod
-    def create(cls, config: ModelConfig, partitioner: Partitioner, dtype: jnp.dtype) -> "ModelDefinition":
+    def create(
+        cls, config: ModelConfig | EncoderConfig, partitioner: Partitioner, dtype: jnp.dtype
+    ) -> "ModelDefinition":
         """Allocates nothing. Raises ValueError for a parameter that the mesh cannot split."""
         family = models.get(config.family)
         dtype = jnp.dtype(dtype)
@@ -95,9 +98,19 @@ class ModelDefinition:
             params.append(ParamSpec(path, shape, variable.dtype, axes, sharding, read_share))
         return cls(config, family, partitioner, tuple(params), graph, jax.tree.structure(state))
 
+    @property
+    def decoder_config(self) -> ModelConfig:
+        """`config`, of a decoder."""
+        assert isinstance(self.config, ModelConfig)
+        return self.config
+
     def bind(self, arrays: tuple[jax.Array, ...]) -> models.Decoder:
         """The family's `Model` over `arrays`, which are in the order of `params`. For use inside jit."""
-        return nnx.merge(self._graph, jax.tree.unflatten(self._treedef, arrays))
+        return self._merge(arrays)
+
+    def bind_encoder(self, arrays: tuple[jax.Array, ...]) -> models.Encoder:
+        """As `bind`, of an encoder's family."""
+        return self._merge(arrays)
 
     def init(self, seed: int = 0) -> tuple[jax.Array, ...]:
         """Random weights, created already sharded: the same model on every mesh."""
@@ -108,6 +121,14 @@ class ModelDefinition:
             return tuple(spec.repeat_kv_heads(array) for spec, array in zip(self.params, whole, strict=True))
 
         return jax.jit(make, out_shardings=tuple(spec.sharding for spec in self.params))()
+
+    def _merge(self, arrays: tuple[jax.Array, ...]) -> Any:
+        return nnx.merge(self._graph, jax.tree.unflatten(self._treedef, arrays))
+
+    @property
+    def abstract_arrays(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Of all parameters, to compile with."""
+        return tuple(jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for p in self.params)
 
     @property
     def dtype(self) -> jnp.dtype:

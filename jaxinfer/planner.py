@@ -130,3 +130,50 @@ def plan_memory(
         num_shards=num_shards,
         free_bytes=free_bytes,
     )
+
+
+def encoder_workspace_bytes(
+    *, rows: int, length: int, num_heads: int, embed_dim: int, mlp_dim: int, itemsize: int
+) -> int:
+    """Most bytes that an encoder's step needs on one device beside the weights: an estimate.
+
+    For `rows` texts of `length` tokens; heads and `mlp_dim` are those on the device. Attention and MLP follow each
+    other and use the same memory.
+    """
+    scores = 3 * 4 * rows * num_heads * length**2  # 3: scores, their exponentials and the weights, in float32
+    mlp = 2 * rows * length * mlp_dim * itemsize  # 2: before and after the activation
+    activations = 5 * rows * length * embed_dim * itemsize  # 5: what is added to, queries, keys, values and their mix
+    return max(scores, mlp) + activations
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderMemoryPlan:
+    """What one device holds of an encoder, which has no cache.
+
+    Attributes:
+      weights_bytes: parameters on the device.
+      workspace_bytes: estimate of what steps need beside them.
+      free_bytes: free memory of the device before anything was allocated; None if it does not say.
+    """
+
+    weights_bytes: int
+    workspace_bytes: int
+    free_bytes: int | None
+
+    def __str__(self) -> str:
+        free = "unknown" if self.free_bytes is None else format_bytes(self.free_bytes)
+        return (
+            f"memory per device: {format_bytes(self.weights_bytes)} weights + {format_bytes(self.workspace_bytes)} "
+            f"workspace of {free} free"
+        )
+
+    def check_fits(self, memory_fraction: float) -> None:
+        """Raises ValueError unless weights and workspace fit into `memory_fraction` of the free memory."""
+        needed = self.weights_bytes + self.workspace_bytes
+        if self.free_bytes is not None and needed > (room := int(self.free_bytes * memory_fraction)):
+            sizes = "" if self.weights_bytes > room else ", or smaller --max_model_len, --max_num_batched_tokens"
+            raise ValueError(
+                f"{format_bytes(self.weights_bytes)} of weights and {format_bytes(self.workspace_bytes)} of workspace "
+                f"are more than the {format_bytes(room)} that --memory_fraction={memory_fraction} allows of "
+                f"{format_bytes(self.free_bytes)} free on a device; use --dtype=bfloat16, a larger --mesh{sizes}"
+            )

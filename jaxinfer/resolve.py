@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxinfer import devices, models
 from jaxinfer.attention import attention_specs
 from jaxinfer.batch import Buckets
-from jaxinfer.config import ModelConfig
+from jaxinfer.encoder_batch import EncoderBuckets
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.generation_config import GenerationDefaults, read_generation_config
 from jaxinfer.hf_config import HFConfig
@@ -20,7 +20,8 @@ from jaxinfer.kv_cache import CacheSpec, cache_spec
 from jaxinfer.memory import Demand
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
-from jaxinfer.planner import MemoryPlan
+from jaxinfer.planner import EncoderMemoryPlan, MemoryPlan, encoder_workspace_bytes
+from jaxinfer.sentence_modules import check_modules
 from jaxinfer.tokenizer import Tokenizer, load_tokenizer
 from pallas_kernels import paged_attention
 from sharding_rules import axes as ax
@@ -30,15 +31,22 @@ _DEFAULT_MAX_MODEL_LEN = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResolvedEngine:
-    """Everything that is known before memory is allocated."""
+class ResolvedModel:
+    """What is known of every model before memory is allocated."""
 
     config: EngineConfig
     model_dir: pathlib.Path
+    architecture: str
     definition: ModelDefinition
     tokenizer: Tokenizer | None
-    generation: GenerationDefaults
     max_model_len: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedEngine(ResolvedModel):
+    """Of a decoder, everything that is."""
+
+    generation: GenerationDefaults
     slots_per_shard: int
     cache_spec: CacheSpec
     memory: MemoryPlan
@@ -46,8 +54,33 @@ class ResolvedEngine:
     attention_backend: str
 
 
-def resolve(config: EngineConfig) -> ResolvedEngine:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedEncoder(ResolvedModel):
+    """Of an encoder, everything that is."""
+
+    memory: EncoderMemoryPlan
+    buckets: EncoderBuckets
+
+
+def resolve(config: EngineConfig) -> ResolvedEngine | ResolvedEncoder:
     """Reads the directory's small files and decides. Raises ValueError with the flag that would help."""
+    model = _resolve_model(config)
+    return _resolve_encoder(model) if models.is_encoder(model.definition.family) else _resolve_decoder(model)
+
+
+def check_generates(model: str | None) -> None:
+    """Raises ValueError for a model directory with an encoder. Reads config.json only."""
+    architecture = HFConfig.read(find_model_dir(model)).architecture
+    if models.is_encoder(models.for_architecture(architecture)):
+        raise ValueError(generates_nothing(architecture))
+
+
+def generates_nothing(architecture: str) -> str:
+    """What to say to who wants text of an encoder."""
+    return f"{architecture} is an encoder: it has embeddings and generates nothing; use Engine.embed"
+
+
+def _resolve_model(config: EngineConfig) -> ResolvedModel:
     model_dir = find_model_dir(config.model)
     hf = HFConfig.read(model_dir)
     model = models.for_architecture(hf.architecture).parse_config(hf)
@@ -57,34 +90,40 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
             f"{model_dir}: the tokenizer has {tokenizer.vocab_size} tokens and config.json's vocab_size is "
             f"{model.vocab_size}; the tokenizer belongs to another model"
         )
-    generation = read_generation_config(
-        model_dir,
-        vocab_size=model.vocab_size,
-        tokenizer_eos=tokenizer and tokenizer.eos_token_id,
-        sampling=config.generation_config == "auto",
-    )
     partitioner = Partitioner.create(config.mesh, config.sharding)
     on_cpu = partitioner.device.platform == "cpu"
     dtype = jnp.dtype(("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype)
-    definition = ModelDefinition.create(model, partitioner, dtype)
-    max_model_len = _max_model_len(config, model)
+    return ResolvedModel(
+        config=config,
+        model_dir=model_dir,
+        architecture=hf.architecture,
+        definition=ModelDefinition.create(model, partitioner, dtype),
+        tokenizer=tokenizer,
+        max_model_len=_max_model_len(config, model.max_position),
+    )
+
+
+def _resolve_decoder(model: ResolvedModel) -> ResolvedEngine:
+    config, definition, tokenizer = model.config, model.definition, model.tokenizer
+    partitioner, max_model_len = definition.partitioner, model.max_model_len
+    generation = read_generation_config(
+        model.model_dir,
+        vocab_size=definition.config.vocab_size,
+        tokenizer_eos=tokenizer and tokenizer.eos_token_id,
+        sampling=config.generation_config == "auto",
+    )
+    on_cpu = partitioner.device.platform == "cpu"
     page_size = config.page_size or (16 if on_cpu else 64)
-    num_shards = partitioner.num_shards(ax.BATCH)
-    if config.max_num_seqs % num_shards:
-        raise ValueError(
-            f"--max_num_seqs={config.max_num_seqs} does not divide over data:{num_shards}; "
-            f"use {cdiv(config.max_num_seqs, num_shards) * num_shards}"
-        )
-    slots_per_shard = config.max_num_seqs // num_shards
+    slots_per_shard = _rows_per_shard(config, partitioner)
     backend = "xla" if config.attention_backend == "auto" else config.attention_backend
-    paged_attention.backend(backend, *attention_specs(model, partitioner, page_size))
+    paged_attention.backend(backend, *attention_specs(definition.decoder_config, partitioner, page_size))
     buckets = Buckets.create(
         max_rows=slots_per_shard,
         max_model_len=max_model_len,
         max_chunk=config.max_num_batched_tokens,
         page_size=page_size,
         decode_steps=config.decode_steps,
-        num_shards=num_shards,
+        num_shards=partitioner.num_shards(ax.BATCH),
         min_chunk=32 if on_cpu else 128,  # fewer tokens take a GPU no less time: it waits for the weights
     )
     memory = Demand(
@@ -93,19 +132,65 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
         page_size=page_size,
         free_bytes=devices.free_bytes(partitioner.device),
     ).plan()
+    cache = cache_spec(
+        definition.decoder_config,
+        partitioner,
+        pages_per_shard=memory.num_pages,
+        page_size=page_size,
+        dtype=definition.dtype,
+    )
     return ResolvedEngine(
-        config=config,
-        model_dir=model_dir,
-        definition=definition,
-        tokenizer=tokenizer,
+        **vars(model),
         generation=generation,
-        max_model_len=max_model_len,
         slots_per_shard=slots_per_shard,
-        cache_spec=cache_spec(model, partitioner, pages_per_shard=memory.num_pages, page_size=page_size, dtype=dtype),
+        cache_spec=cache,
         memory=memory,
         buckets=buckets,
         attention_backend=backend,
     )
+
+
+def _resolve_encoder(model: ResolvedModel) -> ResolvedEncoder:
+    config, definition, partitioner = model.config, model.definition, model.definition.partitioner
+    for name in ("page_size", "kv_cache_bytes"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(f"--{name}={value}: {model.architecture} is an encoder and has no cache; leave it out")
+    check_modules(model.model_dir)
+    num_shards = partitioner.num_shards(ax.BATCH)
+    buckets = EncoderBuckets.create(
+        max_rows=_rows_per_shard(config, partitioner),
+        max_model_len=model.max_model_len,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        num_shards=num_shards,
+    )
+    workspace_bytes = max(
+        encoder_workspace_bytes(
+            rows=shape.rows // num_shards,
+            length=shape.length,
+            num_heads=definition.config.num_q_heads // partitioner.num_shards(ax.HEADS),
+            embed_dim=definition.config.embed_dim,
+            mlp_dim=definition.config.mlp_dim // partitioner.num_shards(ax.MLP),
+            itemsize=definition.dtype.itemsize,
+        )
+        for shape in buckets.shapes()
+    )
+    memory = EncoderMemoryPlan(
+        weights_bytes=definition.shard_bytes,
+        workspace_bytes=workspace_bytes,
+        free_bytes=devices.free_bytes(partitioner.device),
+    )
+    memory.check_fits(config.memory_fraction)
+    return ResolvedEncoder(**vars(model), memory=memory, buckets=buckets)
+
+
+def _rows_per_shard(config: EngineConfig, partitioner: Partitioner) -> int:
+    num_shards = partitioner.num_shards(ax.BATCH)
+    if config.max_num_seqs % num_shards:
+        raise ValueError(
+            f"--max_num_seqs={config.max_num_seqs} does not divide over data:{num_shards}; "
+            f"use {cdiv(config.max_num_seqs, num_shards) * num_shards}"
+        )
+    return config.max_num_seqs // num_shards
 
 
 def find_model_dir(model: str | None) -> pathlib.Path:
@@ -118,11 +203,11 @@ def find_model_dir(model: str | None) -> pathlib.Path:
     return path
 
 
-def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+def _max_model_len(config: EngineConfig, max_position: int) -> int:
     wanted = config.max_model_len
-    if wanted is not None and wanted > model.max_position:
+    if wanted is not None and wanted > max_position:
         raise ValueError(
-            f"--max_model_len={wanted} is beyond the {model.max_position} positions that the model was made for "
+            f"--max_model_len={wanted} is beyond the {max_position} positions that the model was made for "
             f"(max_position_embeddings); use at most that"
         )
-    return wanted or min(model.max_position, _DEFAULT_MAX_MODEL_LEN)
+    return wanted or min(max_position, _DEFAULT_MAX_MODEL_LEN)

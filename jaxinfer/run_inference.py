@@ -118,7 +118,9 @@ def run() -> None:
     record_file = RecordFile(pathlib.Path(_OUTPUT_FILE.value)) if _OUTPUT_FILE.value else None
     _set_up_jax()
     from jaxinfer.engine import Engine
+    from jaxinfer.resolve import check_generates
 
+    check_generates(config.get("model"))
     config.setdefault("max_num_seqs", _default_num_seqs(len(prompts)))
     with Engine(**config, show_progress=True) as engine:
         params = dataclasses.replace(engine.default_sampling_params, **sampling)

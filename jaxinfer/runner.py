@@ -6,13 +6,13 @@ compilation.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax
 import numpy as np
 
 from jaxinfer import kv_cache
 from jaxinfer.batch import Buckets, StepBatch, StepShape
+from jaxinfer.compilations import compile_all
 from jaxinfer.extras import Extras
 from jaxinfer.kv_cache import CacheSpec
 from jaxinfer.parameters import ModelDefinition
@@ -51,20 +51,12 @@ class Runner:
         jobs: dict[StepShape | Key, Callable[[], jax.stages.Lowered]] = {
             shape: lambda shape=shape: self._steps.lowered(shape) for shape in shapes
         }
-        jobs |= self._sampler.lowerings(one_token, self._steps.weights())
-        pool = ThreadPoolExecutor()
-        try:
-            futures = {pool.submit(lambda lowered=lowered: lowered().compile()): key for key, lowered in jobs.items()}
-            for done, future in enumerate(as_completed(futures), start=1):
-                key, program = futures[future], future.result()
-                if isinstance(key, StepShape):
-                    self._programs[key] = program
-                else:
-                    self._sampler.add(key, program)
-                if progress is not None:
-                    progress(done, len(jobs))
-        finally:
-            pool.shutdown(cancel_futures=True)  # a program that failed must not wait for those behind it
+        jobs |= self._sampler.lowerings(one_token, self.definition.abstract_arrays)
+        for key, program in compile_all(jobs, progress).items():
+            if isinstance(key, StepShape):
+                self._programs[key] = program
+            else:
+                self._sampler.add(key, program)
 
     def dispatch(self, shape: StepShape, batch: StepBatch, extras: Extras | None = None) -> StepOutput:
         """Starts a step and returns its output, on the devices, without waiting for it."""

@@ -55,3 +55,9 @@ class EngineStats:
             self.decode_steps += num_steps
             self.decode_context_tokens += sum(starts.sum().item() for starts in plan.starts) * num_steps
             self.decode_s += seconds
+
+    def add_encoder_steps(self, num_steps: int, num_tokens: int, seconds: float) -> None:
+        """Steps of an encoder, which read so many tokens, padding aside, in so much time."""
+        self.steps += num_steps
+        self.prefill_tokens += num_tokens
+        self.prefill_s += seconds

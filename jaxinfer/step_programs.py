@@ -64,11 +64,7 @@ class StepPrograms:
         function = functions.prefill if shape.chunk_tokens else functions.decode
         shardings = (*jax.tree.map(lambda a: a.sharding, (cache, slots)), output, activations)
         jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=shardings)
-        return jitted.lower(self.weights(), cache, slots, self.batch(shape))
-
-    def weights(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        params = self.definition.params
-        return tuple(jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for p in params)
+        return jitted.lower(self.definition.abstract_arrays, cache, slots, self.batch(shape))
 
     def batch(self, shape: StepShape) -> StepBatch:
         """The shapes and dtypes of any batch of this shape: those of an empty one."""

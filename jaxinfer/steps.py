@@ -178,7 +178,7 @@ class StepFunctions:
         return self.definition.partitioner.constrain(logits, (ax.BATCH, None))
 
     def _attend(self, cache: Cache, rows: Rows | None, prompts: Prompts | None) -> PagedAttention:
-        specs = attention_specs(self.definition.config, self.definition.partitioner, self.page_size)
+        specs = attention_specs(self.definition.decoder_config, self.definition.partitioner, self.page_size)
         return PagedAttention(
             cache,
             rows,

@@ -225,7 +225,7 @@ def make_core(
 def make_engine(*, max_model_len: int = 64, **fields: Any) -> Engine:
     """An engine around such a core, for token ids only; `fields` are those of `make_core`."""
     engine = Engine.__new__(Engine)
-    engine._core = make_core(max_model_len=max_model_len, **fields)
+    engine._running = make_core(max_model_len=max_model_len, **fields)
     engine._intake = Intake(
         tokenizer=None, generation=GenerationDefaults(), vocab_size=POISON + 1, max_model_len=max_model_len, seed=0
     )

@@ -32,7 +32,7 @@ NUM_FLIPS = int(os.environ.get("JAXINFER_TEST_FLIPS", "40"))
 
 
 def write_source(directory: pathlib.Path, family: str = "llama") -> pathlib.Path:
-    config = recipe.tiny_config(family, "gqa")
+    config = recipe.first_config(family)
     recipe.write_model(directory, config, recipe.weights(family, config))
     (directory / "generation_config.json").write_text('{"temperature": 0.5}')
     return directory

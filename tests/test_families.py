@@ -1,4 +1,4 @@
-"""What every family does beside agreeing with transformers: the same on every mesh, in pieces, and in files again."""
+"""What every decoder does beside agreeing with transformers: the same on every mesh, in pieces, and in files again."""
 
 import pathlib
 from typing import Any
@@ -17,14 +17,14 @@ PROMPT_LENGTHS = (5, 130, 33)  # the second goes beyond the tiny models' windows
 NUM_TOKENS = 12
 
 
-@pytest.fixture(params=models.families())
+@pytest.fixture(params=models.decoders())
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
 def config(family: str) -> dict[str, Any]:
-    return recipe.tiny_config(family, "gqa")
+    return recipe.first_config(family)
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_safetensors_reads_what_was_written(tmp_path: pathlib.Path, mesh: str, d
     """Over tensor:8 each of the two KV heads is held by four devices, and written once."""
     write(tmp_path / "model", mesh, dtype)
     tensors, definition = load_file(tmp_path / "model" / "model.safetensors"), define()
-    names = llama.weight_names(definition.config)
+    names = llama.weight_names(definition.decoder_config)
     assert tensors.keys() == {part.name for part in names.values()}
     for spec, array in zip(definition.params, random_arrays(dtype=dtype), strict=True):
         stored = tensors[names[spec.path].name]

@@ -180,7 +180,8 @@ def test_extras_move_logits_once_and_nothing_else(mesh: str):
     batch = programs.batch(StepShape(0, 0, SHAPES.rows, SHAPES.buckets().pages[0], 1))
     num_shards = batch.slots.shape[0]
     collectives = {}
-    for name, lower in SamplerPrograms(definition, programs.extras_spec).lowerings([batch], programs.weights()).items():
+    sampler = SamplerPrograms(definition, programs.extras_spec)
+    for name, lower in sampler.lowerings([batch], definition.abstract_arrays).items():
         found = _COLLECTIVE.findall(lower().compile().as_text() or "")
         collectives[name] = [(op, _num_elements(result)) for result, op in found]
     for name, num_tokens in ((SHAPES.rows, SHAPES.rows), ("score", SHAPES.chunk)):

@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from jaxinfer.planner import MIB, MemoryPlan, page_bytes, plan_memory, workspace_bytes
+from jaxinfer.planner import (
+    MIB,
+    EncoderMemoryPlan,
+    MemoryPlan,
+    encoder_workspace_bytes,
+    page_bytes,
+    plan_memory,
+    workspace_bytes,
+)
 
 # 3 sequences of 100 tokens in pages of 16: 7 pages each.
 ASKED: dict[str, Any] = {
@@ -101,3 +109,22 @@ def test_the_plan_counts_shards_together_and_prints_every_part():
         "cache: 1344 tokens in 84 pages of 16, 62 B per token; 12 sequences of 100 tokens at once"
     )
     assert str(plan(free_bytes=None)).splitlines()[0].endswith("workspace of unknown free")
+
+
+def test_an_encoders_workspace_is_scores_or_mlp_and_activations():
+    sizes = {"rows": 2, "length": 10, "num_heads": 3, "embed_dim": 7, "itemsize": 2}
+    activations = 5 * 2 * 10 * 7 * 2
+    assert encoder_workspace_bytes(**sizes, mlp_dim=20) == 3 * 4 * 2 * 3 * 10**2 + activations
+    assert encoder_workspace_bytes(**sizes, mlp_dim=1000) == 2 * 2 * 10 * 1000 * 2 + activations
+
+
+def test_an_encoder_fits_up_to_the_last_byte():
+    sizes = {"weights_bytes": 60 * MIB, "workspace_bytes": 30 * MIB}
+    EncoderMemoryPlan(**sizes, free_bytes=100 * MIB).check_fits(0.9)
+    EncoderMemoryPlan(**sizes, free_bytes=None).check_fits(0.1)
+    with pytest.raises(
+        ValueError, match=r"^60.0 MiB of weights and 30.0 MiB of workspace .* --max_num_batched_tokens$"
+    ):
+        EncoderMemoryPlan(**sizes, free_bytes=100 * MIB - 2).check_fits(0.9)
+    with pytest.raises(ValueError, match=r"use --dtype=bfloat16, a larger --mesh$"):  # for smaller sizes do not help
+        EncoderMemoryPlan(**sizes, free_bytes=60 * MIB).check_fits(0.9)

@@ -11,6 +11,7 @@ from tests import published
 
 # By file: family; layers, query heads, KV heads, head_dim; parameters, as the page of the weights counts them.
 MODELS = {
+    "bge_small_en_v1_5": ("bert", (12, 12, 12, 32), 33_360_000 - 384 * 385),  # without its pooler
     "deepseek_v2_lite": ("deepseek", (27, 16, 1, 576), 15_706_484_224),
     "deepseek_v3": ("deepseek", (61, 128, 1, 576), 671_026_419_200),
     "gemma_2_9b": ("gemma2", (42, 16, 8, 256), 9_241_705_984),

@@ -18,7 +18,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def resolve_with(model: pathlib.Path, **settings: Any) -> ResolvedEngine:
-    return resolve(EngineConfig(model=str(model), **settings))
+    resolved = resolve(EngineConfig(model=str(model), **settings))
+    assert isinstance(resolved, ResolvedEngine)
+    return resolved
 
 
 def test_a_finetunes_end_token_may_be_the_tokenizers_alone(model: pathlib.Path):

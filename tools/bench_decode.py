@@ -68,7 +68,7 @@ def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch
     pages_per_shard = 1 + batch_size * pages[0]
     buckets = Buckets((batch_size,), pages, pages, (_PROMPT_TOKENS.value,), page_size, num_steps, num_shards=1)
     cache = kv_cache.cache_spec(
-        definition.config,
+        definition.decoder_config,
         definition.partitioner,
         pages_per_shard=pages_per_shard,
         page_size=page_size,
@@ -115,7 +115,7 @@ def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch
 
 def step_bytes(definition: ModelDefinition, batch_size: int) -> int:
     """Bytes that a decode step must read, with the cache half way between the first step and the last."""
-    config, partitioner = definition.config, definition.partitioner
+    config, partitioner = definition.decoder_config, definition.partitioner
     (spec, *_), itemsize = attention_specs(config, partitioner, page_size=1), definition.dtype.itemsize
     sizes = {"num_layers": config.num_layers, "token_numbers": spec.token_numbers, "itemsize": itemsize}
     token_bytes = planner.page_bytes(page_size=1, **sizes)

@@ -38,7 +38,8 @@ def support() -> str:
         family = models.get(name)
         configs = ", ".join(config.replace("_", " ") for config in family.TINY_CONFIGS)
         which = ", ".join(family.ARCHITECTURES)
-        rows.append(f"| model family | {which} ({configs}) | `tests/parity`, `tests/test_families.py` |")
+        kind, shown_by = ("embedding model", "encoders") if models.is_encoder(family) else ("model family", "families")
+        rows.append(f"| {kind} | {which} ({configs}) | `tests/parity`, `tests/test_{shown_by}.py` |")
     meshes = tested_meshes()
     rows += [
         f"| sharding | `{name}`: {', '.join(meshes.get(name, ['no test yet']))} | `tests/test_meshes.py` |"

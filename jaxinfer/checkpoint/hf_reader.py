@@ -99,7 +99,7 @@ def check_matches(index: TensorIndex, definition: ModelDefinition) -> None:
     """Raises ValueError unless the directory has exactly the model's tensors, with the shapes of config.json."""
     stored = stored_params(definition)
     expected = {name: tensor_shape(parts) for name, parts in tensors(stored).items()}
-    left_over = {name for name in index.tensors.keys() - expected.keys() if not name.endswith(_IGNORED_SUFFIX)}
+    left_over = index.tensors.keys() - expected.keys() - unused_tensors(index, definition)
     tied_copies = {copy: table for copy, table in _tied_copies(definition).items() if copy in left_over}
     left_over -= tied_copies.keys()
     missing = expected.keys() - index.tensors.keys()
@@ -117,6 +117,12 @@ def check_matches(index: TensorIndex, definition: ModelDefinition) -> None:
             raise ValueError(f"{index.model_dir}: {param.tensors[0]} and the other experts' are {listed(dtypes)}")
     for copy, table in tied_copies.items():
         _check_equal(index, copy, table)
+
+
+def unused_tensors(index: TensorIndex, definition: ModelDefinition) -> set[str]:
+    """Names of the directory's tensors that inference does not need."""
+    unused = getattr(definition.family, "UNUSED_TENSORS", ())
+    return {name for name in index.tensors if name in unused or name.endswith(_IGNORED_SUFFIX)}
 
 
 def _mismatch(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> str:

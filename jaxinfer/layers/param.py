@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Axes = tuple[tuple[str | None, int], ...]  # (logical name, size) of each axis in turn
+Axes = tuple[tuple[str | None, int], ...]  # (logical name, size) of each axis in turn; None: never split
 
 _INIT_STDDEV = 0.02  # of random weights; GPT-2's choice, kept by the Llama family
 

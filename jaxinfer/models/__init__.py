@@ -3,11 +3,13 @@
 A family module has
 
 - `ARCHITECTURES`: the names in config.json's `architectures` that it runs;
-- `parse_config(hf: HFConfig) -> ModelConfig`;
+- `IS_ENCODER`: True for an encoder, whose `Model` is an `Encoder` below; a decoder's is a `Decoder`, and has none;
+- `parse_config(hf: HFConfig) -> ModelConfig`, or `EncoderConfig` of an encoder;
 - `Model`: the `nnx.Module`, built as `Model(config, partitioner, dtype=, rngs=)`;
 - `weight_names(config) -> WeightNames`: the checkpoint tensor of each parameter;
-- `TINY_CONFIGS`: config.json dictionaries of a few small models, by name, for the generic tests. The one called
-  "gqa" divides over eight devices.
+- `UNUSED_TENSORS`: names of tensors that files may have and inference does not need, if there are any;
+- `TINY_CONFIGS`: config.json dictionaries of a few small models, by name, for the generic tests. The first divides
+  over eight devices.
 """
 
 import importlib
@@ -21,7 +23,7 @@ from jaxinfer.layers.attention_block import Attend
 
 
 class Decoder(Protocol):
-    """What the engine asks of a family's `Model`."""
+    """What the engine asks of the `Model` of a family that generates."""
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
         """tokens, positions int32 [B, T] -> normalised activations [B, T, D]."""
@@ -32,9 +34,31 @@ class Decoder(Protocol):
         ...
 
 
+class Encoder(Protocol):
+    """What the engine asks of the `Model` of a family that gives embeddings."""
+
+    def __call__(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+        """tokens int32 [B, T], of each row the first `lengths` int32 [B] >= 1 -> activations [B, T, D]."""
+        ...
+
+
 def families() -> list[str]:
     """Names of all families, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def decoders() -> list[str]:
+    """Those of `families` that generate."""
+    return [family for family in families() if not is_encoder(get(family))]
+
+
+def encoders() -> list[str]:
+    """Those of `families` that give embeddings."""
+    return [family for family in families() if is_encoder(get(family))]
+
+
+def is_encoder(module: ModuleType) -> bool:
+    return getattr(module, "IS_ENCODER", False)
 
 
 def get(family: str) -> ModuleType:

@@ -120,7 +120,7 @@ def test_every_byte_is_read_once_and_in_slices(model: pathlib.Path, mesh: str, m
     load_weights(model, definition)
     stored = TensorIndex.open(model).tensors
     assert reads.keys() == stored.keys()
-    names = llama.weight_names(definition.config)
+    names = llama.weight_names(definition.decoder_config)
     for spec in definition.params:
         slices = reads[names[spec.path].name]
         times_read = np.zeros(stored[names[spec.path].name].shape, np.int32)

@@ -89,7 +89,7 @@ def _buckets(definition: ModelDefinition, shapes: Shapes) -> batch.Buckets:
 
 def cache_spec(definition: ModelDefinition, shapes: Shapes) -> kv_cache.CacheSpec:
     return kv_cache.cache_spec(
-        definition.config,
+        definition.decoder_config,
         definition.partitioner,
         pages_per_shard=shapes.pages_per_shard,
         page_size=shapes.page_size,

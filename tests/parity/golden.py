@@ -54,7 +54,7 @@ def error_on_same_input(tokens: list[int], logits: np.ndarray, theirs: Sequence)
 
 def save(family: str, name: str, sequences: list[Sequence]) -> pathlib.Path:
     hf_config = recipe.tiny_config(family, name)
-    arrays: dict[str, Any] = {"fingerprint": np.array(_fingerprint(family, hf_config), np.uint32)}
+    arrays: dict[str, Any] = {"fingerprint": np.array(fingerprint(family, hf_config), np.uint32)}
     for i, sequence in enumerate(sequences):
         for field in _INTEGERS:
             arrays[f"{field}_{i}"] = np.array(getattr(sequence, field), np.uint16)
@@ -70,8 +70,8 @@ def load(family: str, name: str) -> list[Sequence]:
     path, again = _path(family, name), "run python -m tests.parity.make_golden, which needs PyTorch"
     assert path.exists(), f"{path}: missing; {again}"
     with np.load(path, allow_pickle=False) as arrays:
-        fingerprint = _fingerprint(family, recipe.tiny_config(family, name))
-        assert int(arrays["fingerprint"]) == fingerprint, f"{path}: made for another config or other weights; {again}"
+        expected = fingerprint(family, recipe.tiny_config(family, name))
+        assert int(arrays["fingerprint"]) == expected, f"{path}: made for another config or other weights; {again}"
         return [
             Sequence(**{field: arrays[f"{field}_{i}"].tolist() for field in _INTEGERS}, logits=arrays[f"logits_{i}"])
             for i in range(len(recipe.PROMPT_LENGTHS))
@@ -82,7 +82,7 @@ def _path(family: str, name: str) -> pathlib.Path:
     return DIRECTORY / f"{family}__{name}.npz"
 
 
-def _fingerprint(family: str, hf_config: dict[str, Any]) -> int:
+def fingerprint(family: str, hf_config: dict[str, Any]) -> int:
     """Of config.json and the weights."""
     crc = zlib.crc32(json.dumps(hf_config, sort_keys=True).encode())
     for name, tensor in sorted(recipe.weights(family, hf_config).items()):

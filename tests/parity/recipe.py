@@ -20,7 +20,8 @@ from jaxinfer.partitioning import Partitioner
 
 PROMPT_LENGTHS = (4, 600)  # the second crosses pages and chunks, and turns every rotary pair far
 NUM_TOKENS = 64  # generated after each prompt
-CASES = [(family, name) for family in models.families() for name in models.get(family).TINY_CONFIGS]
+CASES = [(family, name) for family in models.decoders() for name in models.get(family).TINY_CONFIGS]
+ENCODER_CASES = [(family, name) for family in models.encoders() for name in models.get(family).TINY_CONFIGS]
 
 _MATRIX_GAIN = 1.5  # over 1 / sqrt(inputs): scores of standard deviation 2, so that attention picks
 _EMBEDDING_STDDEV = 0.3  # small enough that the norm's epsilon can be seen
@@ -29,6 +30,11 @@ _BIAS_STDDEV = 0.3
 
 def tiny_config(family: str, name: str) -> dict[str, Any]:
     return models.get(family).TINY_CONFIGS[name]
+
+
+def first_config(family: str) -> dict[str, Any]:
+    """The one that divides over eight devices."""
+    return next(iter(models.get(family).TINY_CONFIGS.values()))
 
 
 def weights(family: str, hf_config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:

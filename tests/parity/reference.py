@@ -11,8 +11,11 @@ import numpy as np
 NEAR_TIE = 1e-3
 
 
-def load(model_dir: pathlib.Path) -> Any:  # transformers.PreTrainedModel
-    """The model of a directory. Raises AssertionError unless its weights were used, each exactly once."""
+def load(model_dir: pathlib.Path, **options: Any) -> Any:  # transformers.PreTrainedModel
+    """The model of a directory. Raises AssertionError unless its weights were used, each exactly once.
+
+    `options` are those of the model's class.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what other projects deprecate is not ours to fail on
         import torch
@@ -22,11 +25,29 @@ def load(model_dir: pathlib.Path) -> Any:  # transformers.PreTrainedModel
         config = transformers.AutoConfig.from_pretrained(model_dir)
         [architecture] = list(config.architectures or [])
         model, info = getattr(transformers, architecture).from_pretrained(
-            model_dir, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            model_dir,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
+            **options,
         )
     unused = {key: value for key, value in info.items() if value}
     assert not unused, f"transformers did not take the weights as they are: {unused}"
     return model.eval()
+
+
+def load_encoder(model_dir: pathlib.Path) -> Any:
+    """As `load`, without the head of a training objective, which our files have no tensors of."""
+    return load(model_dir, add_pooling_layer=False)
+
+
+def hidden(model: Any, token_ids: list[int]) -> np.ndarray:
+    """float32 [len(token_ids), D], an encoder's last activations."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([token_ids])).last_hidden_state[0].numpy()
 
 
 def logits(model: Any, token_ids: list[int]) -> np.ndarray:
