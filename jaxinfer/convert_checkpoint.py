@@ -9,6 +9,7 @@ Everything is said on stderr, but what was asked for: --inspect writes to stdout
 """
 
 import math
+import os
 import pathlib
 import resource
 import sys
@@ -50,6 +51,8 @@ def main(argv: list[str]) -> int:
         if logging.get_verbosity() >= logging.DEBUG:
             raise
         say(f"convert_checkpoint: error: {error}")
+        # When a save fails, Orbax's other threads fail after it, each with a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         return 1
     return 0
 
@@ -65,7 +68,7 @@ def run() -> None:
         raise ValueError(f"--source={source_dir}: no such directory")
     devices.prefer_cpu()  # the devices of a machine have better to do than to pass bytes on
     if logging.get_verbosity() < logging.DEBUG:
-        logging.set_verbosity(logging.WARNING)  # Orbax reports each tensor
+        logging.set_verbosity(logging.FATAL)  # Orbax reports each tensor, and each thread that fails
     progress = Progress(enabled=True)
     if _VERIFY.value:
         verify(source_dir, progress)
