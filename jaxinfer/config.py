@@ -127,6 +127,7 @@ class ModelConfig:
       qk_norm: of queries and keys before rotation: "" (none), "head" (each head by itself), "all" (all heads as one).
       attention_bias: of queries, keys and values.
       attention_out_bias: of the projection back.
+      attention_sinks: whether each query head has a learned score without a value, which joins the softmax's sum.
       query_scale: factor on attention's scores; None: head_dim ** -0.5.
       attention_soft_cap, logits_soft_cap: as `AttentionSpec.soft_cap`; None: none.
       embed_scale: factor on the embedded tokens.
@@ -158,6 +159,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     attention_bias: bool = False
     attention_out_bias: bool = False
+    attention_sinks: bool = False
     mlp_bias: bool = False
     query_scale: float | None = None
     attention_soft_cap: float | None = None

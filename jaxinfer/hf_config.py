@@ -31,6 +31,11 @@ _IRRELEVANT = CONFIG_JSON_KEYS | frozenset(
 )
 
 
+# How weights may be stored, by `quant_method`, and the keys of `quantization_config` that we know.
+_QUANT_METHODS = {"mxfp4": ("quant_method", "modules_to_not_convert")}
+QUANTIZATION_KEY = "quantization_config"
+
+
 class HFConfig:
     """config.json's keys, with a record of those that were read."""
 
@@ -59,6 +64,23 @@ class HFConfig:
         if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
             raise ValueError(f"{self.source}: architectures must be a list of one name, found {names!r}")
         return names[0]
+
+    @property
+    def quant_method(self) -> str | None:
+        """How the weights are packed; None: not at all. Raises ValueError for a way that is not implemented."""
+        self._read.add(QUANTIZATION_KEY)
+        values = self._mapping(QUANTIZATION_KEY, self._values.get(QUANTIZATION_KEY))
+        if not values:
+            return None
+        method = values.get("quant_method")
+        if method not in list(_QUANT_METHODS):
+            raise ValueError(
+                f"{self.source}: {QUANTIZATION_KEY} has quant_method {method!r}, which is not implemented; "
+                f"implemented: {', '.join(_QUANT_METHODS)}"
+            )
+        if unknown := sorted(values.keys() - {*_QUANT_METHODS[method]}):
+            raise ValueError(f"{self.source}: {QUANTIZATION_KEY}: {method} does not know {unknown}")
+        return method
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """The value of `key`, which must be of type `kind`; null counts as absent. Required without a default.
@@ -149,6 +171,7 @@ class HFConfig:
     def check_all_read(self, *irrelevant: str) -> None:
         """Raises ValueError for keys that are neither read nor irrelevant, here or anywhere (null values aside)."""
         self._check_auto_map()
+        _ = self.quant_method  # is the checkpoint's business, if it is one that we know
         self.expect("is_encoder_decoder", False)
         unread = {k for k, v in self._values.items() if v is not None} - self._read - _IRRELEVANT.union(irrelevant)
         if unread:

@@ -24,7 +24,7 @@ from jaxinfer.checkpoint.groups import groups
 from jaxinfer.checkpoint.hf_index import INDEX_FILE, TensorIndex, resolve
 from jaxinfer.checkpoint.layout import StoredParam, stored_params
 from jaxinfer.checkpoint.reader import HUGGING_FACE, ORBAX, about_params, check_matches, format_of
-from jaxinfer.hf_config import HFConfig
+from jaxinfer.hf_config import QUANTIZATION_KEY, HFConfig
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 
@@ -198,6 +198,9 @@ def _copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
         is_ours = path.name in (manifest.MANIFEST, manifest.COMPLETE, INDEX_FILE)
         if not is_ours and (path.suffix in _SIDE_SUFFIXES or path.name in _SIDE_NAMES):
             shutil.copyfile(resolve(source, path.name, str(source)), target / path.name)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    if config.pop(QUANTIZATION_KEY, None) is not None:  # what is written is not packed
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_orbax(source: Source, partial: pathlib.Path, progress: Advance) -> None:

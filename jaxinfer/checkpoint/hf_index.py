@@ -6,6 +6,7 @@ file name, and a link must not lead out of the directory.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from jaxinfer.checkpoint import mxfp4
 from jaxinfer.checkpoint.layout import Slices
+from jaxinfer.hf_config import HFConfig
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # by safetensors' spelling
 SINGLE_FILE = "model.safetensors"
@@ -41,32 +44,30 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class TensorIndex:
-    """Every tensor of a model directory, by name. Holds no file open."""
+    """Every tensor of a model directory, by name. Holds no file open.
+
+    Attributes:
+      tensors: those packed in MXFP4 among them, as the bfloat16 that they are read as.
+      packed: of these the blocks and the scales, by the tensor's name.
+    """
 
     model_dir: pathlib.Path
     tensors: Mapping[str, StoredTensor]
+    packed: Mapping[str, tuple[StoredTensor, StoredTensor]]
 
     @classmethod
     def open(cls, model_dir: pathlib.Path) -> "TensorIndex":
-        """Reads headers only. Raises ValueError for a directory that is not whole or not to be trusted.
-
-        model.safetensors comes before the index, as in transformers.
-        """
-        single, index = model_dir / SINGLE_FILE, model_dir / INDEX_FILE
-        if single.is_symlink() or single.exists():
-            return cls(model_dir, _read_header(resolve(model_dir, SINGLE_FILE, str(model_dir))))
-        if not index.exists():
-            raise ValueError(_nothing_to_read(model_dir))
-        weight_map = _read_weight_map(index)
-        tensors: dict[str, StoredTensor] = {}
-        for file_name in dict.fromkeys(weight_map.values()):
-            found = _read_header(resolve(model_dir, file_name, str(index)))
-            if twice := found.keys() & tensors.keys():
-                other = tensors[min(twice)].path.name
-                raise ValueError(f"{model_dir}: {listed(twice)} are in both {other} and {file_name}")
-            tensors |= found
-        _check_weight_map(index, weight_map, tensors)
-        return cls(model_dir, tensors)
+        """Reads headers only. Raises ValueError for a directory that is not whole or not to be trusted."""
+        tensors = _read_headers(model_dir)
+        if HFConfig.read(model_dir).quant_method is None:
+            return cls(model_dir, tensors, {})
+        try:
+            packed = {name: _pair(tensors, name) for name in mxfp4.packed_names(tensors)}
+            unpacked = {name: _unpacked(name, *pair) for name, pair in packed.items()}
+        except ValueError as error:
+            raise ValueError(f"{model_dir}: {error}") from None
+        parts = {name + end for name in packed for end in (mxfp4.BLOCKS, mxfp4.SCALES)}
+        return cls(model_dir, {name: tensors[name] for name in tensors.keys() - parts} | unpacked, packed)
 
     @contextlib.contextmanager
     def reader(self, name: str) -> Iterator[ReadSlices]:
@@ -75,8 +76,44 @@ class TensorIndex:
         The file is mapped into memory, and pages that were touched count as resident until it is unmapped. So it
         is mapped anew for each tensor, which costs a parse of the header and bounds those pages to one tensor.
         """
+        if name in self.packed:
+            blocks, scales = self.packed[name]
+            with _opened(blocks.path) as with_blocks, _opened(scales.path) as with_scales:
+                parts = (with_blocks.get_slice(name + mxfp4.BLOCKS), with_scales.get_slice(name + mxfp4.SCALES))
+                yield functools.partial(mxfp4.read, *(part.__getitem__ for part in parts))
+            return
         with _opened(self.tensors[name].path) as file:
             yield file.get_slice(name).__getitem__
+
+
+def _pair(tensors: Mapping[str, StoredTensor], name: str) -> tuple[StoredTensor, StoredTensor]:
+    for part in (name + mxfp4.BLOCKS, name + mxfp4.SCALES):
+        if tensors[part].dtype != "U8":
+            raise ValueError(f"{part} is {tensors[part].dtype}; expected U8")
+    return tensors[name + mxfp4.BLOCKS], tensors[name + mxfp4.SCALES]
+
+
+def _unpacked(name: str, blocks: StoredTensor, scales: StoredTensor) -> StoredTensor:
+    return StoredTensor(mxfp4.unpacked_shape(name, blocks.shape, scales.shape), "BF16", blocks.path)
+
+
+def _read_headers(model_dir: pathlib.Path) -> dict[str, StoredTensor]:
+    """Of all files. model.safetensors comes before the index, as in transformers."""
+    single, index = model_dir / SINGLE_FILE, model_dir / INDEX_FILE
+    if single.is_symlink() or single.exists():
+        return _read_header(resolve(model_dir, SINGLE_FILE, str(model_dir)))
+    if not index.exists():
+        raise ValueError(_nothing_to_read(model_dir))
+    weight_map = _read_weight_map(index)
+    tensors: dict[str, StoredTensor] = {}
+    for file_name in dict.fromkeys(weight_map.values()):
+        found = _read_header(resolve(model_dir, file_name, str(index)))
+        if twice := found.keys() & tensors.keys():
+            other = tensors[min(twice)].path.name
+            raise ValueError(f"{model_dir}: {listed(twice)} are in both {other} and {file_name}")
+        tensors |= found
+    _check_weight_map(index, weight_map, tensors)
+    return tensors
 
 
 def listed(names: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """Grouped-query attention, with rotary positions or none: the projections around whatever attends."""
 
-from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,23 @@ from flax import nnx
 from jaxinfer.config import ModelConfig
 from jaxinfer.layers.linear import Linear
 from jaxinfer.layers.norm import RMSNorm
+from jaxinfer.layers.param import param
 from jaxinfer.layers.rope import rotate
 from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
 from sharding_rules import axes as ax
 
-# attend(layer, q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> [B,T,N,H]. Where keys and values are kept,
-# and on which devices, is the callable's business: a model never learns it. Without v the values are the first of the
-# keys' numbers, as many as the model's config says.
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+class Attend(Protocol):
+    """Where keys and values are kept, and on which devices, is its business: a model never learns it."""
+
+    def __call__(
+        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sinks: jax.Array | None = None
+    ) -> jax.Array:
+        """q [B, T, N, H], k and v [B, T, K, H], sinks [N] -> [B, T, N, H].
+
+        Without v the values are the first of the keys' numbers, as many as the model's config says.
+        """
+        ...
 
 
 class AttentionBlock(nnx.Module):
@@ -35,6 +44,7 @@ class AttentionBlock(nnx.Module):
         self.out = Linear(heads, embed, use_bias=config.attention_out_bias, dtype=dtype, rngs=rngs)
         self.q_norm = _qk_norm(config, heads, dtype, rngs)
         self.k_norm = _qk_norm(config, kv_heads, dtype, rngs)
+        self.sinks = param(heads[:1], dtype, rngs) if config.attention_sinks else None
 
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None, layer: int, attend: Attend) -> jax.Array:
         """x [B, T, D], rope as `rope.rotation` makes it, or None to rotate nothing -> [B, T, D]."""
@@ -46,7 +56,8 @@ class AttentionBlock(nnx.Module):
             q, k = (rotate(heads, *rope, interleaved=self.is_interleaved) for heads in (q, k))
         q = constrain(q, (ax.BATCH, None, ax.HEADS, ax.HEAD_DIM))
         k, v = (constrain(heads, (ax.BATCH, None, ax.KV_HEADS, ax.HEAD_DIM)) for heads in (k, v))
-        return constrain(self.out(attend(layer, q, k, v)), (ax.BATCH, None, ax.EMBED))
+        sinks = {} if self.sinks is None else {"sinks": self.sinks[...]}
+        return constrain(self.out(attend(layer, q, k, v, **sinks)), (ax.BATCH, None, ax.EMBED))
 
 
 def _qk_norm(config: ModelConfig, heads: tuple[tuple[str, int], ...], dtype: jnp.dtype, rngs: nnx.Rngs):

@@ -62,6 +62,7 @@ def test_the_download_caches_links_are_followed(model: pathlib.Path, tmp_path: p
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     os.rename(model / SINGLE_FILE, blobs / "123")
+    os.rename(model / "config.json", snapshot / "config.json")
     (snapshot / SINGLE_FILE).symlink_to("../../blobs/123")
     load_weights(snapshot, define())
     os.rename(blobs / "123", tmp_path / "hub" / "123")

@@ -9,7 +9,7 @@ import pytest
 
 from jaxinfer import batch
 from jaxinfer.config import ModelConfig, MoEConfig, RopeConfig
-from jaxinfer.layers import attention_block, decoder, mlp, norm
+from jaxinfer.layers import attention_block, decoder, mlp, moe, norm
 from pallas_kernels.paged_attention import xla
 from sharding_rules import axes as ax
 from tests.parity import driver
@@ -170,6 +170,16 @@ def _but_latents(normalise: Callable) -> Callable:
     return changed
 
 
+_windows_swapped = _config(
+    lambda c: {"windows": tuple(None if window else max(filter(None, c.windows)) for window in c.windows)}
+)
+
+
+def _up_not_raised(clamped_swiglu: Callable) -> Callable:
+    """up, where it should be up + 1."""
+    return lambda gate, up, *of: clamped_swiglu(gate, up, *of) - clamped_swiglu(gate, 0 * up, *of)
+
+
 FAULTS = [
     Fault("rope theta over 50", _rope(lambda rope: {"theta": rope.theta / 50})),
     Fault("llama3 rope scaling ignored", _rope(lambda rope: {"scaling": "default"}), config="llama3_rope"),
@@ -213,7 +223,7 @@ FAULTS = [
     ),
     Fault(
         "windows in the other layers",
-        _config(lambda c: {"windows": tuple(None if window else max(filter(None, c.windows)) for window in c.windows)}),
+        _windows_swapped,
         family="gemma2",
         needs_long_prompt=True,
     ),
@@ -271,6 +281,18 @@ FAULTS = [
         _weights(lambda path, a: jnp.roll(a, 1, axis=0) if path.endswith("experts/down") else a),
         family="mixtral",
     ),
+    Fault(
+        "sinks dropped",
+        _weights(lambda path, a: jnp.full_like(a, -jnp.inf) if path.endswith("sinks") else a),
+        family="gpt_oss",
+    ),
+    Fault("yarn's factor ignored in gpt-oss", _rope(lambda rope: {"attention_factor": 1.0}), family="gpt_oss"),
+    Fault("windows in the other layers of gpt-oss", _windows_swapped, family="gpt_oss", needs_long_prompt=True),
+    Fault("SwiGLU not clamped", _moe(lambda moe: {"swiglu_limit": 1e9}), family="gpt_oss"),
+    Fault("up without its one", _wrap(moe, "clamped_swiglu", _up_not_raised), family="gpt_oss"),
+    Fault("first biases of experts dropped", _zeros_at("experts/gate_up_bias"), family="gpt_oss"),
+    Fault("last biases of experts dropped", _zeros_at("experts/down_bias"), family="gpt_oss"),
+    Fault("router's bias dropped", _zeros_at("router/bias"), family="gpt_oss"),
     Fault("biases of layer norms dropped", _zeros_at("norm/", "/bias"), family="opt"),
     Fault("biases of MLPs dropped", _zeros_at("mlp/", "/bias"), family="opt"),
     Fault("learned positions dropped", _zeros_at("position_embedding"), family="gpt2"),

@@ -26,6 +26,7 @@ ENCODER_CASES = [(family, name) for family in models.encoders() for name in mode
 _MATRIX_GAIN = 1.5  # over 1 / sqrt(inputs): scores of standard deviation 2, so that attention picks
 _EMBEDDING_STDDEV = 0.3  # small enough that the norm's epsilon can be seen
 _BIAS_STDDEV = 0.3
+_SINK = 4.0  # large enough to act beside hundreds of tokens' scores
 
 
 def tiny_config(family: str, name: str) -> dict[str, Any]:
@@ -50,7 +51,9 @@ def _tensor(name: str, parts: list[layout.StoredParam], seed: int) -> np.ndarray
     shape = layout.tensor_shape(parts)
     # RandomState and not Generator: NumPy promises that its numbers never change.
     normal = np.random.RandomState([seed, zlib.crc32(name.encode())]).standard_normal(shape)
-    if name.endswith("bias"):
+    if name.endswith("sinks"):
+        values = _SINK + normal
+    elif name.endswith("bias"):
         values = _BIAS_STDDEV * normal
     elif len(shape) == 1:
         values = 1 + 0.2 * normal  # a norm's scale
@@ -59,7 +62,7 @@ def _tensor(name: str, parts: list[layout.StoredParam], seed: int) -> np.ndarray
     elif parts[0].spec.path.endswith("embedding/table"):
         values = _EMBEDDING_STDDEV * normal
     else:
-        values = _MATRIX_GAIN * normal / np.sqrt(shape[0] if parts[0].is_transposed else shape[1])
+        values = _MATRIX_GAIN * normal / np.sqrt(shape[-2] if parts[0].is_transposed else shape[-1])
     return values.astype(np.float32)
 
 
