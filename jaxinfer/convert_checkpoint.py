@@ -11,7 +11,6 @@ Everything is said on stderr, but what was asked for: --inspect writes to stdout
 import math
 import os
 import pathlib
-import resource
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -118,13 +117,14 @@ def convert(source_dir: pathlib.Path, target: pathlib.Path, progress: Progress) 
     source = conversion.Source.open(source_dir, _DTYPE.value)
     if unused := unused_tensors(source):
         say(f"left out, for inference does not need them: {', '.join(unused)}")
-    start, before = time.perf_counter(), peak_bytes()
+    start, before = time.perf_counter(), host_memory.peak_bytes()
     with progress.phase("converting", "bytes") as advance:
         conversion.convert(source, target, advance)
-    seconds, largest = time.perf_counter() - start, max(map(source.param_bytes, source.params))
+    seconds, peak = time.perf_counter() - start, host_memory.peak_bytes()
+    largest = max(map(source.param_bytes, source.params))
     say(
         f"{target}: {format_bytes(source.num_bytes)} in {seconds:.1f} s, {source.num_bytes / 1e9 / seconds:.2f} GB/s; "
-        f"peak host memory {format_bytes(peak_bytes())}, {format_bytes(peak_bytes() - before)} above the start; "
+        f"peak host memory {format_bytes(peak)}, {format_bytes(peak - before)} above the start; "
         f"largest tensor {format_bytes(largest)}"
     )
     if _CHECK.value:
@@ -139,12 +139,13 @@ def convert(source_dir: pathlib.Path, target: pathlib.Path, progress: Progress) 
 def unused_tensors(source: "Source") -> list[str]:
     """Names of the tensors of a Hugging Face directory that have no parameter, and so no place in the new one."""
     from jaxinfer.checkpoint import hf_reader
-    from jaxinfer.checkpoint.hf_index import TensorIndex
     from jaxinfer.checkpoint.reader import HUGGING_FACE
 
     if source.format != HUGGING_FACE:
         return []
-    return sorted(hf_reader.unused_tensors(TensorIndex.open(source.model_dir), source.definition))
+    return sorted(
+        hf_reader.unused_tensors(hf_reader.open_index(source.model_dir, source.definition), source.definition)
+    )
 
 
 def check(source: "Source", target: pathlib.Path) -> None:
@@ -182,11 +183,6 @@ def _vectors(directory: str, prompts: list[list[int]]) -> list[list[float]]:
 
 def _check_dtype() -> str:
     return "float32" if _DTYPE.value == "auto" else _DTYPE.value
-
-
-def peak_bytes() -> int:
-    """Most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Memory of this machine that this process may still use: what the kernel has, within the limits of its containers.
+"""Memory that this process may still use, which is what the kernel has within its containers' limits, and has used.
 
 Linux only. A container sees the whole machine in /proc/meminfo, and is killed at the limit of its control group.
 """
@@ -15,6 +15,12 @@ _V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
 def available_bytes(root: pathlib.Path = pathlib.Path("/")) -> int | None:
     """None where the system does not say. `root` is where its files are looked for."""
     return min((*_of_machine(root), *_of_cgroups(root)), default=None)
+
+
+def peak_bytes(root: pathlib.Path = pathlib.Path("/")) -> int:
+    """Of this process so far; 0 where the system does not say. That of getrusage includes the parent's."""
+    sizes = (line.split()[1] for line in _lines(root / "proc/self/status") if line.startswith("VmHWM:"))
+    return int(next(sizes, 0)) * 1024
 
 
 def _of_machine(root: pathlib.Path) -> Iterator[int]:

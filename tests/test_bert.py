@@ -57,7 +57,6 @@ def test_tensors_that_are_not_used_may_be_there(tmp_path: pathlib.Path):
     plain, full = (recipe.write_model(tmp_path / name, TINY, tensors) for name in ("plain", "full"))
     unused = {"pooler.dense.weight": np.ones((dim, dim), np.float32), "pooler.dense.bias": np.ones(dim, np.float32)}
     unused |= {"embeddings.position_ids": np.arange(1024)[None]}
-    assert unused.keys() == {*bert.UNUSED_TENSORS}
     save_file(tensors | unused, full / "model.safetensors")
     for array, again in zip(driver.load(plain)[1], driver.load(full)[1], strict=True):
         np.testing.assert_array_equal(again, array)

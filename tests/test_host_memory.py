@@ -1,10 +1,13 @@
 """Free memory on a machine and in containers, from the kernel's files as they look there."""
 
 import pathlib
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
-from jaxinfer.host_memory import available_bytes
+from jaxinfer.host_memory import available_bytes, peak_bytes
 
 MEMINFO = {"proc/meminfo": "MemTotal:       32000000 kB\nMemFree:   1 kB\nMemAvailable:       20000000 kB\n"}
 MACHINE = 20000000 * 1024
@@ -70,3 +73,12 @@ def test_the_tightest_limit_counts(tmp_path: pathlib.Path, files: dict[str, str]
 def test_this_machine_has_memory():
     free = available_bytes()
     assert free is None or 2**20 < free < 2**50
+
+
+def test_the_peak_is_this_process_own(tmp_path: pathlib.Path):
+    """Not that of whoever started it."""
+    held = np.ones(300 << 20, np.uint8)
+    code = "from jaxinfer.host_memory import peak_bytes; print(peak_bytes())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    assert 0 < int(child.stdout) < held.nbytes < peak_bytes()
+    assert peak_bytes(tmp_path) == 0

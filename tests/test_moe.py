@@ -97,7 +97,7 @@ def clamped(
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("mesh", ["", "expert:4", "expert:2,tensor:2", "data:2,expert:2,tensor:2"])
+@pytest.mark.parametrize("mesh", ["", "expert:1,tensor:1", "expert:4", "expert:2,tensor:2", "data:2,expert:2,tensor:2"])
 def test_experts_on_meshes(kind: str, mesh: str):
     """Each device computes its experts for its tokens, whichever rules split them; no token is dropped."""
     rules = rule_set("experts", batch="data", experts="expert", mlp="tensor")

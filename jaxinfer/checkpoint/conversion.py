@@ -67,7 +67,7 @@ class Source:
             params = manifest.read(model_dir)["about"]["params"]
             stored = {path: jnp.dtype(dtype) for path, (_, dtype) in params.items()}
         else:
-            index = TensorIndex.open(model_dir)
+            index = hf_reader.open_index(model_dir, definition)
             hf_reader.check_matches(index, definition)
             stored = hf_reader.stored_dtypes(index, definition)
         wanted = stored if dtype == "auto" else dict.fromkeys(stored, jnp.dtype(dtype))
@@ -90,7 +90,7 @@ class Source:
 
     @functools.cached_property
     def _index(self) -> TensorIndex:
-        return TensorIndex.open(self.model_dir)
+        return hf_reader.open_index(self.model_dir, self.definition)
 
     def param_bytes(self, param: StoredParam) -> int:
         return math.prod(param.shape) * self.dtypes[param.spec.path].itemsize

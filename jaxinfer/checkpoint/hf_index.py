@@ -49,11 +49,13 @@ class TensorIndex:
     Attributes:
       tensors: those packed in MXFP4 among them, as the bfloat16 that they are read as.
       packed: of these the blocks and the scales, by the tensor's name.
+      left_out: what all names begin with, but not in the files.
     """
 
     model_dir: pathlib.Path
     tensors: Mapping[str, StoredTensor]
     packed: Mapping[str, tuple[StoredTensor, StoredTensor]]
+    left_out: str = ""
 
     @classmethod
     def open(cls, model_dir: pathlib.Path) -> "TensorIndex":
@@ -69,6 +71,14 @@ class TensorIndex:
         parts = {name + end for name in packed for end in (mxfp4.BLOCKS, mxfp4.SCALES)}
         return cls(model_dir, {name: tensors[name] for name in tensors.keys() - parts} | unpacked, packed)
 
+    def with_prefix(self, prefix: str) -> "TensorIndex":
+        """The same with names that begin with `prefix`, as in other files of the family; the head's never does."""
+        if any(name.startswith(prefix) for name in self.tensors):
+            return self
+        names = {name: name if name.startswith("lm_head.") else prefix + name for name in self.tensors}
+        tensors = {names[name]: tensor for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors, left_out=prefix)
+
     @contextlib.contextmanager
     def reader(self, name: str) -> Iterator[ReadSlices]:
         """A function that reads slices of the tensor `name`, in the stored dtype.
@@ -83,7 +93,7 @@ class TensorIndex:
                 yield functools.partial(mxfp4.read, *(part.__getitem__ for part in parts))
             return
         with _opened(self.tensors[name].path) as file:
-            yield file.get_slice(name).__getitem__
+            yield file.get_slice(name.removeprefix(self.left_out)).__getitem__
 
 
 def _pair(tensors: Mapping[str, StoredTensor], name: str) -> tuple[StoredTensor, StoredTensor]:

@@ -7,6 +7,7 @@ and one copy of the slice in flight.
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable
 
 import jax
@@ -31,7 +32,7 @@ def load_weights(
     `progress(bytes_done, bytes_total)` is called after each tensor; bytes are those of `definition.weight_bytes`.
     Raises ValueError, before anything is sent to a device, for a directory that is broken or of another model.
     """
-    index = TensorIndex.open(model_dir)
+    index = open_index(model_dir, definition)
     stored = stored_params(definition)
     check_matches(index, definition)
     done, total = 0, definition.weight_bytes
@@ -42,6 +43,11 @@ def load_weights(
         if progress is not None:
             progress(done, total)
     return tuple(arrays)
+
+
+def open_index(model_dir: pathlib.Path, definition: ModelDefinition) -> TensorIndex:
+    """The directory's tensors by the names that the model's family gives them."""
+    return TensorIndex.open(model_dir).with_prefix(getattr(definition.family, "PREFIX", ""))
 
 
 def read(index: TensorIndex, param: StoredParam, slices: Slices, dtype: jnp.dtype) -> np.ndarray:
@@ -121,8 +127,9 @@ def check_matches(index: TensorIndex, definition: ModelDefinition) -> None:
 
 def unused_tensors(index: TensorIndex, definition: ModelDefinition) -> set[str]:
     """Names of the directory's tensors that inference does not need."""
-    unused = getattr(definition.family, "UNUSED_TENSORS", ())
-    return {name for name in index.tensors if name in unused or name.endswith(_IGNORED_SUFFIX)}
+    find_unused = getattr(definition.family, "unused_tensors", None)
+    pattern = find_unused(definition.config) if find_unused else ""
+    return {name for name in index.tensors if re.fullmatch(pattern, name) or name.endswith(_IGNORED_SUFFIX)}
 
 
 def _mismatch(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> str:

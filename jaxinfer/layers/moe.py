@@ -117,12 +117,16 @@ class Experts(nnx.Module):
         out = grouped_map(self._expert, params, rows, sizes)[jnp.argsort(order)].astype(jnp.float32)
         out = jnp.where(is_here[:, None], out, 0) * weights.reshape(-1, 1)
         out = jnp.sum(out.reshape(-1, k, x.shape[-1]), axis=1).astype(x.dtype).reshape(x.shape)
-        split = [axis for name in (ax.EXPERTS, ax.MLP) for axis in self.partitioner.mesh_axes(name)]
+        split = (*self._mesh_axes(ax.EXPERTS), *self._mesh_axes(ax.MLP))
         return lax.psum(out, split) if split else out
 
     def _first_expert(self, num_local: int) -> jax.Array | int:
-        axes = self.partitioner.mesh_axes(ax.EXPERTS)
+        axes = self._mesh_axes(ax.EXPERTS)
         return lax.axis_index(axes) * num_local if axes else 0
+
+    def _mesh_axes(self, logical_axis: str) -> tuple[str, ...]:
+        """Those that split it; none on a single device, where nothing is mapped over the mesh."""
+        return self.partitioner.mesh_axes(logical_axis) if self.partitioner.mesh.size > 1 else ()
 
 
 class GatedExperts(Experts):
@@ -178,7 +182,7 @@ class ClampedExperts(Experts):
 
     def _on_one_device(self, bias: jax.Array) -> jax.Array:
         """Of those that split the hidden units, and whose parts are summed; zero on the others."""
-        axes = self.partitioner.mesh_axes(ax.MLP)
+        axes = self._mesh_axes(ax.MLP)
         return jnp.where(lax.axis_index(axes) == 0, bias, 0) if axes else bias
 
 

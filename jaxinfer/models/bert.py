@@ -38,8 +38,6 @@ TINY_CONFIGS = {
         "layer_norm_eps": 1e-2,
     },
 }
-# In most files and of no influence on the last hidden state: the head of an objective of training, and a constant.
-UNUSED_TENSORS = ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids")
 _ABOUT_HEADS = """pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
     tie_word_embeddings""".split()
 
@@ -101,6 +99,12 @@ def weight_names(config: EncoderConfig) -> WeightNames:
 
 def _norm_names(ours: str, theirs: str) -> dict[str, str]:
     return {f"{ours}/scale": f"{theirs}.weight", f"{ours}/bias": f"{theirs}.bias"}
+
+
+def unused_tensors(config: EncoderConfig) -> str:
+    """Of no influence on the last hidden state: the head of an objective of training, and a constant."""
+    del config
+    return r"pooler\.dense\.(weight|bias)|embeddings\.position_ids"
 
 
 Model = Encoder

@@ -153,4 +153,9 @@ def weight_names(config: ModelConfig) -> WeightNames:
     return decoder_names(config) | expert_names(config, "mlp.gate", "mlp.experts", PROJECTIONS, "mlp.shared_experts")
 
 
+def unused_tensors(config: ModelConfig) -> str:
+    """The further layers of V3, for guessing several tokens at once."""
+    return rf"model\.layers\.{config.num_layers}\..*"
+
+
 Model = Decoder

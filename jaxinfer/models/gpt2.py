@@ -6,6 +6,7 @@ from jaxinfer.hf_weight_names import WeightNames, fused, plain_decoder_names
 from jaxinfer.layers.decoder import Decoder
 
 ARCHITECTURES = ("GPT2LMHeadModel",)
+PREFIX = "transformer."
 
 _TINY = {
     "architectures": ["GPT2LMHeadModel"],
@@ -84,6 +85,12 @@ def weight_names(config: ModelConfig) -> WeightNames:
     names = plain_decoder_names(config, _OUTSIDE, "transformer.h", _INSIDE)
     names = fused(names, ("q_attn", "k_attn", "v_attn"), "c_attn")
     return {path: part._replace(is_transposed=path.endswith("/weight")) for path, part in names.items()}
+
+
+def unused_tensors(config: ModelConfig) -> str:
+    """Constants of the first files: the causal mask, and what is put where it is zero."""
+    del config
+    return r"transformer\.h\.\d+\.attn\.(masked_)?bias"
 
 
 Model = Decoder

@@ -9,6 +9,7 @@ from jaxinfer.hf_weight_names import WeightNames, plain_decoder_names
 from jaxinfer.layers.decoder import Decoder
 
 ARCHITECTURES = ("OPTForCausalLM",)
+PREFIX = "model."
 _NORM_EPS = 1e-5  # a constant of the code, with no key in the file
 _UNUSED_ROWS = 2  # at the start of the table of positions
 
