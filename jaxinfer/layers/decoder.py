@@ -30,7 +30,7 @@ class Block(nnx.Module):
         self.attention = attention(config, partitioner, dtype=dtype, rngs=rngs)
         self.attention_post_norm = norm() if config.norms_after else None
         self.mlp_norm = norm() if config.norms_before else None
-        self.mlp = (MoE if config.has_experts(layer) else MLP)(config, partitioner, dtype=dtype, rngs=rngs)
+        self.mlp = _mlp(config, layer, partitioner, dtype, rngs)
         self.mlp_post_norm = norm() if config.norms_after else None
 
     def __call__(self, x: jax.Array, rope: Rope, layer: int, attend: Attend) -> jax.Array:
@@ -96,6 +96,13 @@ def _position_embedding(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -
         return None
     first = num_rows - config.max_position
     return PositionEmbedding(num_rows, config.embed_dim, first=first, dtype=dtype, rngs=rngs)
+
+
+def _mlp(config: ModelConfig, layer: int, partitioner: Partitioner, dtype: jnp.dtype, rngs: nnx.Rngs) -> MLP | MoE:
+    if config.has_experts(layer):
+        return MoE(config, partitioner, dtype=dtype, rngs=rngs)
+    kind = {"activation": config.activation, "is_gated": config.gated_mlp, "use_bias": config.mlp_bias}
+    return MLP(config.embed_dim, config.mlp_dim, partitioner, **kind, dtype=dtype, rngs=rngs)
 
 
 def _apply(norm: RMSNorm | LayerNorm | None, x: jax.Array) -> jax.Array:

@@ -6,9 +6,9 @@ from flax import nnx
 
 from jaxinfer.attention import bidirectional_attention
 from jaxinfer.config import EncoderConfig
-from jaxinfer.layers.embedding import Embedding
+from jaxinfer.layers.embedding import Embedding, PositionEmbedding
 from jaxinfer.layers.linear import Linear
-from jaxinfer.layers.mlp import ACTIVATIONS
+from jaxinfer.layers.mlp import MLP
 from jaxinfer.layers.norm import LayerNorm
 from jaxinfer.layers.param import param
 from jaxinfer.partitioning import Partitioner
@@ -34,29 +34,14 @@ class EncoderAttention(nnx.Module):
         return constrain(self.out(attended), (ax.BATCH, None, ax.EMBED))
 
 
-class EncoderMLP(nnx.Module):
-    """down(activation(up(x)))."""
-
-    def __init__(self, config: EncoderConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        embed, mlp = ((ax.EMBED, config.embed_dim),), ((ax.MLP, config.mlp_dim),)
-        self.activation = ACTIVATIONS[config.activation]
-        self.partitioner = partitioner
-        self.up = Linear(embed, mlp, use_bias=True, dtype=dtype, rngs=rngs)
-        self.down = Linear(mlp, embed, use_bias=True, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, T, D] -> [B, T, D]."""
-        hidden = self.partitioner.constrain(self.activation(self.up(x)), (ax.BATCH, None, ax.MLP))
-        return self.partitioner.constrain(self.down(hidden), (ax.BATCH, None, ax.EMBED))
-
-
 class EncoderBlock(nnx.Module):
     """Attention and MLP, each added to what it reads, and the sum normalised."""
 
     def __init__(self, config: EncoderConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.attention = EncoderAttention(config, partitioner, dtype=dtype, rngs=rngs)
         self.attention_norm = _norm(config, dtype, rngs)
-        self.mlp = EncoderMLP(config, partitioner, dtype=dtype, rngs=rngs)
+        kind = {"activation": config.activation, "is_gated": False, "use_bias": True}
+        self.mlp = MLP(config.embed_dim, config.mlp_dim, partitioner, **kind, dtype=dtype, rngs=rngs)
         self.mlp_norm = _norm(config, dtype, rngs)
 
     def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -74,8 +59,10 @@ class Encoder(nnx.Module):
         self.partitioner = partitioner
         embed = (ax.EMBED, config.embed_dim)
         self.embedding = Embedding(config.vocab_size, config.embed_dim, is_head=False, dtype=dtype, rngs=rngs)
-        self.positions = param(((None, config.max_position), embed), dtype, rngs, read_share=0.0)
-        self.token_types = param(((None, config.num_token_types), embed), dtype, rngs, read_share=0.0)
+        self.position_embedding = PositionEmbedding(
+            config.max_position, config.embed_dim, first=0, dtype=dtype, rngs=rngs
+        )
+        self.token_type_embedding = param(((None, config.num_token_types), embed), dtype, rngs, read_share=0.0)
         self.norm = _norm(config, dtype, rngs)
         blocks = [EncoderBlock(config, partitioner, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
         self.layers = nnx.List(blocks)
@@ -86,7 +73,11 @@ class Encoder(nnx.Module):
         Lengths are at least 1. Behind a row's length stands what counts for nothing.
         """
         with jax.named_scope("embed"):
-            x = self.embedding(tokens) + self.positions[: tokens.shape[1]] + self.token_types[0]
+            x = (
+                self.embedding(tokens)
+                + self.position_embedding(jnp.arange(tokens.shape[1]))
+                + self.token_type_embedding[0]
+            )
             x = self.partitioner.constrain(self.norm(x), (ax.BATCH, None, ax.EMBED))
         for layer, block in enumerate(self.layers):
             with jax.named_scope(f"layer_{layer}"):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.config import ModelConfig
 from jaxinfer.layers.linear import Linear
 from jaxinfer.partitioning import Partitioner
 from sharding_rules import axes as ax
@@ -26,18 +25,21 @@ class MLP(nnx.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        embed_dim: int,
+        mlp_dim: int,
         partitioner: Partitioner,
         *,
-        mlp_dim: int | None = None,  # None: the config's
+        activation: str,
+        is_gated: bool,
+        use_bias: bool,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        embed, mlp = ((ax.EMBED, config.embed_dim),), ((ax.MLP, mlp_dim or config.mlp_dim),)
-        self.activation = ACTIVATIONS[config.activation]
+        embed, mlp = ((ax.EMBED, embed_dim),), ((ax.MLP, mlp_dim),)
+        self.activation = ACTIVATIONS[activation]
         self.partitioner = partitioner
-        linear = functools.partial(Linear, use_bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.gate = linear(embed, mlp) if config.gated_mlp else None
+        linear = functools.partial(Linear, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.gate = linear(embed, mlp) if is_gated else None
         self.up = linear(embed, mlp)
         self.down = linear(mlp, embed)
 

@@ -23,8 +23,9 @@ class MoE(nnx.Module):
         self.router = Router(moe, config.embed_dim, dtype=dtype, rngs=rngs)
         kind = GatedExperts if moe.swiglu_limit is None else ClampedExperts
         self.experts = kind(config, moe, partitioner, dtype=dtype, rngs=rngs)
-        shared = {"mlp_dim": moe.shared_mlp_dim, "dtype": dtype, "rngs": rngs}
-        self.shared = MLP(config, partitioner, **shared) if moe.shared_mlp_dim else None
+        shared = {"activation": config.activation, "is_gated": True, "use_bias": config.mlp_bias}
+        sizes = (config.embed_dim, moe.shared_mlp_dim)
+        self.shared = MLP(*sizes, partitioner, **shared, dtype=dtype, rngs=rngs) if moe.shared_mlp_dim else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""

@@ -44,8 +44,8 @@ _ABOUT_HEADS = """pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
 _TABLES = {
     "embedding/table": "embeddings.word_embeddings.weight",
-    "positions": "embeddings.position_embeddings.weight",
-    "token_types": "embeddings.token_type_embeddings.weight",
+    "position_embedding/table": "embeddings.position_embeddings.weight",
+    "token_type_embedding": "embeddings.token_type_embeddings.weight",
 }
 _LINEAR = {
     "attention/q": "attention.self.query",

@@ -21,6 +21,7 @@ from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.request import Request
 from jaxinfer.runner import Runner
+from jaxinfer.sampler_programs import SamplerPrograms
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.step_plan import StepPlan
@@ -150,8 +151,9 @@ def _shuffle_pages(allocator) -> None:
 
 @contextlib.contextmanager
 def greedy_only() -> Iterator[None]:
-    """Without the sampler's branches, which are the same for all families, a program compiles in half the time."""
+    """Without what samples, which is the same for all families, a model compiles in half the time."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SamplerPrograms, "lowerings", lambda *_: {})
         patch.setattr(steps, "sample", lambda logits, *_: jnp.argmax(logits, axis=-1).astype(jnp.int32))
         yield
 
@@ -165,12 +167,12 @@ class Continuation:
 
 
 def continue_prompts(
-    model_dir: pathlib.Path, prompts: list[list[int]], num_tokens: int, chunk: int = 256
+    model_dir: pathlib.Path, prompts: list[list[int]], num_tokens: int, chunk: int = 256, num_steps: int = 1
 ) -> list[Continuation]:
     """Runs all prompts in one batch on one device, chunk by chunk, and records every logit."""
     definition, weights = load(model_dir)
     longest = max(map(len, prompts)) + num_tokens
-    shapes = Shapes(rows=len(prompts), max_len=longest, chunk=chunk)
+    shapes = Shapes(rows=len(prompts), max_len=longest, chunk=chunk, num_steps=num_steps)
     runner, recorder = make_runner(definition, weights, shapes), LogitsRecorder(shapes.chunk)
     with recorder.recording(definition.family.Model):
         runner.compile_all()

@@ -1,81 +1,16 @@
 """Mistakes that engines have made, each planted in ours by one patch. The parity check must see them all."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 from jaxinfer import batch
-from jaxinfer.config import ModelConfig, MoEConfig, RopeConfig
+from jaxinfer.config import ModelConfig
 from jaxinfer.layers import attention_block, decoder, mlp, moe, norm
 from pallas_kernels.paged_attention import xla
 from sharding_rules import axes as ax
-from tests.parity import driver
-
-Plant = Callable[[pytest.MonkeyPatch], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """One mistake.
-
-    Attributes:
-      name: what is wrong.
-      plant: puts it in; undone with the patch.
-      family, config: the tiny model that has what is broken.
-      needs_long_prompt: no position of the 4-token prompt and its 64 tokens shows it.
-    """
-
-    name: str
-    plant: Plant
-    config: str = "gqa"
-    family: str = "llama"
-    needs_long_prompt: bool = False
-
-    def __str__(self) -> str:
-        return self.name.replace(" ", "_")
-
-
-def _wrap(module, name: str, make: Callable) -> Plant:
-    """Replaces `module.name` by `make(original)`."""
-    return lambda patch: patch.setattr(module, name, make(getattr(module, name)))
-
-
-def _config(change: Callable[[ModelConfig], dict]) -> Plant:
-    def misread(read: Callable) -> Callable:
-        return lambda model_dir: (lambda config: dataclasses.replace(config, **change(config)))(read(model_dir))
-
-    return _wrap(driver, "read_config", misread)
-
-
-def _moe(change: Callable[[MoEConfig], dict]) -> Plant:
-    return _config(lambda c: {"moe": c.moe and dataclasses.replace(c.moe, **change(c.moe))})
-
-
-def _rope(change: Callable[[RopeConfig], dict]) -> Plant:
-    def changed(config: ModelConfig) -> dict:
-        assert config.rope is not None
-        return {"rope": dataclasses.replace(config.rope, **change(config.rope))}
-
-    return _config(changed)
-
-
-def _weights(change: Callable[[str, jax.Array], jax.Array]) -> Plant:
-    def misload(load: Callable) -> Callable:
-        def load_changed(model_dir, definition):
-            arrays = load(model_dir, definition)
-            return tuple(change(spec.path, a) for spec, a in zip(definition.params, arrays, strict=True))
-
-        return load_changed
-
-    return _wrap(driver, "load_weights", misload)
-
-
-def _zeros_at(*parts: str) -> Plant:
-    """The parameters whose path has all of `parts` are zero."""
-    return _weights(lambda path, a: jnp.zeros_like(a) if all(part in path for part in parts) else a)
+from tests.parity.planting import Fault, of_attention, of_config, of_moe, of_rope, of_weights, wrap, zeros_at
 
 
 def _rotate_interleaved(rotate: Callable) -> Callable:
@@ -87,19 +22,6 @@ def _rotate_interleaved(rotate: Callable) -> Callable:
         return jnp.stack([first, second], axis=-1).reshape(x.shape)
 
     return rotated
-
-
-def _attention(change: Callable) -> Plant:
-    """`change(attend, q, positions)` instead of the attention over pages."""
-
-    def make(attention: Callable) -> Callable:
-        def changed(q, k_pages, v_pages, block_tables, positions, **of_layer):
-            attend = lambda q, positions: attention(q, k_pages, v_pages, block_tables, positions, **of_layer)  # noqa: E731
-            return change(attend, q, positions)
-
-        return changed
-
-    return _wrap(xla, "paged_attention", make)
 
 
 def _heads_strided(attend: Callable, q: jax.Array, positions: jax.Array) -> jax.Array:
@@ -170,7 +92,7 @@ def _but_latents(normalise: Callable) -> Callable:
     return changed
 
 
-_windows_swapped = _config(
+_windows_swapped = of_config(
     lambda c: {"windows": tuple(None if window else max(filter(None, c.windows)) for window in c.windows)}
 )
 
@@ -181,43 +103,43 @@ def _up_not_raised(clamped_swiglu: Callable) -> Callable:
 
 
 FAULTS = [
-    Fault("rope theta over 50", _rope(lambda rope: {"theta": rope.theta / 50})),
-    Fault("llama3 rope scaling ignored", _rope(lambda rope: {"scaling": "default"}), config="llama3_rope"),
-    Fault("yarn scaling ignored", _rope(lambda rope: {"scaling": "default"}), config="yarn", family="qwen2"),
+    Fault("rope theta over 50", of_rope(lambda rope: {"theta": rope.theta / 50})),
+    Fault("llama3 rope scaling ignored", of_rope(lambda rope: {"scaling": "default"}), config="llama3_rope"),
+    Fault("yarn scaling ignored", of_rope(lambda rope: {"scaling": "default"}), config="yarn", family="qwen2"),
     Fault(
         "yarn's factor on cos and sin ignored",
-        _rope(lambda rope: {"attention_factor": 1.0}),
+        of_rope(lambda rope: {"attention_factor": 1.0}),
         config="yarn",
         family="qwen2",
     ),
-    Fault("rotated dims interleaved", _wrap(attention_block, "rotate", _rotate_interleaved)),
+    Fault("rotated dims interleaved", wrap(attention_block, "rotate", _rotate_interleaved)),
     Fault(
         "rope positions in bfloat16",  # exact up to 256
-        _wrap(decoder, "rotation", lambda rotation: lambda p, *of: rotation(p.astype(jnp.bfloat16), *of)),
+        wrap(decoder, "rotation", lambda rotation: lambda p, *of: rotation(p.astype(jnp.bfloat16), *of)),
         needs_long_prompt=True,
     ),
-    Fault("norm epsilon times 100", _config(lambda c: {"norm_eps": 100 * c.norm_eps})),
-    Fault("query heads strided over KV heads", _attention(_heads_strided)),
-    Fault("attention biases dropped", _zeros_at("attention/", "/bias"), config="biases"),
+    Fault("norm epsilon times 100", of_config(lambda c: {"norm_eps": 100 * c.norm_eps})),
+    Fault("query heads strided over KV heads", of_attention(_heads_strided)),
+    Fault("attention biases dropped", zeros_at("attention/", "/bias"), config="biases"),
     Fault(
         "separate head ignored",
-        _wrap(decoder.Decoder, "logits", lambda logits: lambda model, hidden: model.embedding.logits(hidden)),
+        wrap(decoder.Decoder, "logits", lambda logits: lambda model, hidden: model.embedding.logits(hidden)),
     ),
     Fault("gelu for silu", lambda patch: patch.setitem(mlp.ACTIVATIONS, "silu", jax.nn.gelu)),
     Fault(
         "softmax scale 1 over head_dim",
         lambda patch: patch.setattr(ModelConfig, "softmax_scale", property(lambda config: 1 / config.head_dim)),
     ),
-    Fault("weights in bfloat16", _weights(lambda path, a: _rounded(a))),
-    Fault("softmax in bfloat16", _wrap(xla, "_attend_block", _round_softmax)),
-    Fault("decode one position late", _wrap(batch, "build", _decode_one_late)),
-    Fault("later chunks one position late", _wrap(batch, "build", _chunks_one_late), needs_long_prompt=True),
-    Fault("mask shows the next token", _attention(lambda attend, q, positions: attend(q, positions + 1))),
-    Fault("block table names a page twice", _wrap(batch, "build", _page_twice)),
-    Fault("window ignored", _config(lambda c: {"windows": ()}), family="mistral", needs_long_prompt=True),
+    Fault("weights in bfloat16", of_weights(lambda path, a: _rounded(a))),
+    Fault("softmax in bfloat16", wrap(xla, "_attend_block", _round_softmax)),
+    Fault("decode one position late", wrap(batch, "build", _decode_one_late)),
+    Fault("later chunks one position late", wrap(batch, "build", _chunks_one_late), needs_long_prompt=True),
+    Fault("mask shows the next token", of_attention(lambda attend, q, positions: attend(q, positions + 1))),
+    Fault("block table names a page twice", wrap(batch, "build", _page_twice)),
+    Fault("window ignored", of_config(lambda c: {"windows": ()}), family="mistral", needs_long_prompt=True),
     Fault(
         "window one token too wide",
-        _config(lambda c: {"windows": tuple(window and window + 1 for window in c.windows)}),
+        of_config(lambda c: {"windows": tuple(window and window + 1 for window in c.windows)}),
         family="mistral",
         needs_long_prompt=True,
     ),
@@ -227,74 +149,76 @@ FAULTS = [
         family="gemma2",
         needs_long_prompt=True,
     ),
-    Fault("window layers rotate as the others", _config(lambda c: {"window_rope": None}), family="gemma3"),
-    Fault("scores not capped", _config(lambda c: {"attention_soft_cap": None}), family="gemma2"),
-    Fault("logits not capped", _config(lambda c: {"logits_soft_cap": None}), family="gemma2"),
-    Fault("query scale ignored", _config(lambda c: {"query_scale": None}), family="gemma2"),
-    Fault("embedding not scaled", _config(lambda c: {"embed_scale": 1.0}), family="gemma2"),
-    Fault("norm offset ignored", _config(lambda c: {"norm_offset": 0.0}), family="gemma2"),
+    Fault("window layers rotate as the others", of_config(lambda c: {"window_rope": None}), family="gemma3"),
+    Fault("scores not capped", of_config(lambda c: {"attention_soft_cap": None}), family="gemma2"),
+    Fault("logits not capped", of_config(lambda c: {"logits_soft_cap": None}), family="gemma2"),
+    Fault("query scale ignored", of_config(lambda c: {"query_scale": None}), family="gemma2"),
+    Fault("embedding not scaled", of_config(lambda c: {"embed_scale": 1.0}), family="gemma2"),
+    Fault("norm offset ignored", of_config(lambda c: {"norm_offset": 0.0}), family="gemma2"),
     Fault(
         "norms of queries and keys all ones",
-        _weights(lambda path, a: jnp.ones_like(a) if "q_norm" in path or "k_norm" in path else a),
+        of_weights(lambda path, a: jnp.ones_like(a) if "q_norm" in path or "k_norm" in path else a),
         family="qwen3",
     ),
     Fault(
         "norms of queries head by head",
-        _wrap(norm.RMSNorm, "__call__", lambda call: _norm_of_each_head),
+        wrap(norm.RMSNorm, "__call__", lambda call: _norm_of_each_head),
         family="olmo2",
     ),
-    Fault("neighbours not paired", _rope(lambda rope: {"interleaved": False}), family="glm4"),
-    Fault("all of a head rotates", _rope(lambda rope: {"share": 1.0}), family="phi3", config="partial_rope"),
-    Fault("positions looked up two rows early", _config(lambda c: {"max_position": c.learned_positions}), family="opt"),
+    Fault("neighbours not paired", of_rope(lambda rope: {"interleaved": False}), family="glm4"),
+    Fault("all of a head rotates", of_rope(lambda rope: {"share": 1.0}), family="phi3", config="partial_rope"),
+    Fault(
+        "positions looked up two rows early", of_config(lambda c: {"max_position": c.learned_positions}), family="opt"
+    ),
     Fault(
         "mean of layer norm not subtracted",
-        _wrap(norm.LayerNorm, "__call__", lambda call: _layer_norm_of_the_root_mean_square),
+        wrap(norm.LayerNorm, "__call__", lambda call: _layer_norm_of_the_root_mean_square),
         family="opt",
     ),
     Fault(
         "weights of experts not normalised",
-        _moe(lambda moe: {"normalize": False}),
+        of_moe(lambda moe: {"normalize": False}),
         family="mixtral",
     ),
     Fault(
         "one expert too few",
-        _moe(lambda moe: {"num_experts_per_token": moe.num_experts_per_token - 1}),
+        of_moe(lambda moe: {"num_experts_per_token": moe.num_experts_per_token - 1}),
         family="qwen3_moe",
     ),
     Fault(
         "groups of experts ignored",
-        _moe(lambda moe: {"num_groups": 1, "groups_per_token": 1}),
+        of_moe(lambda moe: {"num_groups": 1, "groups_per_token": 1}),
         family="deepseek",
     ),
-    Fault("bias on the choice of experts ignored", _zeros_at("choice_bias"), family="deepseek"),
-    Fault("shared experts dropped", _zeros_at("shared/down"), family="deepseek"),
-    Fault("weights of experts not scaled", _moe(lambda moe: {"scale": 1.0}), family="deepseek"),
-    Fault("latents not normalised", _wrap(norm.RMSNorm, "__call__", _but_latents), family="deepseek"),
+    Fault("bias on the choice of experts ignored", zeros_at("choice_bias"), family="deepseek"),
+    Fault("shared experts dropped", zeros_at("shared/down"), family="deepseek"),
+    Fault("weights of experts not scaled", of_moe(lambda moe: {"scale": 1.0}), family="deepseek"),
+    Fault("latents not normalised", wrap(norm.RMSNorm, "__call__", _but_latents), family="deepseek"),
     Fault(
         "scores not scaled for the stretch",
-        _config(lambda c: {"query_scale": c.query_scale and c.query_scale / 1.3}),
+        of_config(lambda c: {"query_scale": c.query_scale and c.query_scale / 1.3}),
         family="deepseek",
         config="v2",
     ),
     Fault(
         "experts one place on",
-        _weights(lambda path, a: jnp.roll(a, 1, axis=0) if path.endswith("experts/down") else a),
+        of_weights(lambda path, a: jnp.roll(a, 1, axis=0) if path.endswith("experts/down") else a),
         family="mixtral",
     ),
     Fault(
         "sinks dropped",
-        _weights(lambda path, a: jnp.full_like(a, -jnp.inf) if path.endswith("sinks") else a),
+        of_weights(lambda path, a: jnp.full_like(a, -jnp.inf) if path.endswith("sinks") else a),
         family="gpt_oss",
     ),
-    Fault("yarn's factor ignored in gpt-oss", _rope(lambda rope: {"attention_factor": 1.0}), family="gpt_oss"),
+    Fault("yarn's factor ignored in gpt-oss", of_rope(lambda rope: {"attention_factor": 1.0}), family="gpt_oss"),
     Fault("windows in the other layers of gpt-oss", _windows_swapped, family="gpt_oss", needs_long_prompt=True),
-    Fault("SwiGLU not clamped", _moe(lambda moe: {"swiglu_limit": 1e9}), family="gpt_oss"),
-    Fault("up without its one", _wrap(moe, "clamped_swiglu", _up_not_raised), family="gpt_oss"),
-    Fault("first biases of experts dropped", _zeros_at("experts/gate_up_bias"), family="gpt_oss"),
-    Fault("last biases of experts dropped", _zeros_at("experts/down_bias"), family="gpt_oss"),
-    Fault("router's bias dropped", _zeros_at("router/bias"), family="gpt_oss"),
-    Fault("biases of layer norms dropped", _zeros_at("norm/", "/bias"), family="opt"),
-    Fault("biases of MLPs dropped", _zeros_at("mlp/", "/bias"), family="opt"),
-    Fault("learned positions dropped", _zeros_at("position_embedding"), family="gpt2"),
-    Fault("exact gelu for its approximation", _config(lambda c: {"activation": "gelu"}), family="gpt2"),
+    Fault("SwiGLU not clamped", of_moe(lambda moe: {"swiglu_limit": 1e9}), family="gpt_oss"),
+    Fault("up without its one", wrap(moe, "clamped_swiglu", _up_not_raised), family="gpt_oss"),
+    Fault("first biases of experts dropped", zeros_at("experts/gate_up_bias"), family="gpt_oss"),
+    Fault("last biases of experts dropped", zeros_at("experts/down_bias"), family="gpt_oss"),
+    Fault("router's bias dropped", zeros_at("router/bias"), family="gpt_oss"),
+    Fault("biases of layer norms dropped", zeros_at("norm/", "/bias"), family="opt"),
+    Fault("biases of MLPs dropped", zeros_at("mlp/", "/bias"), family="opt"),
+    Fault("learned positions dropped", zeros_at("position_embedding"), family="gpt2"),
+    Fault("exact gelu for its approximation", of_config(lambda c: {"activation": "gelu"}), family="gpt2"),
 ]

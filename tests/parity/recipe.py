@@ -59,7 +59,7 @@ def _tensor(name: str, parts: list[layout.StoredParam], seed: int) -> np.ndarray
         values = 1 + 0.2 * normal  # a norm's scale
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             values *= _MATRIX_GAIN  # else normalised queries and keys would have scores too small to pick
-    elif parts[0].spec.path.endswith("embedding/table"):
+    elif "embedding" in parts[0].spec.path:
         values = _EMBEDDING_STDDEV * normal
     else:
         values = _MATRIX_GAIN * normal / np.sqrt(shape[-2] if parts[0].is_transposed else shape[-1])

@@ -13,7 +13,7 @@ from jaxinfer.config import EncoderConfig
 from jaxinfer.embedder import Vectors
 from jaxinfer.layers import encoder, mlp
 from tests.parity import driver, encoder_driver, encoder_golden, golden, recipe
-from tests.parity.faults import Plant
+from tests.parity.planting import Plant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +85,8 @@ def _epsilon_of_bert(patch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS = [
-    Fault("token type dropped", _zeroed("token_types")),
-    Fault("position dropped", _zeroed("positions")),
+    Fault("token type dropped", _zeroed("token_type_embedding")),
+    Fault("position dropped", _zeroed("position_embedding/table")),
     Fault("attention biases dropped", _zeroed("q/bias")),
     Fault("MLP biases dropped", _zeroed("down/bias")),
     Fault("norm biases dropped", _zeroed("mlp_norm/bias")),

@@ -5,7 +5,8 @@ import pathlib
 import pytest
 
 from tests.parity import driver, golden, recipe
-from tests.parity.faults import FAULTS, Fault
+from tests.parity.faults import FAULTS
+from tests.parity.planting import Fault
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
