@@ -44,7 +44,7 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mas
     """
     b, t, n, h = q.shape
     num_kv_heads = k.shape[2]
-    q = (q * jnp.asarray(scale, q.dtype)).reshape(b, t, num_kv_heads, n // num_kv_heads, h)
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype).reshape(b, t, num_kv_heads, n // num_kv_heads, h)
     precision = matmul_precision(q.dtype)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scores, -jnp.inf)

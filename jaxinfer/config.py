@@ -106,7 +106,13 @@ class MoEConfig:
     def __post_init__(self):
         if self.num_experts % self.num_groups:
             raise ValueError(f"config.json: {self.num_experts} experts do not divide into {self.num_groups} groups")
-        in_groups = self.groups_per_token * (self.num_experts // self.num_groups)
+        of_group = self.num_experts // self.num_groups
+        if self.groups_per_token > self.num_groups or self.experts_per_group_score > of_group:
+            raise ValueError(
+                f"config.json: {self.num_groups} groups of {of_group} experts; a token needs {self.groups_per_token} "
+                f"groups, and a group's score {self.experts_per_group_score} experts"
+            )
+        in_groups = self.groups_per_token * of_group
         if self.num_experts_per_token > in_groups:
             raise ValueError(
                 f"config.json: num_experts_per_tok is {self.num_experts_per_token}; a token's groups have {in_groups}"

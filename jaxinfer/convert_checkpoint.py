@@ -50,8 +50,6 @@ def main(argv: list[str]) -> int:
         if logging.get_verbosity() >= logging.DEBUG:
             raise
         say(f"convert_checkpoint: error: {error}")
-        # When a save fails, Orbax's other threads fail after it, each with a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         return 1
     return 0
 
@@ -199,7 +197,13 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def cli() -> None:
     """The console script."""
-    app.run(main, flags_parser=parse_flags)
+
+    def run_to_the_end(argv: list[str]) -> int:
+        if code := main(argv):  # when a save failed, Orbax's other threads fail after it, each with a traceback
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        return code
+
+    app.run(run_to_the_end, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

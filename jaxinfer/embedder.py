@@ -80,10 +80,10 @@ class Embedder:
             num_done += len(places)
             if progress is not None:
                 progress(num_done, len(texts))
-        self._count(len(steps), [*map(len, texts)], time.perf_counter() - start)
         if len(wrong := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
             named = f"{', '.join(map(str, wrong[:10]))}{', ...' if len(wrong) > 10 else ''}"
             raise RuntimeError(f"the model produced values that are not finite; prompts {named}")
+        self._count(len(steps), [*map(len, texts)], time.perf_counter() - start)
         return vectors
 
     def metrics(self, num_compilations_after_ready: int) -> EngineMetrics:

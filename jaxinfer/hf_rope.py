@@ -37,6 +37,10 @@ def rope_config(values: dict[str, Any], source: str) -> RopeConfig:
     for key, value in given.items():
         if not is_positive(value):
             raise ValueError(f"{source}: {key} is {value!r}; expected a positive number")
+    if (original := given.get(_ORIGINAL, 1)) != int(original):
+        raise ValueError(f"{source}: {_ORIGINAL} is {original!r}; expected an integer")
+    if scaling == "yarn" and given["rope_theta"] <= 1:
+        raise ValueError(f"{source}: rope_theta is {given['rope_theta']!r}; yarn needs more than 1")
     numbers = {key: float(value) for key, value in given.items()}
     return RopeConfig(
         theta=numbers["rope_theta"],

@@ -132,7 +132,7 @@ class ModelDefinition:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of every parameter."""
+        """Of every parameter but the few that are never rounded."""
         return self.params[0].dtype
 
     @property

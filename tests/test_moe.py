@@ -14,12 +14,14 @@ from jaxinfer import models
 from jaxinfer.config import ModelConfig, MoEConfig
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.layers.moe import GatedExperts, MoE, Router
+from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner, make_mesh
 from pallas_kernels.grouped_map import xla
 from pallas_kernels.matmul import contract
 from sharding_rules import rule_set
 
 NUM_GROUPS, NUM_INPUTS, NUM_OUTPUTS = 5, 24, 16
+FLOAT32 = {"dtype": jnp.dtype("float32"), "rngs": nnx.Rngs(0)}
 PRODUCT = lambda weight, rows: contract(rows, weight)  # noqa: E731
 
 
@@ -143,3 +145,29 @@ def test_groups_must_fit():
         MoEConfig(num_experts=12, num_experts_per_token=3, mlp_dim=8, num_groups=5)
     with pytest.raises(ValueError, match="num_experts_per_tok is 4; a token's groups have 3"):
         MoEConfig(num_experts=12, num_experts_per_token=4, mlp_dim=8, num_groups=4)
+    needs = "12 groups of 1 experts; a token needs 2 groups, and a group's score 2 experts"
+    with pytest.raises(ValueError, match=needs):
+        MoEConfig(
+            num_experts=12,
+            num_experts_per_token=2,
+            mlp_dim=8,
+            num_groups=12,
+            groups_per_token=2,
+            experts_per_group_score=2,
+        )
+
+
+def test_scores_that_are_all_zero_weigh_nothing():
+    """And are not divided by their sum."""
+    router = Router(MoEConfig(num_experts=4, num_experts_per_token=2, mlp_dim=8, scoring="sigmoid"), 2, **FLOAT32)
+    router.weight[...] = jnp.full((4, 2), -100.0)
+    np.testing.assert_array_equal(router(jnp.ones((1, 2)))[1], 0)
+
+
+def test_the_bias_on_the_choice_of_experts_is_never_rounded():
+    """In bfloat16 it would pick other experts."""
+    deepseek = models.get("deepseek")
+    config = deepseek.parse_config(HFConfig(deepseek.TINY_CONFIGS["gqa"]))
+    params = ModelDefinition.create(config, Partitioner.create(), jnp.dtype("bfloat16")).params
+    kept = {spec.path for spec in params if spec.dtype != jnp.bfloat16}
+    assert kept == {f"layers/{layer}/mlp/router/choice_bias" for layer in (1, 2)}

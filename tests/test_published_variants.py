@@ -11,6 +11,9 @@ from jaxinfer.hf_config import HFConfig
 from tests import published
 
 OPT_125M, GPT2 = published.values("opt_125m"), published.values("gpt2")
+DEEPSEEK, QWEN = published.values("deepseek_v3"), published.values("qwen_3_30b_a3b")
+GPT_OSS = published.values("gpt_oss_20b")
+YARN = GPT_OSS["rope_scaling"]
 GALACTICA_125M: dict[str, Any] = OPT_125M | {
     "_name_or_path": "galactica-125m",
     "activation_function": "gelu",
@@ -86,6 +89,15 @@ def test_cerebras_gpt():
     assert (config.activation, config.mlp_dim, config.learned_positions) == ("gelu", 3072, 2048)
 
 
+def test_keys_that_say_nothing_new_are_read():
+    """As in files for Qwen3-Coder, and in DeepSeek-V3's without the layer that guesses a second token."""
+    as_in_coder = {"shared_expert_intermediate_size": 0, "use_qk_norm": True, "qkv_bias": False}
+    assert parse(QWEN | as_in_coder) == parse(QWEN)
+    assert parse(DEEPSEEK | {"num_nextn_predict_layers": 0}) == parse(DEEPSEEK)
+    all_dense = parse(DEEPSEEK | {"first_k_dense_replace": 10**12})  # no list of so many is made
+    assert all_dense.moe is not None and len(all_dense.moe.dense_layers) == 61
+
+
 def test_keys_of_gpt2_alone_may_change_another_familys_mathematics():
     with pytest.raises(ValueError, match=r"unknown keys \['summary_type'\] may change the mathematics"):
         parse(OPT_125M | {"summary_type": "last"})
@@ -116,6 +128,19 @@ def test_keys_of_gpt2_alone_may_change_another_familys_mathematics():
             "activation_function='relu' is not implemented; implemented: 'gelu_new'",
         ),
         (GPT2, {"n_embd": None}, "n_embd is missing"),
+        (DEEPSEEK, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        (DEEPSEEK, {"n_group": None}, "n_group is missing"),
+        (DEEPSEEK, {"scoring_func": "softmax"}, "scoring_func='softmax' is not implemented"),
+        (QWEN, {"use_sliding_window": True}, "use_sliding_window=True is not implemented"),
+        (QWEN, {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64 is not implemented"),
+        (QWEN, {"mlp_only_layers": ["0", 99, 3]}, "mlp_only_layers has ['0', 99]; expected layers from 0 to 47"),
+        (GPT_OSS, {"initial_context_length": 777}, "initial_context_length=777 is not implemented; implemented: 4096"),
+        (GPT_OSS, {"rope_theta": 1.0}, "rope_theta is 1.0; yarn needs more than 1"),
+        (
+            GPT_OSS,
+            {"rope_scaling": YARN | {"original_max_position_embeddings": 0.5}},
+            "original_max_position_embeddings is 0.5; expected an integer",
+        ),
         (OPT_125M, {"rope_theta": 10000.0}, "unknown keys ['rope_theta'] may change the mathematics"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) and len(value) == 1 else "",

@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer import models
+from jaxinfer import host_memory, models
 from jaxinfer.checkpoint import hf_reader, hf_writer, manifest, orbax_weights
 from jaxinfer.checkpoint.groups import groups
 from jaxinfer.checkpoint.hf_index import INDEX_FILE, TensorIndex, resolve
 from jaxinfer.checkpoint.layout import StoredParam, stored_params
 from jaxinfer.checkpoint.reader import HUGGING_FACE, ORBAX, about_params, check_matches, format_of
 from jaxinfer.hf_config import QUANTIZATION_KEY, HFConfig
-from jaxinfer.parameters import ModelDefinition
+from jaxinfer.parameters import ModelDefinition, ParamSpec
 from jaxinfer.partitioning import Partitioner
 
 _STATE = "conversion.json"  # in an unfinished directory: what it is made from
@@ -70,7 +70,10 @@ class Source:
             index = hf_reader.open_index(model_dir, definition)
             hf_reader.check_matches(index, definition)
             stored = hf_reader.stored_dtypes(index, definition)
-        wanted = stored if dtype == "auto" else dict.fromkeys(stored, jnp.dtype(dtype))
+        wanted = stored
+        if dtype != "auto":  # but for what a model of that dtype never rounds
+            params = ModelDefinition.create(config, Partitioner.abstract(""), jnp.dtype(dtype)).params
+            wanted = {spec.path: jnp.dtype(spec.dtype) for spec in params}
         return cls(model_dir, stored_format, definition, stored, wanted)
 
     @property
@@ -208,9 +211,13 @@ def _write_orbax(source: Source, partial: pathlib.Path, progress: Advance) -> No
     written, done = set(log.read_text().splitlines() if log.exists() else ()), 0
     for group in groups(source.params, source.param_bytes, _GROUP_BYTES):
         if not {param.spec.path for param in group} <= written:
-            shapes = [orbax_weights.stored_param_shape(param.spec, num_kv_heads) for param in group]
-            pairs = zip(group, shapes, strict=True)
-            orbax_weights.add(partial, [(param.spec, source.read(param).reshape(shape)) for param, shape in pairs])
+            by_path = {param.spec.path: param for param in group}
+
+            def read(spec: ParamSpec, by_path: dict[str, StoredParam] = by_path) -> np.ndarray:
+                return source.read(by_path[spec.path]).reshape(orbax_weights.stored_param_shape(spec, num_kv_heads))
+
+            orbax_weights.add(partial, [param.spec for param in group], read)
+            host_memory.give_back()
             with open(log, "a") as file:
                 file.writelines(f"{param.spec.path}\n" for param in group)
         done += sum(map(source.param_bytes, group))

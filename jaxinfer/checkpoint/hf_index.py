@@ -93,7 +93,11 @@ class TensorIndex:
                 yield functools.partial(mxfp4.read, *(part.__getitem__ for part in parts))
             return
         with _opened(self.tensors[name].path) as file:
-            yield file.get_slice(name.removeprefix(self.left_out)).__getitem__
+            yield file.get_slice(self.in_file(name)).__getitem__
+
+    def in_file(self, name: str) -> str:
+        """What the file calls the tensor `name`."""
+        return name.removeprefix(self.left_out)
 
 
 def _pair(tensors: Mapping[str, StoredTensor], name: str) -> tuple[StoredTensor, StoredTensor]:

@@ -7,7 +7,6 @@ and one copy of the slice in flight.
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Callable
 
 import jax
@@ -52,11 +51,12 @@ def open_index(model_dir: pathlib.Path, definition: ModelDefinition) -> TensorIn
 
 def read(index: TensorIndex, param: StoredParam, slices: Slices, dtype: jnp.dtype) -> np.ndarray:
     """These slices of a parameter with its heads merged. No more of its tensors is read than they name."""
-    pieces = []
-    for name, of_tensor in param.pieces(slices):
+
+    def read_piece(name: str, of_tensor: Slices) -> np.ndarray:
         with index.reader(name) as read_slices:
-            pieces.append(cast(read_slices(of_tensor), dtype, name))
-    return param.join(pieces)
+            return cast(read_slices(of_tensor), dtype, name)
+
+    return param.assemble(slices, dtype, read_piece)
 
 
 def _load(index: TensorIndex, param: StoredParam, num_kv_heads: int) -> jax.Array:
@@ -112,7 +112,7 @@ def check_matches(index: TensorIndex, definition: ModelDefinition) -> None:
     if missing or left_over:
         raise ValueError(
             f"{index.model_dir}: the weights are not those of config.json's {definition.config.family} model: "
-            f"missing {listed(missing)}; left over {listed(left_over)}"
+            f"missing {listed(map(index.in_file, missing))}; left over {listed(map(index.in_file, left_over))}"
         )
     expected |= {copy: expected[table] for copy, table in tied_copies.items()}
     mismatches = (_mismatch(name, index.tensors[name], shape) for name, shape in expected.items())
@@ -127,9 +127,9 @@ def check_matches(index: TensorIndex, definition: ModelDefinition) -> None:
 
 def unused_tensors(index: TensorIndex, definition: ModelDefinition) -> set[str]:
     """Names of the directory's tensors that inference does not need."""
+    unused = {name for name in index.tensors if name.endswith(_IGNORED_SUFFIX)}
     find_unused = getattr(definition.family, "unused_tensors", None)
-    pattern = find_unused(definition.config) if find_unused else ""
-    return {name for name in index.tensors if re.fullmatch(pattern, name) or name.endswith(_IGNORED_SUFFIX)}
+    return unused | find_unused(definition.config, index.tensors.keys()) if find_unused else unused
 
 
 def _mismatch(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> str:

@@ -80,6 +80,7 @@ def write_tensors(
                 for name in names:
                     for data in _in_file(name, whole[name], read):
                         file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+                        del data  # before the next is read
                     gc.collect(1)  # since jax 0.12 an array and its host copy are in a cycle; the young take no time
                     done += sizes[name]
                     progress(done, total)

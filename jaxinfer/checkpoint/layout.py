@@ -7,6 +7,7 @@ expert in each; and a tensor may be the transpose of what it holds.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -55,15 +56,22 @@ class StoredParam:
         of_tensor = [slice(rows.start + self.start, rows.stop + self.start), *others]
         return [(name, tuple(self._as_stored(of_tensor))) for name in tensors]
 
-    def join(self, pieces: list[np.ndarray]) -> np.ndarray:
-        """The pieces in one, its heads merged."""
-        if self.is_transposed:
-            pieces = [piece.swapaxes(-1, -2) for piece in pieces]
-        return np.stack(pieces) if self.is_stacked else pieces[0]
+    def assemble(self, slices: Slices, dtype: np.dtype, read: Callable[[str, Slices], np.ndarray]) -> np.ndarray:
+        """These slices of `shape`, out of what `read` gives of `dtype` for each of the pieces: one after the other."""
+        pieces = self.pieces(slices)
+        if not self.is_stacked:
+            return self._rows_first(read(*pieces[0]))
+        whole = np.empty([s.stop - s.start for s in slices], dtype)
+        for expert, piece in zip(whole, pieces, strict=True):
+            expert[...] = self._rows_first(read(*piece))
+        return whole
 
     def of_tensor(self, name: str, data: np.ndarray) -> np.ndarray:
         """What the tensor `name` holds of the parameter `data`, which has `shape`, not transposed."""
         return data[self.tensors.index(name)] if self.is_stacked else data
+
+    def _rows_first(self, piece: np.ndarray) -> np.ndarray:
+        return piece.swapaxes(-1, -2) if self.is_transposed else piece
 
     def _as_stored(self, axes: list) -> list:
         return [*axes[:-2], axes[-1], axes[-2]] if self.is_transposed else axes

@@ -5,7 +5,7 @@ parameter's shape, [heads, head_dim, embed] and the like, every KV head once.
 """
 
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,21 +22,26 @@ _ONE_PER_CHUNK = (ax.HEADS, ax.KV_HEADS, ax.EXPERTS)
 _GROUP_BYTES = 1 << 28  # restored by one call, whose overhead would else be most of it
 
 
-def add(model_dir: pathlib.Path, params: list[tuple[ParamSpec, np.ndarray]]) -> None:
-    """Adds parameters to the checkpoint of a model directory, which is none before `finish`. Atomic.
+def add(model_dir: pathlib.Path, specs: Sequence[ParamSpec], read: Callable[[ParamSpec], np.ndarray]) -> None:
+    """Adds what `read` gives to the checkpoint of a model directory, which is none before `finish`. Atomic.
 
     Does nothing if they are there: a program that was killed may not know.
     """
-    context, specs = ocp.Context(), {spec.path: spec for spec, _ in params}
+    context, by_path = ocp.Context(), {spec.path: spec for spec in specs}
     context.array.saving.scoped_storage_options_creator = lambda key, value: _chunks(
-        specs["/".join(part.key for part in key)], value
+        by_path["/".join(part.key for part in key)], value
     )
     try:
         with context:
-            ocp.partial.save(_path(model_dir), _nested({spec.path: array for spec, array in params}))
+            ocp.partial.save(_path(model_dir), _nested({spec.path: _immutable(read(spec)) for spec in specs}))
     except Exception as error:
         if type(error).__name__ != "PartialSaveReplacementError":  # which Orbax does not export
             raise
+
+
+def _immutable(array: np.ndarray) -> np.ndarray | jax.Array:
+    """What Orbax need not copy before it writes it, but for numbers that JAX would shorten."""
+    return array if array.dtype.itemsize > 4 else jax.block_until_ready(jax.device_put(array))
 
 
 def finish(model_dir: pathlib.Path) -> None:

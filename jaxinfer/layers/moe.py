@@ -13,6 +13,8 @@ from pallas_kernels.grouped_map.xla import grouped_map
 from pallas_kernels.matmul import contract
 from sharding_rules import axes as ax
 
+_TINY = 1e-20  # so that weights that are all zero stay so
+
 
 class MoE(nnx.Module):
     """The sum of a token's experts, each by its weight, and of the shared ones, through which every token goes."""
@@ -45,7 +47,10 @@ class Router(nnx.Module):
         self.moe = moe
         self.weight = param(((None, moe.num_experts), (ax.EMBED, embed_dim)), dtype, rngs)
         self.bias = param(((None, moe.num_experts),), dtype, rngs, "zeros") if moe.router_bias else None
-        self.choice_bias = param(((None, moe.num_experts),), dtype, rngs, "zeros") if moe.choice_bias else None
+        # Never rounded: it decides between scores that are close.
+        self.choice_bias = (
+            param(((None, moe.num_experts),), jnp.dtype("float32"), rngs, "zeros") if moe.choice_bias else None
+        )
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [..., D] -> experts int32 [..., k] and their weights float32 [..., k]."""
@@ -53,11 +58,11 @@ class Router(nnx.Module):
         if self.bias is not None:
             logits += self.bias[...].astype(jnp.float32)
         scores = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[self.moe.scoring](logits)
-        choice = scores if self.choice_bias is None else scores + self.choice_bias[...].astype(jnp.float32)
+        choice = scores if self.choice_bias is None else scores + self.choice_bias[...]
         _, experts = lax.top_k(self._of_best_groups(choice), self.moe.num_experts_per_token)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if self.moe.normalize:
-            weights /= jnp.sum(weights, axis=-1, keepdims=True)
+            weights /= jnp.sum(weights, axis=-1, keepdims=True) + _TINY
         return experts, weights * self.moe.scale
 
     def _of_best_groups(self, scores: jax.Array) -> jax.Array:

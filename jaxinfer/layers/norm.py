@@ -24,9 +24,7 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         mean_square = jnp.sum(jnp.square(x32), axis=axes, keepdims=True) / math.prod(scale.shape)
         normal = x32 * jax.lax.rsqrt(mean_square + self.eps)
-        if self.offset:  # added in float32, where 1 + scale keeps the bits of a small scale
-            return (normal * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
-        return normal.astype(x.dtype) * scale
+        return (normal * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -7,8 +7,8 @@ A family module has
 - `parse_config(hf: HFConfig) -> ModelConfig`, or `EncoderConfig` of an encoder;
 - `Model`: the `nnx.Module`, built as `Model(config, partitioner, dtype=, rngs=)`;
 - `weight_names(config) -> WeightNames`: the checkpoint tensor of each parameter;
-- `unused_tensors(config) -> str`, if files may have tensors that inference does not need: a regular expression of
-  their names;
+- `unused_tensors(config, names: Collection[str]) -> set[str]`, if files may have tensors that inference does not need:
+  those among `names`;
 - `PREFIX`, if some files leave it out: what the names of all other files' tensors begin with;
 - `TINY_CONFIGS`: config.json dictionaries of a few small models, by name, for the generic tests. The first divides
   over eight devices.

@@ -1,5 +1,7 @@
 """BERT (Devlin et al. 2018, arXiv:1810.04805), as embedding models such as BGE, E5 and MiniLM are published."""
 
+from collections.abc import Collection
+
 from jaxinfer.config import EncoderConfig
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.hf_weight_names import TensorPart, WeightNames
@@ -101,10 +103,10 @@ def _norm_names(ours: str, theirs: str) -> dict[str, str]:
     return {f"{ours}/scale": f"{theirs}.weight", f"{ours}/bias": f"{theirs}.bias"}
 
 
-def unused_tensors(config: EncoderConfig) -> str:
+def unused_tensors(config: EncoderConfig, names: Collection[str]) -> set[str]:
     """Of no influence on the last hidden state: the head of an objective of training, and a constant."""
     del config
-    return r"pooler\.dense\.(weight|bias)|embeddings\.position_ids"
+    return {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"} & set(names)
 
 
 Model = Encoder

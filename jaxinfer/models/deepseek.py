@@ -3,6 +3,8 @@
 Not the multi-token prediction behind V3's last layer.
 """
 
+from collections.abc import Collection
+
 from jaxinfer.config import LatentConfig, ModelConfig, MoEConfig, yarn_mscale
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.hf_weight_names import PROJECTIONS, WeightNames, decoder_names, expert_names
@@ -75,7 +77,7 @@ TINY_CONFIGS = {
 def parse_config(hf: HFConfig) -> ModelConfig:
     """The model that config.json describes; ValueError where it asks for something we do not compute."""
     version = hf.expect("model_type", "deepseek_v3", "deepseek_v2")
-    hf.get("num_nextn_predict_layers", int, 1)  # further layers, for guessing several tokens at once
+    hf.get_count("num_nextn_predict_layers")  # further layers, for guessing several tokens at once
     fields = hf.decoder()
     hf.expect("num_key_value_heads", fields["num_q_heads"])
     latent = LatentConfig(
@@ -98,43 +100,43 @@ def parse_config(hf: HFConfig) -> ModelConfig:
         attention_out_bias=has_bias,
         query_scale=(latent.key_dim + latent.rope_dim) ** -0.5 * yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2,
         latent=latent,
-        moe=(_moe_v2 if version == "deepseek_v2" else _moe_v3)(hf),
+        moe=(_moe_v2 if version == "deepseek_v2" else _moe_v3)(hf, fields["num_layers"]),
     )
     hf.check_all_read("aux_loss_alpha", "seq_aux")
     return config
 
 
-def _moe_v2(hf: HFConfig) -> MoEConfig:
+def _moe_v2(hf: HFConfig, num_layers: int) -> MoEConfig:
     """The weights of a token's experts are not made to sum to one."""
     hf.expect("scoring_func", "softmax")
     hf.expect("norm_topk_prob", False)
     hf.expect("mlp_bias", False)
     has_groups = hf.expect("topk_method", "greedy", "group_limited_greedy") == "group_limited_greedy"
-    groups, groups_per_token = hf.get("n_group", int, 1), hf.get("topk_group", int, 1)
+    groups, groups_per_token = hf.get("n_group", int, 1), hf.get("topk_group", int, 1)  # null where there are none
     return MoEConfig(
-        **_moe_sizes(hf),
+        **_moe_sizes(hf, num_layers),
         normalize=False,
         num_groups=groups if has_groups else 1,
         groups_per_token=groups_per_token if has_groups else 1,
     )
 
 
-def _moe_v3(hf: HFConfig) -> MoEConfig:
+def _moe_v3(hf: HFConfig, num_layers: int) -> MoEConfig:
     """A group is as good as its two best experts."""
     hf.expect("scoring_func", "sigmoid")
     hf.expect("topk_method", "noaux_tc")
     return MoEConfig(
-        **_moe_sizes(hf),
+        **_moe_sizes(hf, num_layers),
         scoring="sigmoid",
         normalize=hf.get("norm_topk_prob", bool, True),
-        num_groups=hf.get("n_group", int, 8),
-        groups_per_token=hf.get("topk_group", int, 4),
+        num_groups=hf.get("n_group", int),
+        groups_per_token=hf.get("topk_group", int),
         experts_per_group_score=2,
         choice_bias=True,
     )
 
 
-def _moe_sizes(hf: HFConfig) -> dict:
+def _moe_sizes(hf: HFConfig, num_layers: int) -> dict:
     hf.expect("moe_layer_freq", 1)
     hf.expect("ep_size", 1)
     mlp_dim = hf.get("moe_intermediate_size", int)
@@ -143,7 +145,7 @@ def _moe_sizes(hf: HFConfig) -> dict:
         "num_experts_per_token": hf.get("num_experts_per_tok", int),
         "mlp_dim": mlp_dim,
         "shared_mlp_dim": mlp_dim * hf.get("n_shared_experts", int),
-        "dense_layers": frozenset(range(hf.get_count("first_k_dense_replace"))),
+        "dense_layers": frozenset(range(min(num_layers, hf.get_count("first_k_dense_replace")))),
         "scale": hf.get("routed_scaling_factor", float, 1.0),
     }
 
@@ -153,9 +155,10 @@ def weight_names(config: ModelConfig) -> WeightNames:
     return decoder_names(config) | expert_names(config, "mlp.gate", "mlp.experts", PROJECTIONS, "mlp.shared_experts")
 
 
-def unused_tensors(config: ModelConfig) -> str:
-    """The further layers of V3, for guessing several tokens at once."""
-    return rf"model\.layers\.{config.num_layers}\..*"
+def unused_tensors(config: ModelConfig, names: Collection[str]) -> set[str]:
+    """The layer behind V3's last that guesses a second token: it has a projection that no other layer has."""
+    further = f"model.layers.{config.num_layers}."
+    return {name for name in names if name.startswith(further)} if f"{further}eh_proj.weight" in names else set()
 
 
 Model = Decoder

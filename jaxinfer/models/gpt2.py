@@ -1,5 +1,8 @@
 """GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") and what kept its architecture."""
 
+import re
+from collections.abc import Collection
+
 from jaxinfer.config import ModelConfig
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.hf_weight_names import WeightNames, fused, plain_decoder_names
@@ -87,10 +90,10 @@ def weight_names(config: ModelConfig) -> WeightNames:
     return {path: part._replace(is_transposed=path.endswith("/weight")) for path, part in names.items()}
 
 
-def unused_tensors(config: ModelConfig) -> str:
+def unused_tensors(config: ModelConfig, names: Collection[str]) -> set[str]:
     """Constants of the first files: the causal mask, and what is put where it is zero."""
     del config
-    return r"transformer\.h\.\d+\.attn\.(masked_)?bias"
+    return {name for name in names if re.fullmatch(r"transformer\.h\.\d+\.attn\.(masked_)?bias", name)}
 
 
 Model = Decoder

@@ -62,7 +62,7 @@ def parse_config(hf: HFConfig) -> ModelConfig:
             swiglu_alpha=hf.get("swiglu_alpha", float, 1.702),
         ),
     )
-    hf.check_all_read("initial_context_length")  # which the rope's keys have, too
+    hf.check_all_read()
     return config
 
 
@@ -71,7 +71,10 @@ def _rope(hf: HFConfig) -> RopeConfig:
         raise ValueError(
             f"{hf.source}: neither rope_scaling nor rope_parameters is given; what is meant may be yarn or no scaling"
         )
-    return hf.rope()
+    rope = hf.rope()
+    if rope.scaling == "yarn":
+        hf.expect("initial_context_length", rope.original_max_position, None)  # the same under another name
+    return rope
 
 
 def weight_names(config: ModelConfig) -> WeightNames:

@@ -42,13 +42,17 @@ TINY_CONFIGS = {
 def parse_config(hf: HFConfig) -> ModelConfig:
     """The model that config.json describes; ValueError where it asks for something we do not compute."""
     hf.expect("model_type", "qwen3_moe")
+    hf.expect("use_sliding_window", False)
+    hf.expect("use_mrope", False)
+    hf.expect("use_qk_norm", True)
+    hf.expect("qkv_bias", False)
+    hf.expect("shared_expert_intermediate_size", 0, None)
     fields = hf.decoder()
     has_bias = hf.get("attention_bias", bool, False)
     config = ModelConfig(
         family="qwen3_moe",
         **fields,
         rope=hf.rope(),
-        windows=hf.qwen_windows(fields["num_layers"]),
         qk_norm="head",
         activation=hf.expect("hidden_act", "silu"),
         attention_bias=has_bias,
@@ -61,13 +65,15 @@ def parse_config(hf: HFConfig) -> ModelConfig:
             normalize=hf.get("norm_topk_prob", bool, False),
         ),
     )
-    hf.check_all_read()
+    hf.check_all_read("max_window_layers", "sliding_window")
     return config
 
 
 def _dense_layers(hf: HFConfig, num_layers: int) -> frozenset[int]:
     """Those that are named, and all but every `decoder_sparse_step`-th."""
     step, named = hf.get("decoder_sparse_step", int, 1), hf.get("mlp_only_layers", list, [])
+    if unknown := [layer for layer in named if type(layer) is not int or not 0 <= layer < num_layers]:
+        raise ValueError(f"{hf.source}: mlp_only_layers has {unknown}; expected layers from 0 to {num_layers - 1}")
     return frozenset(layer for layer in range(num_layers) if layer in named or (layer + 1) % step)
 
 

@@ -137,7 +137,8 @@ def _attend_group(
     block_pages = block_tokens(num_columns * spec.page_size, spec.page_size) // spec.page_size
     num_blocks = -(-num_columns // block_pages)
     block_tables = jnp.pad(block_tables, ((0, 0), (0, num_blocks * block_pages - num_columns)))  # with the scratch page
-    grouped = (q * jnp.asarray(spec.scale, q.dtype)).reshape(b, t, spec.num_kv_heads, spec.group_size, spec.head_dim)
+    scaled = (q.astype(jnp.float32) * spec.scale).astype(q.dtype)
+    grouped = scaled.reshape(b, t, spec.num_kv_heads, spec.group_size, spec.head_dim)
 
     def attend(i: jax.Array | int, state: _Softmax) -> _Softmax:
         pages = lax.dynamic_slice_in_dim(block_tables, i * block_pages, block_pages, axis=1)

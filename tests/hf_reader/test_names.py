@@ -50,6 +50,16 @@ def test_others_are_refused(family: str, name: str, tmp_path: pathlib.Path):
         driver.load(write(tmp_path / "model", family, tensors))
 
 
+@pytest.mark.parametrize("name", ["gqa", "v2"])
+def test_a_layer_too_many_is_refused(name: str, tmp_path: pathlib.Path):
+    """Only the one that guesses a second token is left unread."""
+    config = recipe.tiny_config("deepseek", name)
+    tensors = recipe.weights("deepseek", config)
+    short = recipe.write_model(tmp_path / "model", config | {"num_hidden_layers": 2}, tensors)
+    with pytest.raises(ValueError, match=r"missing 0 \(\); left over \d+ \(model.layers.2.input_layernorm.weight"):
+        driver.load(short)
+
+
 def test_names_with_and_without_the_prefix_are_refused(tmp_path: pathlib.Path):
     tensors = recipe.weights("opt", recipe.first_config("opt"))
     name = "model.decoder.embed_tokens.weight"
