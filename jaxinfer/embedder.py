@@ -58,6 +58,11 @@ class Embedder:
         lowerings = {shape: lambda shape=shape: self.lowered(shape) for shape in self._resolved.buckets.shapes()}
         self._programs = compile_all(lowerings, progress)
 
+    @property
+    def default_pooling(self) -> str:
+        """What the model's directory asks for."""
+        return self._resolved.pooling
+
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of each prompt. Raises ValueError, with the place in the list, for one that cannot be read."""
         return read_each(prompts, self._encode)

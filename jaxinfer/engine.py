@@ -141,17 +141,21 @@ class Engine:
         beam_search(group, self.generate, length_penalty)
         return output_of(group)
 
-    def embed(self, prompts: Prompt | Iterable[Prompt], *, pooling: str = "mean", normalize: bool = True) -> np.ndarray:
+    def embed(
+        self, prompts: Prompt | Iterable[Prompt], *, pooling: str | None = None, normalize: bool = True
+    ) -> np.ndarray:
         """float32 [len(prompts), D]: an encoder's vector of each prompt, of length 1 if `normalize`.
 
-        `pooling` is "mean", of the last activations of all its tokens, or "cls", of the first; the model card says
-        which. Nothing is cut off. Raises ValueError for a decoder, and for a prompt that cannot run, with its place in
-        the list, before any runs; RuntimeError for vectors that are not finite.
+        `pooling` is "mean", of the last activations of all its tokens, or "cls", of the first; None is what the
+        directory says (sentence-transformers' 1_Pooling/config.json), else the mean. Nothing is cut off. Raises
+        ValueError for a decoder, and for a prompt that cannot run, with its place in the list, before any runs;
+        RuntimeError for vectors that are not finite.
         """
         self._check_open()
         if not isinstance(self._running, Embedder):
             architecture = self._resolved.architecture
             raise ValueError(f"{architecture} is a decoder: it generates and has no embeddings; use Engine.generate")
+        pooling = pooling or self._running.default_pooling
         if pooling not in POOLINGS:
             raise ValueError(f"pooling={pooling!r}: unknown; known: {', '.join(POOLINGS)}")
         texts = self._running.encode(as_prompts(prompts))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxinfer import devices, models
 from jaxinfer.attention import attention_specs
 from jaxinfer.batch import Buckets
+from jaxinfer.checkpoint.hf_index import resolve as belonging
 from jaxinfer.encoder_batch import EncoderBuckets
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.generation_config import GenerationDefaults, read_generation_config
@@ -21,7 +22,7 @@ from jaxinfer.memory import Demand
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.planner import EncoderMemoryPlan, MemoryPlan, encoder_workspace_bytes
-from jaxinfer.sentence_modules import check_modules
+from jaxinfer.sentence_modules import POOLING_FILE, TEXT_FILE, check_modules, check_text, read_pooling
 from jaxinfer.tokenizer import Tokenizer, load_tokenizer
 from pallas_kernels import paged_attention
 from sharding_rules import axes as ax
@@ -60,6 +61,7 @@ class ResolvedEncoder(ResolvedModel):
 
     memory: EncoderMemoryPlan
     buckets: EncoderBuckets
+    pooling: str  # that the directory asks for
 
 
 def resolve(config: EngineConfig) -> ResolvedEngine | ResolvedEncoder:
@@ -155,7 +157,7 @@ def _resolve_encoder(model: ResolvedModel) -> ResolvedEncoder:
     for name in ("page_size", "kv_cache_bytes"):
         if (value := getattr(config, name)) is not None:
             raise ValueError(f"--{name}={value}: {model.architecture} is an encoder and has no cache; leave it out")
-    check_modules(model.model_dir)
+    pooling = _pooling(model.model_dir)
     num_shards = partitioner.num_shards(ax.BATCH)
     buckets = EncoderBuckets.create(
         max_rows=_rows_per_shard(config, partitioner),
@@ -180,7 +182,17 @@ def _resolve_encoder(model: ResolvedModel) -> ResolvedEncoder:
         free_bytes=devices.free_bytes(partitioner.device),
     )
     memory.check_fits(config.memory_fraction)
-    return ResolvedEncoder(**vars(model), memory=memory, buckets=buckets)
+    return ResolvedEncoder(**vars(model), memory=memory, buckets=buckets, pooling=pooling)
+
+
+def _pooling(model_dir: pathlib.Path) -> str:
+    """What sentence-transformers' files, if they are there, say; "mean" without them. Raises ValueError for more."""
+    check_modules(model_dir)
+    if (model_dir / TEXT_FILE).exists():
+        check_text(belonging(model_dir, TEXT_FILE, str(model_dir)))
+    if (model_dir / POOLING_FILE).exists():
+        return read_pooling(belonging(model_dir, POOLING_FILE, str(model_dir)))
+    return "mean"
 
 
 def _rows_per_shard(config: EngineConfig, partitioner: Partitioner) -> int:
