@@ -54,7 +54,7 @@ def test_the_pooling_of_the_directory_is_the_default(files: dict[str, Any], pool
     [
         (
             {"pooling": {"pooling_mode_max_tokens": True}},
-            r"1_Pooling/config.json: \['pooling_mode_max_tokens'\] is not",
+            r"config.json: \['pooling_mode_max_tokens'\] is not",
         ),
         (
             {"pooling": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}},

@@ -47,7 +47,10 @@ def support() -> str:
     ]
     rows += [f"| paged attention | `{name}` | `tests/test_paged_attention.py` |" for name in paged_attention.backends()]
     rows.append(f"| weights | safetensors: `{SINGLE_FILE}`, or `{INDEX_FILE}` and shards | `tests/hf_reader` |")
+    rows.append("| weights | MXFP4 in gpt-oss' files, unpacked to bfloat16 | `tests/test_mxfp4.py` |")
     rows.append("| weights | Orbax, both ways, as `convert_checkpoint` writes it | `tests/test_conversion.py` |")
+    presets = ", ".join(f"`{path.stem}`" for path in sorted((ROOT / "configs").glob("*.toml")))
+    rows.append(f"| preset in `configs/` | {presets} | `tests/test_presets.py`, `tests/test_config_file.py` |")
     parameters = ", ".join(f"`{field.name}`" for field in dataclasses.fields(SamplingParams))
     rows.append(f"| sampling | {parameters} | `tests/test_sampling.py`, `tests/test_sampling_extras.py` |")
     methods = ", ".join(f"`{name}`" for name, value in vars(Engine).items() if name[0] != "_" and callable(value))
