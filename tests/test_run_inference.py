@@ -115,7 +115,7 @@ def test_an_unknown_architecture_lists_the_known_ones(broken_dir: pathlib.Path, 
     config = json.loads((broken_dir / "config.json").read_text())
     (broken_dir / "config.json").write_text(json.dumps({**config, "architectures": ["AlienForCausalLM"]}))
     assert run_here(f"--model={broken_dir}", "--prompt=abc") == 1
-    assert "'AlienForCausalLM' is not supported; known: BertModel, Gemma2ForCausalLM, " in capsys.readouterr().err
+    assert "'AlienForCausalLM' is not supported; known: BertModel, DeepseekV2ForCausalLM, " in capsys.readouterr().err
 
 
 def test_a_directory_without_config_says_so(broken_dir: pathlib.Path, capsys):
