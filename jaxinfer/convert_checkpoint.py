@@ -113,7 +113,7 @@ def convert(source_dir: pathlib.Path, target: pathlib.Path, progress: Progress) 
     from jaxinfer.checkpoint import conversion
 
     source = conversion.Source.open(source_dir, _DTYPE.value)
-    if unused := unused_tensors(source):
+    if unused := source.unused_tensors:
         say(f"left out, for inference does not need them: {', '.join(unused)}")
     start, before = time.perf_counter(), host_memory.peak_bytes()
     with progress.phase("converting", "bytes") as advance:
@@ -132,18 +132,6 @@ def convert(source_dir: pathlib.Path, target: pathlib.Path, progress: Progress) 
             say(f"not checked: that takes {format_bytes(needed)} of memory, {format_bytes(available)} are available")
         else:
             check(source, target)
-
-
-def unused_tensors(source: "Source") -> list[str]:
-    """Names of the tensors of a Hugging Face directory that have no parameter, and so no place in the new one."""
-    from jaxinfer.checkpoint import hf_reader
-    from jaxinfer.checkpoint.reader import HUGGING_FACE
-
-    if source.format != HUGGING_FACE:
-        return []
-    return sorted(
-        hf_reader.unused_tensors(hf_reader.open_index(source.model_dir, source.definition), source.definition)
-    )
 
 
 def check(source: "Source", target: pathlib.Path) -> None:

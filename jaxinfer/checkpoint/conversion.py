@@ -1,4 +1,4 @@
-"""Converts a model directory: Hugging Face's safetensors to Orbax, or back. One tensor at a time.
+"""Converts a model directory: Hugging Face's safetensors to Orbax, or back. Large parameters go one at a time.
 
 The new directory is filled under another name, `.name.partial`, and gets its own when it is whole, with a manifest
 inside. A conversion that was cut short, even by a kill, leaves that one behind, and goes on from it.
@@ -90,6 +90,11 @@ class Source:
     def num_bytes(self) -> int:
         """Of all that shall be written."""
         return sum(map(self.param_bytes, self.params))
+
+    @property
+    def unused_tensors(self) -> list[str]:
+        """Names of a Hugging Face directory's tensors that have no parameter, and so no place in the new one."""
+        return sorted(hf_reader.unused_tensors(self._index, self.definition)) if self.format == HUGGING_FACE else []
 
     @functools.cached_property
     def _index(self) -> TensorIndex:

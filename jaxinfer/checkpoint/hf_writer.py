@@ -1,7 +1,7 @@
 """Writes weights as a Hugging Face directory, tensor by tensor.
 
 Sizes are known beforehand, so the header of the safetensors file can be written first. Host memory holds one
-tensor at a time, whatever the size of the model.
+parameter at a time, whatever the size of the model.
 """
 
 import gc

@@ -82,14 +82,12 @@ def stored_params(definition: ModelDefinition) -> tuple[StoredParam, ...]:
     names, num_kv_heads = definition.family.weight_names(definition.config), definition.config.num_kv_heads
     assert names.keys() == {spec.path for spec in definition.params}, "a parameter has no tensor, or a tensor none"
     assert len(set(names.values())) == len(names), "two parameters are the same part of a tensor"
-    stored = [_stored_param(spec, names[spec.path], num_kv_heads) for spec in definition.params]
-    parts = {(names[param.spec.path].name, names[param.spec.path].place): param for param in stored}
+    stored = {names[spec.path]: _stored_param(spec, names[spec.path], num_kv_heads) for spec in definition.params}
     starts = {}
-    for name, place in sorted(parts):
-        before = (name, place - 1)
-        starts[name, place] = starts[before] + parts[before].rows_shape[0] if place else 0
-    placed = {id(param): dataclasses.replace(param, start=starts[part]) for part, param in parts.items()}
-    return tuple(placed[id(param)] for param in stored)
+    for part in sorted(stored):
+        before = part._replace(place=part.place - 1)
+        starts[part] = starts[before] + stored[before].rows_shape[0] if part.place else 0
+    return tuple(dataclasses.replace(param, start=starts[part]) for part, param in stored.items())
 
 
 def _stored_param(spec: ParamSpec, part: TensorPart, num_kv_heads: int) -> StoredParam:
