@@ -346,6 +346,28 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_leaves_nothing(
     assert "Traceback" not in done.stderr or direction == "to orbax"  # Orbax's own thread has a say before our line
 
 
+def test_what_threads_write_after_an_error_goes_too(
+    source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Played by writing while the conversion waits for them."""
+    late = [tmp_path / ".target.partial" / "weights" / name for name in ("first", "second")]
+
+    def fail(*_):
+        raise OSError("full")
+
+    def write_one(seconds: float):
+        del seconds
+        if late:
+            late[0].parent.mkdir(parents=True)
+            late.pop(0).touch()
+
+    monkeypatch.setattr(conversion.orbax_weights, "add", fail)
+    monkeypatch.setattr(conversion.time, "sleep", write_one)
+    with pytest.raises(OSError, match="full"):
+        convert(source, tmp_path / "target")
+    assert not late and not list(tmp_path.iterdir())
+
+
 def test_the_command_line(source: pathlib.Path, tmp_path: pathlib.Path):
     def run(*args: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "jaxinfer.convert_checkpoint", *args]

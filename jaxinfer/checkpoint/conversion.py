@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
@@ -135,7 +136,7 @@ def convert(source: Source, target: pathlib.Path, progress: Advance) -> None:
             _check_disk(partial, source.num_bytes)
             _fill(partial, source, progress)
         except Exception:  # and not at an interruption: then the next call goes on
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             raise
         os.rename(partial, target)
 
@@ -152,6 +153,15 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _remove(partial: pathlib.Path) -> None:
+    """Again and again, for a few seconds: Orbax's threads write on after an error, and bring back what is gone."""
+    for _ in range(20):
+        shutil.rmtree(partial, ignore_errors=True)
+        time.sleep(0.2)
+        if not partial.exists():
+            return
 
 
 def _fill(partial: pathlib.Path, source: Source, progress: Advance) -> None:
