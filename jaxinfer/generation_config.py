@@ -6,11 +6,11 @@ cannot do is reported, never dropped.
 """
 
 import dataclasses
-import json
 import pathlib
 from dataclasses import replace
 from typing import Any
 
+from jaxinfer.model_files import read_json_object
 from jaxinfer.request import MAX_STOP_TOKEN_IDS, SamplingParams
 
 # About speed, storage, training, beam search's bookkeeping or what `generate` returns: not about the next token.
@@ -76,7 +76,7 @@ def read_generation_config(
     range, and for end tokens that are outside the vocabulary or too many for a request.
     """
     path, config_path = model_dir / "generation_config.json", model_dir / "config.json"
-    values, config = _read_object(path), _read_object(config_path)
+    values, config = (read_json_object(file) if file.exists() else {} for file in (path, config_path))
     if (eos := values.get("eos_token_id")) is not None:
         eos_token_ids = _end_tokens(eos, vocab_size, path)
     elif (eos := config.get("eos_token_id")) is not None:
@@ -98,19 +98,6 @@ def read_generation_config(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return replace(defaults, temperature=0.0) if values.get("do_sample") is False else defaults
-
-
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
 
 
 def _count(values: dict[str, Any], key: str, path: pathlib.Path) -> int | None:

@@ -6,7 +6,6 @@ file is ever imported.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from jaxinfer.config import RopeConfig
 from jaxinfer.generation_config import CONFIG_JSON_KEYS
 from jaxinfer.hf_rope import is_positive, rope_config
+from jaxinfer.model_files import check_files, read_json_object
 
 T = TypeVar("T")
 
@@ -48,15 +48,12 @@ class HFConfig:
 
     @classmethod
     def read(cls, model_dir: pathlib.Path) -> "HFConfig":
+        """From a directory of which no file lies elsewhere: what comes later may read it without a look."""
         path = model_dir / "config.json"
-        try:
-            return cls(json.loads(path.read_text(encoding="utf-8")), str(path))
-        except FileNotFoundError:
-            raise ValueError(
-                f"{model_dir}: no config.json there; --model takes a Hugging Face model directory"
-            ) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not readable JSON: {error}") from None
+        if not path.is_symlink() and not path.exists():
+            raise ValueError(f"{model_dir}: no config.json there; --model takes a Hugging Face model directory")
+        check_files(model_dir)
+        return cls(read_json_object(path), str(path))
 
     @property
     def architecture(self) -> str:

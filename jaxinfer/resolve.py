@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxinfer import devices, models
 from jaxinfer.attention import attention_specs
 from jaxinfer.batch import Buckets
-from jaxinfer.checkpoint.hf_index import resolve as belonging
 from jaxinfer.encoder_batch import EncoderBuckets
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.generation_config import GenerationDefaults, read_generation_config
@@ -189,9 +188,9 @@ def _pooling(model_dir: pathlib.Path) -> str:
     """What sentence-transformers' files, if they are there, say; "mean" without them. Raises ValueError for more."""
     check_modules(model_dir)
     if (model_dir / TEXT_FILE).exists():
-        check_text(belonging(model_dir, TEXT_FILE, str(model_dir)))
+        check_text(model_dir / TEXT_FILE)
     if (model_dir / POOLING_FILE).exists():
-        return read_pooling(belonging(model_dir, POOLING_FILE, str(model_dir)))
+        return read_pooling(model_dir / POOLING_FILE)
     return "mean"
 
 

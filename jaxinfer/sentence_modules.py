@@ -6,7 +6,8 @@ first is the model itself, and pooling and normalisation are done by `Engine.emb
 
 import json
 import pathlib
-from typing import Any
+
+from jaxinfer.model_files import read_json_object
 
 _FILE = "modules.json"
 POOLING_FILE = "1_Pooling/config.json"
@@ -33,7 +34,7 @@ def check_modules(model_dir: pathlib.Path) -> None:
 
 def read_pooling(path: pathlib.Path) -> str:
     """ "mean" or "cls", whichever the file at `path` says. Raises ValueError for any other, and for several."""
-    values = _read(path)
+    values = read_json_object(path)
     chosen = [key for key, value in values.items() if key.startswith("pooling_mode_") and value is True]
     if len(chosen) != 1 or chosen[0] not in _POOLINGS:
         raise ValueError(f"{path}: {chosen} is not implemented; implemented: one of {', '.join(_POOLINGS)}")
@@ -42,15 +43,5 @@ def read_pooling(path: pathlib.Path) -> str:
 
 def check_text(path: pathlib.Path) -> None:
     """Raises ValueError where the file at `path` asks for a change of the text before the tokenizer sees it."""
-    if _read(path).get("do_lower_case", False) is not False:
+    if read_json_object(path).get("do_lower_case", False) is not False:
         raise ValueError(f"{path}: do_lower_case is not implemented; a tokenizer that needs it has it in its own files")
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values

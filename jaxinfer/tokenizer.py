@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxinfer.chat_template import ChatTemplate
+from jaxinfer.model_files import check_files
 
 # Any of these means that the directory wants to have a tokenizer.
 _TOKENIZER_FILES = (
@@ -165,6 +166,7 @@ def load_tokenizer(model_dir: pathlib.Path) -> Tokenizer | None:
     """The directory's tokenizer; None if it has no tokenizer files. Raises ValueError if they cannot be read."""
     if not any((model_dir / name).exists() for name in _TOKENIZER_FILES):
         return None
+    check_files(model_dir)
     # Imported here, because it takes a second or more and a model may have no tokenizer.
     if has_file := (model_dir / "tokenizer.json").exists():
         # As it stands in the file. AutoTokenizer would rebuild it by the rules of the class that

@@ -33,6 +33,7 @@ LAYERS = {
     "jaxinfer.intake": 1,
     "jaxinfer.integers": 1,
     "jaxinfer.metrics": 1,
+    "jaxinfer.model_files": 1,
     "jaxinfer.output_text": 1,
     "jaxinfer.outputs": 1,
     "jaxinfer.page_allocator": 1,

@@ -22,10 +22,11 @@ import numpy as np
 from jaxinfer import host_memory, models
 from jaxinfer.checkpoint import hf_reader, hf_writer, manifest, orbax_weights
 from jaxinfer.checkpoint.groups import groups
-from jaxinfer.checkpoint.hf_index import INDEX_FILE, TensorIndex, resolve
+from jaxinfer.checkpoint.hf_index import INDEX_FILE, TensorIndex
 from jaxinfer.checkpoint.layout import StoredParam, stored_params
 from jaxinfer.checkpoint.reader import HUGGING_FACE, ORBAX, about_params, check_matches, format_of
 from jaxinfer.hf_config import QUANTIZATION_KEY, HFConfig
+from jaxinfer.model_files import resolve
 from jaxinfer.parameters import ModelDefinition, ParamSpec
 from jaxinfer.partitioning import Partitioner
 

@@ -18,6 +18,7 @@ import safetensors
 from jaxinfer.checkpoint import mxfp4
 from jaxinfer.checkpoint.layout import Slices
 from jaxinfer.hf_config import HFConfig
+from jaxinfer.model_files import resolve
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # by safetensors' spelling
 SINGLE_FILE = "model.safetensors"
@@ -153,28 +154,6 @@ def _read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
             tensor = file.get_slice(name)
             tensors[name] = StoredTensor(tuple(tensor.get_shape()), tensor.get_dtype(), path)
     return tensors
-
-
-def resolve(model_dir: pathlib.Path, file_name: str, source: str) -> pathlib.Path:
-    """A file of a model directory. Raises ValueError unless it is a regular file that belongs to the directory.
-
-    The one place outside that counts as inside is the store that Hugging Face's download cache links to:
-    models--org--name/snapshots/<commit>/model.safetensors -> models--org--name/blobs/<sha256>.
-    """
-    root = model_dir.resolve()
-    path = root / file_name
-    try:
-        target = path.resolve()
-    except (OSError, RuntimeError) as error:  # a link to itself
-        raise ValueError(f"{path}: cannot be found: {error}") from None
-    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(target.is_relative_to(home) for home in homes):
-        raise ValueError(f"{path} is a link that leads out of the directory, to {target}; put the file itself there")
-    if not target.exists():
-        raise ValueError(f"{source}: {file_name} is missing from {model_dir}; is the download complete?")
-    if not target.is_file():
-        raise ValueError(f"{path} is not a regular file")
-    return path
 
 
 def _read_weight_map(index: pathlib.Path) -> dict[str, str]:
