@@ -12,7 +12,7 @@ from jaxinfer.checkpoint.hf_writer import write_model
 from tests.parity import driver, recipe
 
 MESHES = ("tensor:2", "tensor:4", "data:2,tensor:2")
-SHAPES = driver.Shapes(rows=2, max_len=160, chunk=64, num_steps=1)  # test_meshes.py has steps of several tokens
+SHAPES = driver.Shapes(rows=2, max_len=160, chunk=64, num_steps=0)  # test_meshes.py has programs that only decode
 PROMPT_LENGTHS = (5, 130, 33)  # the second goes beyond the tiny models' windows
 NUM_TOKENS = 12
 
@@ -51,7 +51,7 @@ def test_same_tokens_on_every_mesh(model_dir: pathlib.Path):
 def test_prefill_equals_decoding_token_by_token(model_dir: pathlib.Path):
     prompts = [recipe.prompt(130, 128, 0)]
     with driver.greedy_only():
-        (whole,), (single,) = (driver.continue_prompts(model_dir, prompts, 8, chunk) for chunk in (130, 1))
+        (whole,), (single,) = (driver.continue_prompts(model_dir, prompts, 8, chunk, num_steps=0) for chunk in (130, 1))
     assert single.tokens == whole.tokens
     assert np.abs(single.logits - whole.logits).max() < 1e-5 * np.abs(whole.logits).max()
 

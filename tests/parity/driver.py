@@ -35,11 +35,12 @@ class Shapes:
     """What is compiled: one prefill and one decode program.
 
     Attributes:
-      rows: sequences per data shard.
+      rows: sequences per data shard; two or more, or data shards, for `num_steps` 0.
       max_len: tokens of a sequence, prompt and output.
       chunk: tokens of prompts that are cached at once.
       page_size: tokens per page.
-      num_steps: tokens of each row in a step without a chunk.
+      num_steps: tokens of each row in a step without a chunk. 0: one token, by the prefill program, which is the only
+        one, in half the time of two.
     """
 
     rows: int
@@ -51,11 +52,22 @@ class Shapes:
     def buckets(self, num_shards: int = 1) -> batch.Buckets:
         pages = cdiv(self.max_len, self.page_size)
         sizes = ((self.rows,), (pages,), (pages,), (self.chunk,))
-        return batch.Buckets(*sizes, self.page_size, self.num_steps, num_shards)
+        kind = batch.Buckets if self.num_steps else _AlwaysWithChunks
+        return kind(*sizes, self.page_size, self.num_steps or 1, num_shards)
 
     @property
     def pages_per_shard(self) -> int:
         return 1 + self.rows * self.buckets().pages[0]  # 1: the scratch page
+
+
+class _AlwaysWithChunks(batch.Buckets):
+    def shapes(self) -> list[batch.StepShape]:
+        return [shape for shape in super().shapes() if shape.chunk_tokens]
+
+    def shape(self, plan: StepPlan) -> batch.StepShape:
+        (shape,) = self.shapes()
+        assert shape.rows
+        return shape
 
 
 def read_config(model_dir: pathlib.Path) -> ModelConfig:
@@ -113,7 +125,7 @@ def generate(
         slots_per_shard=shapes.rows,
         max_model_len=shapes.max_len,
         max_num_batched_tokens=shapes.chunk,
-        decode_steps=shapes.num_steps,
+        decode_steps=shapes.num_steps or 1,
         enable_prefix_caching=False,
     )
     for allocator in scheduler.allocators:
@@ -169,10 +181,10 @@ class Continuation:
 def continue_prompts(
     model_dir: pathlib.Path, prompts: list[list[int]], num_tokens: int, chunk: int = 256, num_steps: int = 1
 ) -> list[Continuation]:
-    """Runs all prompts in one batch on one device, chunk by chunk, and records every logit."""
+    """Runs all prompts in one batch on one device, chunk by chunk, and records every logit. `num_steps`: see Shapes."""
     definition, weights = load(model_dir)
     longest = max(map(len, prompts)) + num_tokens
-    shapes = Shapes(rows=len(prompts), max_len=longest, chunk=chunk, num_steps=num_steps)
+    shapes = Shapes(rows=max(2, len(prompts)), max_len=longest, chunk=chunk, num_steps=num_steps)
     runner, recorder = make_runner(definition, weights, shapes), LogitsRecorder(shapes.chunk)
     with recorder.recording(definition.family.Model):
         runner.compile_all()

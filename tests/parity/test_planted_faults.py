@@ -16,7 +16,7 @@ def test_fault_is_detected(fault: Fault, tmp_path: pathlib.Path, monkeypatch: py
     sequences = golden.load(fault.family, fault.config)
     fault.plant(monkeypatch)
     with driver.greedy_only():  # no fault is in sampling
-        ours = driver.continue_prompts(model_dir, [s.prompt for s in sequences], recipe.NUM_TOKENS)
+        ours = driver.continue_prompts(model_dir, [s.prompt for s in sequences], recipe.NUM_TOKENS, 64, num_steps=0)
     short, long = (
         golden.error_on_same_input(mine.tokens, mine.logits, theirs)
         for mine, theirs in zip(ours, sequences, strict=True)
