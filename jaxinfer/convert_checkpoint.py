@@ -156,7 +156,8 @@ def _tokens(directory: str, prompts: list[list[int]]) -> list[list[int]]:
     from jaxinfer import Engine, SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=_NUM_TOKENS, ignore_eos=True)
-    with Engine(directory, dtype=_check_dtype(), max_model_len=64, max_num_seqs=2, generation_config="none") as engine:
+    small = {"max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 32}  # few programs to compile
+    with Engine(directory, dtype=_check_dtype(), generation_config="none", **small) as engine:
         return [output.outputs[0].token_ids for output in engine.generate(prompts, params)]
 
 

@@ -17,7 +17,9 @@ COMMAND = [sys.executable, "-m", "jaxinfer.run_inference"]
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's, without its eight virtual devices."""
-    return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")} | changes
+    others = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    inherited = {key: value for key, value in os.environ.items() if key != "PJRT_NPROC"}
+    return inherited | {"XLA_FLAGS": " ".join(others)} | changes
 
 
 def run(*flags: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:

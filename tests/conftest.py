@@ -8,6 +8,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,15 @@ def pytest_configure(config: pytest.Config) -> None:
         from jaxinfer import models
 
         models.__path__.append(folder)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run in one worker, which compiles what they share; files go in their order."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture

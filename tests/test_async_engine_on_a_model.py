@@ -17,7 +17,7 @@ TEXTS = [f"Once upon a time {i} there was" * (1 + i % 4) for i in range(12)]
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory):
     directory = tmp_path_factory.mktemp("models") / "tiny"
-    with Engine(str(tiny_model.make(directory)), max_num_seqs=4, max_num_batched_tokens=64) as engine:
+    with Engine(str(tiny_model.make(directory)), max_num_seqs=4, max_num_batched_tokens=32, decode_steps=4) as engine:
         yield engine
 
 
@@ -105,7 +105,7 @@ def test_an_engine_that_it_made_is_closed_with_it(tmp_path: pathlib.Path):
     model_dir = str(tiny_model.make(tmp_path / "tiny"))
 
     async def main() -> None:
-        async with AsyncEngine(model_dir, max_num_seqs=1, max_model_len=64) as async_engine:
+        async with AsyncEngine(model_dir, **tiny_model.ONE_SLOT) as async_engine:
             await async_engine.generate("abc", GREEDY)
         with pytest.raises(RuntimeError, match="the engine is closed"):
             async_engine.engine.generate("abc", GREEDY)

@@ -101,7 +101,7 @@ def test_length_penalties_out_of_range(length_penalty: float):
 
 def test_the_engine_searches(tmp_path: pathlib.Path):
     """A beam of one is greedy; of several, each has the log-probability that scoring it as a prompt gives."""
-    with Engine(str(tiny_model.make(tmp_path / "tiny")), max_num_seqs=4, max_model_len=64, page_size=4) as engine:
+    with Engine(str(tiny_model.make(tmp_path / "tiny")), **tiny_model.SIZES) as engine:
         greedy = engine.generate("abc", SamplingParams(temperature=0.0, max_tokens=8))[0].outputs[0]
         (one,) = engine.beam_search("abc", beam_width=1, max_tokens=8, length_penalty=0.0).outputs
         assert (one.token_ids, one.text, one.finish_reason) == (greedy.token_ids, greedy.text, "length")
@@ -114,6 +114,6 @@ def test_the_engine_searches(tmp_path: pathlib.Path):
             assert math.isclose(beam.cumulative_logprob or 0, sum(own), rel_tol=1e-4)
         best = [beam.cumulative_logprob or 0 for beam in result.outputs]
         assert best == sorted(best, reverse=True) and best[0] >= (one.cumulative_logprob or 0)
-        long = engine.beam_search([7] * 60, beam_width=2, max_tokens=50)
+        long = engine.beam_search([7] * 92, beam_width=2, max_tokens=50)
         assert [len(beam.token_ids) for beam in long.outputs] == [4, 4]  # all that max_model_len leaves
         assert not engine.has_unfinished_requests

@@ -19,12 +19,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def whole(model_dir: pathlib.Path) -> list[driver.Continuation]:
-    return driver.continue_prompts(model_dir, PROMPTS, 8, WHOLE)
+    return driver.continue_prompts(model_dir, PROMPTS, 8, WHOLE, num_steps=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64])
 def test_pieces_give_the_same_logits_and_tokens(chunk: int, model_dir: pathlib.Path, whole: list[driver.Continuation]):
-    pieces = driver.continue_prompts(model_dir, PROMPTS, 8, chunk)
+    pieces = driver.continue_prompts(model_dir, PROMPTS, 8, chunk, num_steps=0)
     assert [c.tokens for c in pieces] == [c.tokens for c in whole]
     errors = [np.abs(a.logits - b.logits).max() / np.abs(b.logits).max() for a, b in zip(pieces, whole, strict=True)]
     print(f"chunks of {chunk}: largest relative difference of logits {max(errors):.1e}")

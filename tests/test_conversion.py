@@ -24,6 +24,7 @@ from jaxinfer import Engine, SamplingParams, models
 from jaxinfer.checkpoint import conversion, hf_writer, manifest, reader
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
+from tests import tiny_model
 from tests.command_line import environment
 from tests.parity import driver, recipe
 
@@ -101,7 +102,7 @@ def test_orbax_is_restored_onto_any_mesh(mesh: str, source: pathlib.Path, conver
 def test_an_engine_runs_it(source: pathlib.Path, converted: pathlib.Path):
     outputs = []
     for directory in (source, converted):
-        with Engine(str(directory), max_model_len=64, max_num_seqs=1) as engine:
+        with Engine(str(directory), **tiny_model.ONE_SLOT) as engine:
             outputs.append(engine.generate([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=8))[0].outputs[0])
     assert outputs[0].token_ids == outputs[1].token_ids
 

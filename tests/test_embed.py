@@ -170,7 +170,7 @@ def test_an_encoder_is_refused_before_it_is_loaded(
 
 
 def test_a_decoder_has_no_embeddings(tmp_path: pathlib.Path):
-    with Engine(str(tiny_model.make(tmp_path / "model")), max_model_len=32, max_num_seqs=1) as engine:
+    with Engine(str(tiny_model.make(tmp_path / "model")), **tiny_model.ONE_SLOT) as engine:
         with pytest.raises(
             ValueError,
             match=r"^LlamaForCausalLM is a decoder: it generates and has no embeddings; use Engine\.generate$",

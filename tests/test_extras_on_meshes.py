@@ -14,7 +14,6 @@ from tests.fresh_core import fresh_core
 from tests.test_sampling_extras import random_load
 
 MESHES = ("", "tensor:2", "data:2", "data:2,tensor:2")
-MAX_MODEL_LEN = 96
 COMBINATIONS = [
     {"chunk": chunk, "prefix": prefix, "starved": starved, "decode_steps": 4 if prefix else 1}
     for chunk, prefix, starved in itertools.product((7, 32), (False, True), (False, True))
@@ -27,8 +26,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def make_engine(model_dir: pathlib.Path, mesh: str) -> Engine:
-    sizes = {"max_num_seqs": 4, "max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": 32, "decode_steps": 4}
-    return Engine(str(model_dir), mesh=mesh, page_size=4, **sizes)
+    return Engine(str(model_dir), mesh=mesh, **tiny_model.SIZES)
 
 
 def load(engine: Engine) -> list[Request]:
@@ -43,7 +41,7 @@ def load(engine: Engine) -> list[Request]:
 
 def run(engine: Engine, requests: list[Request], *, chunk: int, prefix: bool, starved: bool, decode_steps: int) -> int:
     """Runs them by a new scheduler over the engine's programs; the number of preemptions."""
-    pages = 1 + MAX_MODEL_LEN // 4 if starved else None
+    pages = 1 + engine.resolved.max_model_len // 4 if starved else None
     core = fresh_core(engine, chunk=chunk, prefix=prefix, decode_steps=decode_steps, pages_per_shard=pages)
     for request in requests:
         core.scheduler.add(request)

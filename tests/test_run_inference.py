@@ -18,6 +18,8 @@ from jaxinfer import devices
 from tests import tiny_model
 from tests.command_line import run, run_here
 
+SMALL = ("--max_num_seqs=2", "--max_model_len=64", "--max_num_batched_tokens=32")  # few programs to compile
+
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
@@ -25,7 +27,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_a_prompt_streams_and_ends_with_a_summary(model_dir: pathlib.Path):
-    result = run(f"--model={model_dir}", "--prompt=abc", "--max_tokens=5", "--temperature=0")
+    result = run(f"--model={model_dir}", "--prompt=abc", "--max_tokens=5", "--temperature=0", *SMALL)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("abc") and len(result.stdout) > 4
     for part in (
@@ -43,7 +45,7 @@ def test_a_prompt_streams_and_ends_with_a_summary(model_dir: pathlib.Path):
 def test_prompts_file_to_output_file_on_eight_virtual_devices(model_dir: pathlib.Path, tmp_path: pathlib.Path):
     prompts, outputs = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     prompts.write_text('{"prompt": "abc"}\n\n{"prompt_token_ids": [1, 2, 3]}\n')
-    flags = (f"--model={model_dir}", f"--prompts_file={prompts}", "--max_tokens=5", "--temperature=0")
+    flags = (f"--model={model_dir}", f"--prompts_file={prompts}", "--max_tokens=5", "--temperature=0", *SMALL)
     one = run(*flags, f"--output_file={outputs}")
     assert one.returncode == 0, one.stderr
     records = [json.loads(line) for line in outputs.read_text().splitlines()]
@@ -57,7 +59,7 @@ def test_prompts_file_to_output_file_on_eight_virtual_devices(model_dir: pathlib
 
 
 def test_stdin_lines_are_prompts(model_dir: pathlib.Path):
-    result = run(f"--model={model_dir}", "--max_tokens=2", stdin="abc\nxyz\n")
+    result = run(f"--model={model_dir}", "--max_tokens=2", *SMALL, stdin="abc\nxyz\n")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("abc") and "\nxyz" in result.stdout
 

@@ -18,7 +18,8 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     directory = tmp_path_factory.mktemp("models")
     model_dir = tiny_model.make(directory / "tiny", with_tokenizer=True)
     (directory / "prompts.txt").write_text("abc\n" * 20_000, encoding="utf-8")
-    return [f"--model={model_dir}", f"--prompts_file={directory / 'prompts.txt'}", "--max_model_len=32"]
+    small = ["--max_model_len=32", "--max_num_seqs=2"]
+    return [f"--model={model_dir}", f"--prompts_file={directory / 'prompts.txt'}", *small]
 
 
 def start(flags: list[str]) -> subprocess.Popen[bytes]:
@@ -58,6 +59,6 @@ def test_a_reader_that_has_enough_ends_the_run_quietly(flags: list[str]):
 
 
 def test_an_ascii_terminal_gets_escapes_and_the_run_goes_on(flags: list[str]):
-    result = run(flags[0], "--max_model_len=32", "--max_tokens=1", stdin="é\n", PYTHONIOENCODING="ascii")
+    result = run(flags[0], *flags[2:], "--max_tokens=1", stdin="é\n", PYTHONIOENCODING="ascii")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("\\xe9")

@@ -17,7 +17,7 @@ from jaxinfer.outputs import Logprob, RequestOutput
 from tests import sampling_reference as reference
 from tests import tiny_model
 
-LENGTH = 96  # of the sequences whose logits are looked at
+LENGTH = tiny_model.SIZES["max_model_len"]  # of the sequences whose logits are looked at
 VOCAB = tiny_model.CONFIG["vocab_size"]
 PROMPT = [17, 200, 3, 3, 90, 41, 5]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -32,9 +32,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def engine(model_dir: pathlib.Path):
-    with Engine(
-        str(model_dir), max_num_seqs=4, max_num_batched_tokens=50, max_model_len=LENGTH, page_size=4, decode_steps=4
-    ) as engine:
+    with Engine(str(model_dir), **tiny_model.SIZES) as engine:
         yield engine
 
 

@@ -16,7 +16,6 @@ from tests import tiny_model
 from tests.fresh_core import fresh_core
 
 MESHES = ("", "tensor:2", "data:2", "data:2,tensor:2")
-MAX_MODEL_LEN = 64
 COMBINATIONS = [
     {"chunk": chunk, "prefix": prefix, "starved": starved, "overlap": overlap, "decode_steps": decode_steps}
     for chunk, prefix, starved, overlap, decode_steps in itertools.product(
@@ -31,8 +30,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def make_engine(model_dir: pathlib.Path, mesh: str) -> Engine:
-    sizes = {"max_num_seqs": 4, "max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": 32, "decode_steps": 4}
-    return Engine(str(model_dir), mesh=mesh, page_size=4, **sizes)
+    return Engine(str(model_dir), mesh=mesh, **tiny_model.SIZES)
 
 
 def load(engine: Engine) -> list[Request]:
@@ -68,7 +66,7 @@ def run(
     engine: Engine, *, chunk: int, prefix: bool, starved: bool, overlap: bool, decode_steps: int
 ) -> tuple[list[list[int]], int]:
     """Tokens of `load`, and preemptions, by a new scheduler over the engine's programs."""
-    pages = 1 + MAX_MODEL_LEN // 4 if starved else None
+    pages = 1 + engine.resolved.max_model_len // 4 if starved else None
     core = fresh_core(engine, chunk=chunk, prefix=prefix, decode_steps=decode_steps, pages_per_shard=pages)
     runner, scheduler = core.runner, core.scheduler
     requests = load(engine)

@@ -31,6 +31,9 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 256,
 }
 END = "<end>"
+# Of engines in tests, so that they share their compiled programs: a few slots, and the least that an engine can have.
+SIZES = {"max_num_seqs": 4, "max_model_len": 96, "max_num_batched_tokens": 32, "decode_steps": 4, "page_size": 4}
+ONE_SLOT = {"max_num_seqs": 1, "max_model_len": 64, "max_num_batched_tokens": 32, "decode_steps": 4}
 
 
 def make(

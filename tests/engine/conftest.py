@@ -13,7 +13,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def engine(model_dir: pathlib.Path):
-    with Engine(str(model_dir), max_num_seqs=4, max_num_batched_tokens=64, decode_steps=4) as engine:
+    with Engine(str(model_dir), max_num_seqs=4, max_num_batched_tokens=32, decode_steps=4) as engine:
         yield engine
 
 

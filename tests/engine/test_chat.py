@@ -26,7 +26,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     model = tiny_model.make(tmp_path_factory.mktemp("chat") / "tiny", chat_template=TEMPLATE)
     recommended = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "max_new_tokens": 9}
     (model / "generation_config.json").write_text(json.dumps(recommended), encoding="utf-8")
-    with Engine(str(model), max_num_seqs=1, max_model_len=96, decode_steps=4) as engine:
+    with Engine(str(model), **tiny_model.ONE_SLOT | {"max_model_len": 96}) as engine:
         yield engine
 
 

@@ -41,7 +41,8 @@ def test_steps_per_dispatch_and_chunk_length_change_no_token(engine: Engine, mod
     stopping = replace(GREEDY, stop=free[1].text[3:5])
     stopped = engine.generate(prompts(3)[1], stopping)[0].outputs[0]
     assert stopped.finish_reason == "stop" and 0 < len(stopped.token_ids) < len(free[1].token_ids)
-    with Engine(str(model_dir), max_num_seqs=3, max_num_batched_tokens=200, decode_steps=1, page_size=8) as other:
+    sizes = {"max_num_seqs": 2, "max_model_len": 200, "max_num_batched_tokens": 100, "decode_steps": 1, "page_size": 8}
+    with Engine(str(model_dir), **sizes) as other:
         assert [o.outputs[0] for o in other.generate(prompts(3), GREEDY)] == free
         assert other.generate(prompts(3)[1], stopping)[0].outputs[0] == stopped
 
@@ -96,14 +97,14 @@ def test_thousand_random_requests_compile_nothing(engine: Engine):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_dtype_runs_in_batches(model_dir: pathlib.Path, dtype: str):
     """bfloat16 attention over several sequences once was a product that XLA:CPU does not have."""
-    with Engine(str(model_dir), dtype=dtype, max_num_seqs=2, max_model_len=64) as engine:
+    with Engine(str(model_dir), dtype=dtype, max_num_seqs=2, max_model_len=64, max_num_batched_tokens=32) as engine:
         outputs = engine.generate([[1, 2, 3], [4, 5]], GREEDY)
     assert [o.outputs[0].finish_reason for o in outputs] == ["length"] * 2
 
 
 def test_a_model_without_a_tokenizer_runs_on_token_ids(tmp_path: pathlib.Path):
     bare = tiny_model.make(tmp_path / "bare", with_tokenizer=False)
-    with Engine(str(bare), max_num_seqs=1, max_model_len=32) as engine:
+    with Engine(str(bare), **tiny_model.ONE_SLOT) as engine:
         output = engine.generate([1, 2, 3], GREEDY)[0].outputs[0]
         assert len(output.token_ids) == 20 and output.text == ""
         with pytest.raises(ValueError, match="the model has no tokenizer, so prompts must be token ids"):
@@ -138,13 +139,13 @@ def test_prompts_may_be_numpy_and_generators(engine: Engine):
 def test_a_row_that_turns_not_finite_while_it_decodes_ends_alone(tmp_path: pathlib.Path):
     """The embedding of a token that greedy decoding generates is NaN: what came before it stays."""
     plain = tiny_model.make(tmp_path / "plain", tie_word_embeddings=False)
-    with Engine(str(plain), max_num_seqs=2, max_model_len=64) as engine:
+    with Engine(str(plain), **tiny_model.SIZES) as engine:
         free = solo(engine, [1, 2, 3], GREEDY)
         position = next(i for i, token in enumerate(free) if i > 2 and token not in free[:i])
         candidates = ((p, solo(engine, p, GREEDY)) for p in prompts(20, longest=20, seed=5))
         neighbour, expected = next((p, tokens) for p, tokens in candidates if free[position] not in p + tokens)
     poisoned = tiny_model.make(tmp_path / "bad", tie_word_embeddings=False, poisoned_token=free[position])
-    with Engine(str(poisoned), max_num_seqs=2, max_model_len=64) as engine:
+    with Engine(str(poisoned), **tiny_model.SIZES) as engine:
         bad, good = (o.outputs[0] for o in engine.generate([[1, 2, 3], neighbour], GREEDY))
     assert bad.finish_reason == "error" and bad.token_ids == free[: position + 1]
     assert good.finish_reason == "length" and good.token_ids == expected
@@ -155,7 +156,7 @@ def test_a_row_that_is_not_finite_ends_alone(model_dir: pathlib.Path, tmp_path: 
     and a request that gets its pages afterwards is too."""
     poisoned = tiny_model.make(tmp_path / "poisoned", tie_word_embeddings=False, poisoned_token=200)
     good = [p for p in prompts(6, longest=40) if 200 not in p]
-    with Engine(str(poisoned), max_num_seqs=3) as engine:
+    with Engine(str(poisoned), **tiny_model.SIZES) as engine:
         expected = [solo(engine, prompt, GREEDY) for prompt in good]
         mixed = engine.generate([[7, 200, 9], *good, [200] * 30, *good], GREEDY)
         assert [o.outputs[0].finish_reason for o in mixed].count("error") == 2

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from jaxinfer import Engine
+from tests import tiny_model
 from tests.engine.prompts import GREEDY, solo
 
 
@@ -95,7 +96,7 @@ def test_a_step_that_fails_ends_what_ran_and_nothing_else(engine: Engine, monkey
 
 
 def test_a_closed_engine_says_so(model_dir: pathlib.Path):
-    with Engine(str(model_dir), max_num_seqs=1, max_model_len=32) as closed:
+    with Engine(str(model_dir), **tiny_model.ONE_SLOT) as closed:
         stream = closed.stream([1, 2], GREEDY)
         next(stream)
     closed.close()
