@@ -332,6 +332,13 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("place", ["/proc/model", "/sys/model"])
+def test_a_place_that_takes_no_files_is_named(place: str, source: pathlib.Path):
+    """Neither does, whoever asks."""
+    with pytest.raises(OSError, match=f"'{pathlib.Path(place).parent}/"):
+        convert(source, pathlib.Path(place))
+
+
 @pytest.mark.parametrize("direction", ["to orbax", "to safetensors"])
 def test_a_disk_that_fills_up_ends_in_one_line_and_leaves_nothing(
     direction: str, source: pathlib.Path, converted: pathlib.Path, tmp_path: pathlib.Path
