@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 
@@ -178,12 +179,17 @@ def opened(opened_files: Opened) -> Iterator[list[str]]:
     opened_files.paths = None
 
 
-@pytest.fixture
-def model_dir(tmp_path: pathlib.Path) -> pathlib.Path:
-    model_dir = tiny_model.make(tmp_path / "model", chat_template="{{ messages[0].content }}")
+@pytest.fixture(scope="module")
+def harmless(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    model_dir = tiny_model.make(tmp_path_factory.mktemp("models") / "tiny", chat_template="{{ messages[0].content }}")
     edit(model_dir / "generation_config.json", temperature=0.5)
-    (tmp_path / OUTSIDE).write_text("{}")
     return model_dir
+
+
+@pytest.fixture
+def model_dir(harmless: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    (tmp_path / OUTSIDE).write_text("{}")
+    return shutil.copytree(harmless, tmp_path / "model")
 
 
 def convert(model_dir: pathlib.Path) -> None:
