@@ -28,7 +28,7 @@ from tests import tiny_model
 from tests.command_line import environment
 from tests.parity import driver, recipe
 
-NUM_KILLS = int(os.environ.get("JAXINFER_TEST_KILLS", "4"))
+NUM_KILLS = int(os.environ.get("JAXINFER_TEST_KILLS", "2"))
 NUM_FLIPS = int(os.environ.get("JAXINFER_TEST_FLIPS", "40"))
 
 

@@ -11,9 +11,10 @@ from jaxinfer import Engine, SamplingParams
 from jaxinfer.request import Request
 from tests import tiny_model
 from tests.fresh_core import fresh_core
+from tests.meshes import chosen
 from tests.test_sampling_extras import random_load
 
-MESHES = ("", "tensor:2", "data:2", "data:2,tensor:2")
+MESHES = chosen(("", "tensor:2", "data:2", "data:2,tensor:2"), "", "data:2,tensor:2")
 COMBINATIONS = [
     {"chunk": chunk, "prefix": prefix, "starved": starved, "decode_steps": 4 if prefix else 1}
     for chunk, prefix, starved in itertools.product((7, 32), (False, True), (False, True))

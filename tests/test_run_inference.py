@@ -211,7 +211,7 @@ def test_a_gpu_that_jax_cannot_use_is_one_line(model_dir: pathlib.Path, capsys, 
 def test_the_models_wishes_are_told_and_can_be_left_aside(broken_dir: pathlib.Path, capsys):
     wishes = {"temperature": 0.5, "top_p": 0.25, "num_beams": 4}
     (broken_dir / "generation_config.json").write_text(json.dumps(wishes), encoding="utf-8")
-    flags = (f"--model={broken_dir}", "--prompt=abc", "--max_tokens=2", "--decode_steps=1", "--max_model_len=32")
+    flags = (f"--model={broken_dir}", "--prompt=abc", "--max_tokens=2", "--decode_steps=1", *SMALL)
     assert run_here(*flags) == 0
     err = capsys.readouterr().err
     assert "temperature=0.5, top_k=0, top_p=0.25" in err

@@ -14,8 +14,9 @@ from jaxinfer.engine_core import step_result
 from jaxinfer.request import Request
 from tests import tiny_model
 from tests.fresh_core import fresh_core
+from tests.meshes import chosen
 
-MESHES = ("", "tensor:2", "data:2", "data:2,tensor:2")
+MESHES = chosen(("", "tensor:2", "data:2", "data:2,tensor:2"), "", "data:2,tensor:2")
 COMBINATIONS = [
     {"chunk": chunk, "prefix": prefix, "starved": starved, "overlap": overlap, "decode_steps": decode_steps}
     for chunk, prefix, starved, overlap, decode_steps in itertools.product(

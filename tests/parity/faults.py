@@ -132,7 +132,7 @@ FAULTS = [
     ),
     Fault("weights in bfloat16", of_weights(lambda path, a: _rounded(a))),
     Fault("softmax in bfloat16", wrap(xla, "_attend_block", _round_softmax)),
-    Fault("decode one position late", wrap(batch, "build", _decode_one_late)),
+    Fault("decode one position late", wrap(batch, "build", _decode_one_late), decodes=True),
     Fault("later chunks one position late", wrap(batch, "build", _chunks_one_late), needs_long_prompt=True),
     Fault("mask shows the next token", of_attention(lambda attend, q, positions: attend(q, positions + 1))),
     Fault("block table names a page twice", wrap(batch, "build", _page_twice)),

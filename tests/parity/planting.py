@@ -23,6 +23,7 @@ class Fault:
       plant: puts it in; undone with the patch.
       family, config: the tiny model that has what is broken.
       needs_long_prompt: no position of the 4-token prompt and its 64 tokens shows it.
+      decodes: it is in how tokens are decoded one by one, and none that is prefilled shows it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Fault:
     config: str = "gqa"
     family: str = "llama"
     needs_long_prompt: bool = False
+    decodes: bool = False
 
     def __str__(self) -> str:
         return self.name.replace(" ", "_")
