@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.checkpoint import reader
-from jaxinfer.checkpoint.hf_index import ReadSlices, TensorIndex
+from jaxinfer.checkpoint.hf_index import ReadTensor, TensorIndex
 from jaxinfer.checkpoint.layout import Slices
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.models import llama
@@ -63,11 +63,11 @@ def _slices_read() -> Iterator[list[int]]:
     original = TensorIndex.reader
 
     @contextlib.contextmanager
-    def counting(index: TensorIndex, name: str) -> Iterator[ReadSlices]:
-        with original(index, name) as read:
+    def counting(index: TensorIndex) -> Iterator[ReadTensor]:
+        with original(index) as read:
 
-            def counted(slices: Slices) -> np.ndarray:
-                data = read(slices)
+            def counted(name: str, slices: Slices) -> np.ndarray:
+                data = read(name, slices)
                 sizes.append(data.nbytes)
                 return data
 

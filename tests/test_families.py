@@ -12,7 +12,7 @@ from jaxinfer.checkpoint.hf_writer import write_model
 from tests.meshes import chosen
 from tests.parity import driver, recipe
 
-MESHES = chosen(("tensor:2", "tensor:4", "data:2,tensor:2"), "tensor:4", "data:2,tensor:2")
+MESHES = chosen(("tensor:2", "tensor:4", "data:2,tensor:2"), "data:2,tensor:2")
 SHAPES = driver.Shapes(rows=2, max_len=160, chunk=64, num_steps=0)  # test_meshes.py has programs that only decode
 PROMPT_LENGTHS = (5, 130, 33)  # the second goes beyond the tiny models' windows
 NUM_TOKENS = 12

@@ -17,6 +17,7 @@ import safetensors
 
 from jaxinfer.checkpoint import mxfp4
 from jaxinfer.checkpoint.layout import Slices
+from jaxinfer.checkpoint.mapped_files import MappedFiles, named_errors
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.model_files import resolve
 
@@ -25,7 +26,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth")
 
-ReadSlices = Callable[[Slices], np.ndarray]
+ReadTensor = Callable[[str, Slices], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,20 +82,16 @@ class TensorIndex:
         return dataclasses.replace(self, tensors=tensors, left_out=prefix)
 
     @contextlib.contextmanager
-    def reader(self, name: str) -> Iterator[ReadSlices]:
-        """A function that reads slices of the tensor `name`, in the stored dtype.
+    def reader(self) -> Iterator[ReadTensor]:
+        """A function that reads slices of a tensor, by its name, in the stored dtype."""
+        with MappedFiles() as files:
+            yield functools.partial(self._read, files)
 
-        The file is mapped into memory, and pages that were touched count as resident until it is unmapped. So it
-        is mapped anew for each tensor, which costs a parse of the header and bounds those pages to one tensor.
-        """
-        if name in self.packed:
-            blocks, scales = self.packed[name]
-            with _opened(blocks.path) as with_blocks, _opened(scales.path) as with_scales:
-                parts = (with_blocks.get_slice(name + mxfp4.BLOCKS), with_scales.get_slice(name + mxfp4.SCALES))
-                yield functools.partial(mxfp4.read, *(part.__getitem__ for part in parts))
-            return
-        with _opened(self.tensors[name].path) as file:
-            yield file.get_slice(self.in_file(name)).__getitem__
+    def _read(self, files: MappedFiles, name: str, slices: Slices) -> np.ndarray:
+        if name not in self.packed:
+            return files.read(self.tensors[name].path, self.in_file(name), slices)
+        ends = zip(self.packed[name], (mxfp4.BLOCKS, mxfp4.SCALES), strict=True)
+        return mxfp4.read(*(functools.partial(files.read, part.path, name + end) for part, end in ends), slices)
 
     def in_file(self, name: str) -> str:
         """What the file calls the tensor `name`."""
@@ -137,19 +134,9 @@ def listed(names: Iterable[str]) -> str:
     return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
-@contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[Any]:
-    """safetensors' file handle; its errors, and the system's, become ValueErrors that name the file."""
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            yield file
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: corrupt, truncated or unreadable: {error}") from None
-
-
 def _read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     tensors = {}
-    with _opened(path) as file:
+    with named_errors(path), safetensors.safe_open(path, framework="numpy") as file:
         for name in file.keys():  # noqa: SIM118 (not a mapping)
             tensor = file.get_slice(name)
             tensors[name] = StoredTensor(tuple(tensor.get_shape()), tensor.get_dtype(), path)

@@ -52,11 +52,8 @@ def open_index(model_dir: pathlib.Path, definition: ModelDefinition) -> TensorIn
 def read(index: TensorIndex, param: StoredParam, slices: Slices, dtype: jnp.dtype) -> np.ndarray:
     """These slices of a parameter with its heads merged. No more of its tensors is read than they name."""
 
-    def read_piece(name: str, of_tensor: Slices) -> np.ndarray:
-        with index.reader(name) as read_slices:
-            return cast(read_slices(of_tensor), dtype, name)
-
-    return param.assemble(slices, dtype, read_piece)
+    with index.reader() as read_slices:
+        return param.assemble(slices, dtype, lambda name, of_tensor: cast(read_slices(name, of_tensor), dtype, name))
 
 
 def _load(index: TensorIndex, param: StoredParam, num_kv_heads: int) -> jax.Array:
@@ -153,10 +150,10 @@ def _check_equal(index: TensorIndex, head: str, table: str) -> None:
     """A head that was trained apart and then ignored would make wrong text, so a tied copy must be one."""
     num_rows, row_size = index.tensors[table].shape
     step = max(1, _COMPARED_BYTES // (row_size * 4))
-    with index.reader(head) as read_head, index.reader(table) as read_table:
+    with index.reader() as read_slices:
         for start in range(0, num_rows, step):
             rows = (slice(start, min(start + step, num_rows)), slice(0, row_size))
-            if not np.array_equal(read_head(rows), read_table(rows), equal_nan=True):
+            if not np.array_equal(read_slices(head, rows), read_slices(table, rows), equal_nan=True):
                 raise ValueError(
                     f"{index.model_dir}: config.json ties {head} to {table}, but the two differ in rows "
                     f"{start}:{rows[0].stop}; if both are meant, set tie_word_embeddings to false"

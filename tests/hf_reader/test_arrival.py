@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.checkpoint.hf_index import ReadSlices, TensorIndex
+from jaxinfer.checkpoint.hf_index import ReadTensor, TensorIndex
 from jaxinfer.checkpoint.hf_reader import load_weights
 from jaxinfer.checkpoint.hf_writer import write_model
 from jaxinfer.checkpoint.layout import Slices
@@ -106,12 +106,12 @@ def test_every_byte_is_read_once_and_in_slices(model: pathlib.Path, mesh: str, m
     original = TensorIndex.reader
 
     @contextlib.contextmanager
-    def counting(index: TensorIndex, name: str) -> Iterator[ReadSlices]:
-        with original(index, name) as read:
+    def counting(index: TensorIndex) -> Iterator[ReadTensor]:
+        with original(index) as read:
 
-            def counted(slices: Slices) -> np.ndarray:
+            def counted(name: str, slices: Slices) -> np.ndarray:
                 reads.setdefault(name, []).append(slices)
-                return read(slices)
+                return read(name, slices)
 
             yield counted
 
