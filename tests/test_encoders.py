@@ -20,7 +20,7 @@ from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.resolve import ResolvedEncoder, resolve
 from jaxinfer.stats import EngineStats
-from tests.meshes import chosen
+from tests.long_campaign import chosen
 from tests.parity import driver, recipe
 
 MESHES = chosen(("tensor:2", "tensor:4", "data:2,tensor:2"), "data:2,tensor:2")

@@ -11,7 +11,7 @@ from jaxinfer import Engine, SamplingParams
 from jaxinfer.request import Request
 from tests import tiny_model
 from tests.fresh_core import fresh_core
-from tests.meshes import chosen
+from tests.long_campaign import chosen
 from tests.test_sampling_extras import random_load
 
 MESHES = chosen(("", "tensor:2", "data:2", "data:2,tensor:2"), "", "data:2,tensor:2")

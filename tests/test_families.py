@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from jaxinfer import models
 from jaxinfer.checkpoint.hf_writer import write_model
-from tests.meshes import chosen
+from tests.long_campaign import chosen
 from tests.parity import driver, recipe
 
 MESHES = chosen(("tensor:2", "tensor:4", "data:2,tensor:2"), "data:2,tensor:2")

@@ -14,7 +14,7 @@ from jaxinfer.engine_core import step_result
 from jaxinfer.request import Request
 from tests import tiny_model
 from tests.fresh_core import fresh_core
-from tests.meshes import chosen
+from tests.long_campaign import chosen
 
 MESHES = chosen(("", "tensor:2", "data:2", "data:2,tensor:2"), "", "data:2,tensor:2")
 COMBINATIONS = [

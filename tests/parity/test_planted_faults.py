@@ -4,6 +4,8 @@ import pathlib
 
 import pytest
 
+from jaxinfer import models
+from tests.long_campaign import chosen
 from tests.parity import driver, golden, recipe
 from tests.parity.faults import FAULTS
 from tests.parity.planting import Fault
@@ -15,7 +17,12 @@ def error(mine: driver.Continuation, theirs: golden.Sequence, decodes: bool) -> 
     return golden.relative_error(mine.logits[theirs.positions], theirs.logits)
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def of_each_family(count: int) -> list[Fault]:
+    by_family = {family: [fault for fault in FAULTS if fault.family == family] for family in models.decoders()}
+    return [fault for faults in by_family.values() for fault in faults[:count]]
+
+
+@pytest.mark.parametrize("fault", chosen(FAULTS, *of_each_family(2)), ids=str)
 def test_fault_is_detected(fault: Fault, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     """Where nothing is wrong with decoding, the tokens that follow are given as well: that is quicker."""
     hf_config = recipe.tiny_config(fault.family, fault.config)
