@@ -50,7 +50,7 @@ class HFConfig:
     def read(cls, model_dir: pathlib.Path) -> "HFConfig":
         """From a directory of which no file lies elsewhere: what comes later may read it without a look."""
         path = model_dir / "config.json"
-        if not path.is_symlink() and not path.exists():
+        if not path.exists():
             raise ValueError(f"{model_dir}: no config.json there; --model takes a Hugging Face model directory")
         check_files(model_dir)
         return cls(read_json_object(path), str(path))

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+IS_LONG = os.environ.get("JAXINFER_TEST_ALL") == "1"
 
 
 def chosen(everything: Sequence[T], *telling: T) -> tuple[T, ...]:
     """`telling`, which are of `everything`; in the long campaign that."""
     assert all(one in everything for one in telling)
-    return tuple(everything) if os.environ.get("JAXINFER_TEST_ALL") == "1" else telling
+    return tuple(everything) if IS_LONG else telling

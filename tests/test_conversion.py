@@ -125,24 +125,35 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_goes_on(
 ):
     start = source if direction == "to orbax" else converted
     command = [sys.executable, "-m", "jaxinfer.convert_checkpoint", f"--source={start}", "--nocheck"]
-    begin = time.perf_counter()
-    subprocess.run([*command, f"--target={tmp_path / 'whole'}"], check=True, capture_output=True)
-    seconds, rng, num_early = time.perf_counter() - begin, random.Random(0), 0
-    for kill in range(NUM_KILLS):
-        target = tmp_path / f"target{kill}"
+
+    def begin(target: pathlib.Path) -> subprocess.Popen[bytes]:
+        """A conversion that has begun to write."""
         process = subprocess.Popen([*command, f"--target={target}"], stderr=subprocess.DEVNULL)
-        time.sleep(seconds * (0.5 + 0.5 * rng.random()))  # the first half is imports
+        while process.poll() is None and not target.with_name(f".{target.name}.partial").exists():
+            time.sleep(0.005)
+        return process
+
+    process, start_time = begin(tmp_path / "whole"), time.perf_counter()
+    while process.poll() is None and not (tmp_path / "whole").exists():
+        time.sleep(0.005)
+    seconds, rng, num_early, num_late = time.perf_counter() - start_time, random.Random(0), 0, 0
+    assert process.wait() == 0
+    while num_early < NUM_KILLS:
+        target = tmp_path / f"target{num_early + num_late}"
+        process = begin(target)
+        time.sleep(seconds * rng.random())
         process.send_signal(signal.SIGKILL)
         process.wait()
-        num_early += not target.exists()
         if target.exists():
-            manifest.verify(target)
+            num_late += 1
+            assert num_late < 5 + 2 * NUM_KILLS
         else:
+            num_early += 1
             subprocess.run([*command, f"--target={target}"], check=True, capture_output=True)
         manifest.verify(target)
         assert not list(tmp_path.glob(".*")), "a temporary directory is left"
         shutil.rmtree(target)
-    print(f"{direction}: {NUM_KILLS} kills, {num_early} before the end; loadable halves 0, second runs {num_early}")
+    print(f"{direction}: {num_early} kills while it wrote, 0 loadable halves, {num_early} second runs; {num_late} late")
 
 
 @pytest.mark.parametrize("step", ["add", "finish"])
@@ -254,6 +265,14 @@ def test_what_a_source_lost_is_not_sealed_again(converted: pathlib.Path, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
+def test_a_link_is_not_verified(converted: pathlib.Path, tmp_path: pathlib.Path):
+    directory = shutil.copytree(converted, tmp_path / "model")
+    (directory / "generation_config.json").rename(tmp_path / "outside.json")
+    (directory / "generation_config.json").symlink_to(tmp_path / "outside.json")
+    with pytest.raises(ValueError, match="is a link that leads out of the directory"):
+        manifest.verify(directory)
+
+
 def test_two_conversions_to_one_target_do_not_mix(
     source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -358,19 +377,20 @@ def test_what_threads_write_after_an_error_goes_too(
     source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Played by writing while the conversion waits for them."""
+    num_pauses = [0]
     late = [tmp_path / ".target.partial" / "weights" / name for name in ("first", "second")]
 
     def fail(*_):
         raise OSError("full")
 
-    def write_one(seconds: float):
-        del seconds
-        if late:
+    def write_one():
+        num_pauses[0] += 1
+        if late and num_pauses[0] in (1, 3):
             late[0].parent.mkdir(parents=True)
             late.pop(0).touch()
 
     monkeypatch.setattr(conversion.orbax_weights, "add", fail)
-    monkeypatch.setattr(conversion.time, "sleep", write_one)
+    monkeypatch.setattr(conversion, "_pause", write_one)
     with pytest.raises(OSError, match="full"):
         convert(source, tmp_path / "target")
     assert not late and not list(tmp_path.iterdir())

@@ -9,11 +9,11 @@ from safetensors.numpy import load_file
 
 from jaxinfer import models
 from jaxinfer.checkpoint.hf_writer import write_model
-from tests.long_campaign import chosen
+from tests.long_campaign import IS_LONG, chosen
 from tests.parity import driver, recipe
 
 MESHES = chosen(("tensor:2", "tensor:4", "data:2,tensor:2"), "data:2,tensor:2")
-SHAPES = driver.Shapes(rows=2, max_len=160, chunk=64, num_steps=0)  # test_meshes.py has programs that only decode
+SHAPES = driver.Shapes(rows=2, max_len=160, chunk=64, num_steps=1 if IS_LONG else 0)
 PROMPT_LENGTHS = (5, 130, 33)  # the second goes beyond the tiny models' windows
 NUM_TOKENS = 12
 

@@ -175,6 +175,10 @@ def test_architectures_must_be_one_name(architectures: Any):
 def test_unreadable_files(tmp_path: pathlib.Path):
     with pytest.raises(ValueError, match=r"no config.json there; --model takes a Hugging Face model directory"):
         HFConfig.read(tmp_path)
+    (tmp_path / "config.json").symlink_to(tmp_path / "nothing.json")
+    with pytest.raises(ValueError, match=r"no config.json there"):
+        HFConfig.read(tmp_path)
+    (tmp_path / "config.json").unlink()
     for text, message in (
         ("{", "not readable JSON"),
         ("[" * 100_000, "not readable JSON"),

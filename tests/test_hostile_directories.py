@@ -101,11 +101,6 @@ def a_template_that_includes(d: pathlib.Path) -> None:
     edit(d / "tokenizer_config.json", chat_template=f"{{% include '../{OUTSIDE}' %}}")
 
 
-def modules_with_names_of_ours(d: pathlib.Path) -> None:
-    for name in ("numpy.py", "jax.py", "transformers.py", "sitecustomize.py", "conftest.py"):
-        (d / name).write_text(code(d))
-
-
 def a_tokenizer_elsewhere(d: pathlib.Path) -> None:
     (d / "tokenizer.json").rename(d.parent / OUTSIDE)
     outside = str(d.parent / OUTSIDE)
@@ -127,6 +122,27 @@ def a_link(name: str) -> Callable[[pathlib.Path], None]:
     return trap
 
 
+def a_linked_folder(d: pathlib.Path) -> None:
+    (d.parent / "1_Pooling").mkdir()
+    (d / "1_Pooling").symlink_to(d.parent / "1_Pooling")
+
+
+def a_store_that_leads_on(d: pathlib.Path) -> None:
+    """The folder of the download cache's files, and a link in it."""
+    (d.parent / "blobs").mkdir()
+    (d.parent / "blobs" / "config.json").symlink_to(d.parent / OUTSIDE)
+    snapshot = d.parent / "snapshots" / "abc"
+    shutil.copytree(d, snapshot)
+    shutil.rmtree(d)
+    d.symlink_to(snapshot)
+    (snapshot / "1_Pooling").symlink_to(d.parent / "blobs")
+
+
+def a_pipe(d: pathlib.Path) -> None:
+    (d / "generation_config.json").unlink()
+    os.mkfifo(d / "generation_config.json")
+
+
 def an_index_that_leads_out(d: pathlib.Path) -> None:
     (d / "model.safetensors").rename(d.parent / OUTSIDE)
     (d / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": f"../{OUTSIDE}"}}))
@@ -144,9 +160,11 @@ TRAPS: dict[Callable[[pathlib.Path], None], str | None] = {  # and what the refu
     pickles_called_safetensors: "model.safetensors: corrupt, truncated or unreadable",
     a_template_that_escapes: "the chat template refuses the messages",
     a_template_that_includes: "the chat template refuses the messages",
-    modules_with_names_of_ours: None,
     a_tokenizer_elsewhere: "the tokenizer files cannot be read",
     an_adapter_elsewhere: None,
+    a_linked_folder: "1_Pooling is a link that leads out of the directory",
+    a_store_that_leads_on: "1_Pooling is a link that leads out of the directory",
+    a_pipe: "generation_config.json is not a regular file",
     an_index_that_leads_out: "expected the plain name of a .safetensors file",
     **{
         a_link(name): f"{name} is a link that leads out of the directory"
@@ -156,7 +174,10 @@ TRAPS: dict[Callable[[pathlib.Path], None], str | None] = {  # and what the refu
 
 
 class Opened:
-    """The files that this process opens, while it is told to look; a hook of the interpreter cannot be taken away."""
+    """The files that Python opens, while it is told to look; a hook of the interpreter cannot be taken away.
+
+    It does not see safetensors open one: tests/hf_reader/test_trust.py is about weights.
+    """
 
     def __init__(self):
         self.paths: list[str] | None = None

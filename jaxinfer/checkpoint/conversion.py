@@ -26,7 +26,6 @@ from jaxinfer.checkpoint.hf_index import INDEX_FILE, TensorIndex
 from jaxinfer.checkpoint.layout import StoredParam, stored_params
 from jaxinfer.checkpoint.reader import HUGGING_FACE, ORBAX, about_params, check_matches, format_of
 from jaxinfer.hf_config import QUANTIZATION_KEY, HFConfig
-from jaxinfer.model_files import resolve
 from jaxinfer.parameters import ModelDefinition, ParamSpec
 from jaxinfer.partitioning import Partitioner
 
@@ -157,12 +156,21 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
 
 
 def _remove(partial: pathlib.Path) -> None:
-    """Again and again, for a few seconds: Orbax's threads write on after an error, and bring back what is gone."""
-    for _ in range(20):
+    """Until it stays away: Orbax's threads write on after an error, and bring it back.
+
+    Should they do so after that, or for longer, the next call finds it, and goes on from it or begins anew.
+    """
+    num_quiet = 0
+    for _ in range(50):
         shutil.rmtree(partial, ignore_errors=True)
-        time.sleep(0.2)
-        if not partial.exists():
+        _pause()
+        num_quiet = 0 if partial.exists() else num_quiet + 1
+        if num_quiet == 3:
             return
+
+
+def _pause() -> None:
+    time.sleep(0.1)
 
 
 def _fill(partial: pathlib.Path, source: Source, progress: Advance) -> None:
@@ -216,7 +224,7 @@ def _copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
     for path in sorted(source.iterdir()):
         is_ours = path.name in (manifest.MANIFEST, manifest.COMPLETE, INDEX_FILE)
         if not is_ours and (path.suffix in _SIDE_SUFFIXES or path.name in _SIDE_NAMES):
-            shutil.copyfile(resolve(source, path.name, str(source)), target / path.name)
+            shutil.copyfile(path, target / path.name)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     if config.pop(QUANTIZATION_KEY, None) is not None:  # what is written is not packed
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from jaxinfer.checkpoint import mxfp4
 from jaxinfer.checkpoint.layout import Slices
 from jaxinfer.checkpoint.mapped_files import MappedFiles, named_errors
 from jaxinfer.hf_config import HFConfig
-from jaxinfer.model_files import resolve
+from jaxinfer.model_files import check_files
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # by safetensors' spelling
 SINGLE_FILE = "model.safetensors"
@@ -62,6 +62,7 @@ class TensorIndex:
     @classmethod
     def open(cls, model_dir: pathlib.Path) -> "TensorIndex":
         """Reads headers only. Raises ValueError for a directory that is not whole or not to be trusted."""
+        check_files(model_dir)
         tensors = _read_headers(model_dir)
         if HFConfig.read(model_dir).quant_method is None:
             return cls(model_dir, tensors, {})
@@ -113,19 +114,25 @@ def _read_headers(model_dir: pathlib.Path) -> dict[str, StoredTensor]:
     """Of all files. model.safetensors comes before the index, as in transformers."""
     single, index = model_dir / SINGLE_FILE, model_dir / INDEX_FILE
     if single.is_symlink() or single.exists():
-        return _read_header(resolve(model_dir, SINGLE_FILE, str(model_dir)))
+        return _read_header(_existing(single, str(model_dir)))
     if not index.exists():
         raise ValueError(_nothing_to_read(model_dir))
     weight_map = _read_weight_map(index)
     tensors: dict[str, StoredTensor] = {}
     for file_name in dict.fromkeys(weight_map.values()):
-        found = _read_header(resolve(model_dir, file_name, str(index)))
+        found = _read_header(_existing(model_dir / file_name, str(index)))
         if twice := found.keys() & tensors.keys():
             other = tensors[min(twice)].path.name
             raise ValueError(f"{model_dir}: {listed(twice)} are in both {other} and {file_name}")
         tensors |= found
     _check_weight_map(index, weight_map, tensors)
     return tensors
+
+
+def _existing(path: pathlib.Path, source: str) -> pathlib.Path:
+    if not path.exists():
+        raise ValueError(f"{source}: {path.name} is missing from {path.parent}; is the download complete?")
+    return path
 
 
 def listed(names: Iterable[str]) -> str:

@@ -1,8 +1,8 @@
 """Loads a Hugging Face directory straight into its shardings, and proves that every weight was used exactly once.
 
 Each device's slice is read once, even when several devices hold it, cast on the host, and sent. The whole
-model never sits in host memory: beside the arrays there is at most the file's pages of the tensor being read,
-and one copy of the slice in flight.
+model never sits in host memory: beside the arrays there are at most the files' pages of the tensor being read, 64 MiB
+of those before it, and one copy of the slice in flight.
 """
 
 import dataclasses

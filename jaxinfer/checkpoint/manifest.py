@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+from jaxinfer.model_files import check_files
+
 MANIFEST, COMPLETE = "jaxinfer_manifest.json", "COMPLETE"
 _VERSION = 1
 _BUFFER_BYTES = 1 << 22
@@ -71,6 +73,7 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
 
 def verify(directory: pathlib.Path, progress: Advance = lambda done, total: None) -> dict[str, Any]:
     """As `read`, and every byte is what was written. Raises ValueError naming the first file that is not."""
+    check_files(directory)
     manifest = read(directory)
     total, done = sum(listed["bytes"] for listed in manifest["files"].values()), 0
     for name, listed in manifest["files"].items():

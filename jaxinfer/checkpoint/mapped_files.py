@@ -11,11 +11,11 @@ import safetensors
 
 from jaxinfer.checkpoint.layout import Slices
 
-_MAPPED_BYTES = 1 << 26
+_MAPPED_BYTES = 1 << 26  # of reads, before files are closed
 
 
 class MappedFiles:
-    """Opens a file at the first read, and closes it with the block or when enough of it was read.
+    """Opens a file at the first read, and closes all with the block or when enough was read of them.
 
     Opening parses a header, which names every tensor of the file: not to be done for each of a layer's experts. But
     the pages that were touched count as resident until the file is unmapped, so it is mapped anew now and then.

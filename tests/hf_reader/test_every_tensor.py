@@ -52,7 +52,7 @@ def test_each_is_named(family: str, tensors: Tensors, definition: ModelDefinitio
     model_dir = recipe.write_model(tmp_path / "model", recipe.first_config(family), tensors)
     assert refusal(model_dir, definition) == ""
     of_kind = {
-        re.sub(r"\d+", "N", name): (name, tensor) for name, tensor in tensors.items()
+        re.sub(r"(?<=\.)\d+(?=\.)", "N", name): (name, tensor) for name, tensor in tensors.items()
     }  # whatever layer or expert
     for name, tensor in of_kind.values():
         others = {other: tensors[other] for other in tensors if other != name}
