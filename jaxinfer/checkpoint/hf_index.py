@@ -91,8 +91,10 @@ class TensorIndex:
     def _read(self, files: MappedFiles, name: str, slices: Slices) -> np.ndarray:
         if name not in self.packed:
             return files.read(self.tensors[name].path, self.in_file(name), slices)
-        ends = zip(self.packed[name], (mxfp4.BLOCKS, mxfp4.SCALES), strict=True)
-        return mxfp4.read(*(functools.partial(files.read, part.path, name + end) for part, end in ends), slices)
+        blocks, scales = self.packed[name]
+        read_blocks = functools.partial(files.read, blocks.path, name + mxfp4.BLOCKS)
+        read_scales = functools.partial(files.read, scales.path, name + mxfp4.SCALES)
+        return mxfp4.read(read_blocks, read_scales, slices)
 
     def in_file(self, name: str) -> str:
         """What the file calls the tensor `name`."""
