@@ -44,7 +44,7 @@ def _entries(directory: str | pathlib.Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _check_link(root: pathlib.Path, path: pathlib.Path) -> None:
-    """Raises ValueError unless it leads into the directory, or to nothing that is there.
+    """Raises ValueError if it leads out of the directory, whether anything is there or not.
 
     The one place outside that counts as inside is the store that Hugging Face's download cache links files to:
     models--org--name/snapshots/<commit>/model.safetensors -> models--org--name/blobs/<sha256>.

@@ -145,8 +145,8 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_goes_on(
         process.send_signal(signal.SIGKILL)
         process.wait()
         if target.exists():
-            num_late += 1
-            assert num_late < 5 + 2 * NUM_KILLS
+            num_late, seconds = num_late + 1, 0.8 * seconds  # the first run may have been slow
+            assert num_late < 10 + NUM_KILLS
         else:
             num_early += 1
             subprocess.run([*command, f"--target={target}"], check=True, capture_output=True)

@@ -20,7 +20,7 @@ from tests import tiny_model
 from tests.campaign import campaign, report
 from tests.fresh_core import fresh_core
 
-NUM_STEPS = int(os.environ.get("JAXINFER_TEST_STEPS", "360"))  # over all combinations
+NUM_STEPS = int(os.environ.get("JAXINFER_TEST_STEPS", "600"))  # over all combinations
 LONGEST, SLOTS = 64, 4  # tokens of prompt and output; sequences that run together
 CHUNKS = (1, 7, 64)
 COMBINATIONS = [(chunk, prefix, preempt) for chunk in CHUNKS for prefix in (False, True) for preempt in (0, 3)]

@@ -19,7 +19,6 @@ from jaxinfer.checkpoint import mxfp4
 from jaxinfer.checkpoint.layout import Slices
 from jaxinfer.checkpoint.mapped_files import MappedFiles, named_errors
 from jaxinfer.hf_config import HFConfig
-from jaxinfer.model_files import check_files
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # by safetensors' spelling
 SINGLE_FILE = "model.safetensors"
@@ -62,9 +61,9 @@ class TensorIndex:
     @classmethod
     def open(cls, model_dir: pathlib.Path) -> "TensorIndex":
         """Reads headers only. Raises ValueError for a directory that is not whole or not to be trusted."""
-        check_files(model_dir)
+        config = HFConfig.read(model_dir)  # which looks at all files, before any is opened
         tensors = _read_headers(model_dir)
-        if HFConfig.read(model_dir).quant_method is None:
+        if config.quant_method is None:
             return cls(model_dir, tensors, {})
         try:
             packed = {name: _pair(tensors, name) for name in mxfp4.packed_names(tensors)}

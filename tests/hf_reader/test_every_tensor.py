@@ -51,9 +51,8 @@ def of_one_file(model_dir: pathlib.Path, tensors: Tensors, definition: ModelDefi
 def test_each_is_named(family: str, tensors: Tensors, definition: ModelDefinition, tmp_path: pathlib.Path):
     model_dir = recipe.write_model(tmp_path / "model", recipe.first_config(family), tensors)
     assert refusal(model_dir, definition) == ""
-    of_kind = {
-        re.sub(r"(?<=\.)\d+(?=\.)", "N", name): (name, tensor) for name, tensor in tensors.items()
-    }  # whatever layer or expert
+    kind = lambda name: re.sub(r"(?<=\.)\d+(?=\.)", "N", name)  # noqa: E731 (whatever layer or expert)
+    of_kind = {kind(name): (name, tensor) for name, tensor in tensors.items()}
     for name, tensor in of_kind.values():
         others = {other: tensors[other] for other in tensors if other != name}
         told = of_one_file(model_dir, others, definition)

@@ -50,6 +50,7 @@ def test_a_copy_of_the_tied_head_is_ignored_but_another_head_is_not(tmp_path: pa
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "consolidated.00.pth"])
 def test_other_formats_are_named_and_not_read(tmp_path: pathlib.Path, name: str):
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_bytes(b"x")
     assert_refused(tmp_path, rf"only safetensors is read, not 1 \({name}\)")
 
@@ -60,7 +61,8 @@ def test_shards_without_their_index_are_refused(model: pathlib.Path):
     assert_refused(model, r"without the index the files 2 \(model-0-of-2.safetensors, model-1")
 
 
-def test_an_empty_directory_is_refused(tmp_path: pathlib.Path):
+def test_a_directory_without_weights_is_refused(tmp_path: pathlib.Path):
+    (tmp_path / "config.json").write_text("{}")
     assert_refused(tmp_path, "neither model.safetensors nor model.safetensors.index.json is there$")
 
 
