@@ -28,7 +28,7 @@ class EngineConfig(StrictFields):
     Attributes:
       model: model directory; None for the demonstration model.
       mesh: device mesh as "data:2,tensor:4"; "" for one device.
-      sharding: a strategy in `sharding_rules/`, or "auto" for the one that fits the mesh.
+      sharding: a strategy in `sharding_rules/`, or "auto" for `inference`.
       dtype: of weights and cache; "auto" is bfloat16 on GPU and float32 on CPU.
       max_model_len: longest prompt plus output in tokens; None for what the model was trained for, at most 4096.
       max_num_seqs: sequences that decode together, or texts that an encoder reads together, over the whole mesh.

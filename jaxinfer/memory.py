@@ -87,13 +87,13 @@ class Demand:
 
     def _mlp_bytes(self, num_tokens: int) -> int:
         """Of the widest MLP on one device. Experts are computed tile by tile, each with a copy of its weights."""
-        model, num_shards = self.definition.decoder_config, self.definition.partitioner.num_shards(ax.MLP)
-        itemsize, moe = self.definition.dtype.itemsize, model.moe
+        model, partitioner = self.definition.decoder_config, self.definition.partitioner
+        num_shards, itemsize, moe = partitioner.num_shards(ax.MLP), self.definition.dtype.itemsize, model.moe
         widest = 3 * num_tokens * (model.mlp_dim // num_shards)  # 3: gate, up and their product
         if moe is not None:
             routed = num_tokens * moe.num_experts_per_token
             tile = grouped_map.tile_rows(routed, moe.num_experts)
-            of_expert = 3 * (model.embed_dim + tile) * (moe.mlp_dim // num_shards)
+            of_expert = 3 * (model.embed_dim + tile) * (moe.mlp_dim // partitioner.num_shards(ax.EXPERT_MLP))
             shared = 3 * num_tokens * (moe.shared_mlp_dim // num_shards)
             widest = max(widest if moe.dense_layers else 0, 4 * routed * model.embed_dim + of_expert, shared)
         return widest * itemsize

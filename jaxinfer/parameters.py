@@ -79,7 +79,8 @@ class ModelDefinition:
     def create(
         cls, config: ModelConfig | EncoderConfig, partitioner: Partitioner, dtype: jnp.dtype
     ) -> "ModelDefinition":
-        """Allocates nothing. Raises ValueError for a parameter that the mesh cannot split."""
+        """Allocates nothing. Raises ValueError for a mesh, or a parameter, that it cannot split the model over."""
+        _check_mesh(config, partitioner)
         family = models.get(config.family)
         dtype = jnp.dtype(dtype)
 
@@ -149,3 +150,16 @@ class ModelDefinition:
     def step_shard_bytes(self) -> int:
         """Bytes of the parameters that a decode step has to read on one device at least."""
         return sum(int(spec.shard_bytes * spec.read_share) for spec in self.params)
+
+
+def _check_mesh(config: ModelConfig | EncoderConfig, partitioner: Partitioner) -> None:
+    """Raises ValueError for a mesh axis by which nothing of this model could be split."""
+    if isinstance(config, EncoderConfig):
+        for axis in (ax.STAGE, ax.EXPERT, ax.CONTEXT):
+            if (size := partitioner.axis_size(axis)) > 1:
+                raise ValueError(f"--mesh={axis}:{size}: {config.family} is an encoder; use data and tensor")
+        return
+    if (size := partitioner.axis_size(ax.EXPERT)) > 1 and config.moe is None:
+        raise ValueError(f"--mesh=expert:{size}: {config.family} has no experts here; use data:{size} or tensor:{size}")
+    if (size := partitioner.axis_size(ax.STAGE)) > config.num_layers:
+        raise ValueError(f"--mesh=stage:{size}: the model has {config.num_layers} layers; use at most that many stages")

@@ -85,7 +85,7 @@ class Partitioner:
 
     @classmethod
     def create(cls, mesh: str = "", sharding: str = "auto", devices: list[jax.Device] | None = None) -> "Partitioner":
-        """From the spelling of `--mesh` and `--sharding`; "auto" picks the strategy that fits the mesh's axes.
+        """From the spelling of `--mesh` and `--sharding`, where "auto" is the table for inference.
 
         Raises ValueError where the mesh has an axis that the strategy leaves idle.
         """
@@ -176,9 +176,7 @@ class Partitioner:
 
 def _rules(mesh: str, sharding: str) -> sharding_rules.RuleSet:
     used = tuple(axis for axis, size in _mesh_shape(mesh).items() if size > 1)
-    if sharding == "auto":
-        return sharding_rules.strategy_for(used)
-    rules = sharding_rules.get(sharding)
+    rules = sharding_rules.get(sharding_rules.DEFAULT if sharding == "auto" else sharding)
     if idle := [axis for axis in used if axis not in rules.mesh_axes]:
         raise ValueError(
             f"--sharding={sharding} leaves the mesh axes {idle} of --mesh={mesh} idle; "

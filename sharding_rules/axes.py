@@ -16,10 +16,25 @@ MLP = "mlp"
 VOCAB = "vocab"
 POSITIONS = "positions"  # of a table of learned ones
 EXPERTS = "experts"
+EXPERT_MLP = "expert_mlp"  # of one expert
 BATCH = "batch"
 PAGES = "pages"
 
-LOGICAL_AXES = (LAYERS, EMBED, HEADS, KV_HEADS, HEAD_DIM, LATENT, MLP, VOCAB, POSITIONS, EXPERTS, BATCH, PAGES)
+LOGICAL_AXES = (
+    LAYERS,
+    EMBED,
+    HEADS,
+    KV_HEADS,
+    HEAD_DIM,
+    LATENT,
+    MLP,
+    EXPERT_MLP,
+    VOCAB,
+    POSITIONS,
+    EXPERTS,
+    BATCH,
+    PAGES,
+)
 
 # Mesh axes, slowest link first: replicas and stages may cross nodes, tensor stays inside one.
 DATA = "data"

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
+from jaxinfer import models
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.models import llama
 from jaxinfer.parameters import ModelDefinition
@@ -34,3 +35,19 @@ def test_a_mesh_divides_all_but_the_norms_and_repeats_kv_heads(mesh: str, shards
     layers = 2 * ((HEADS + repeats * KV_HEADS + MLP) // shards + NORMS) + 64
     assert definition.shard_bytes == 4 * (layers + 2 * TABLE // shards)
     assert definition.step_shard_bytes == 4 * (layers + TABLE // shards)
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "message"),
+    [
+        ("llama", "expert:2", "--mesh=expert:2: llama has no experts here; use data:2 or tensor:2"),
+        ("llama", "stage:4", "--mesh=stage:4: the model has 2 layers; use at most that many stages"),
+        ("bert", "stage:2", "--mesh=stage:2: bert is an encoder; use data and tensor"),
+        ("bert", "data:2,context:4", "--mesh=context:4: bert is an encoder; use data and tensor"),
+    ],
+)
+def test_an_axis_that_splits_nothing_is_refused(family: str, mesh: str, message: str):
+    module = models.get(family)
+    config = module.parse_config(HFConfig(next(iter(module.TINY_CONFIGS.values()))))
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ModelDefinition.create(config, Partitioner.create(mesh), jnp.dtype("float32"))

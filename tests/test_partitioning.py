@@ -6,6 +6,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
+import sharding_rules
 from jaxinfer.partitioning import Partitioner, make_mesh, num_sharded_kv_heads, parse_mesh
 from sharding_rules import axes as ax
 from sharding_rules import rule_set
@@ -66,7 +67,7 @@ def test_unknown_axis_name():
 
 
 def test_mesh_axis_used_twice():
-    with pytest.raises(ValueError, match=r"\('heads', 'mlp'\): strategy 'tensor_parallel' .* mesh axis \['tensor'\]"):
+    with pytest.raises(ValueError, match=r"\('heads', 'mlp'\): strategy 'inference' .* mesh axis \['tensor'\]"):
         Partitioner.create("tensor:4").spec((ax.HEADS, ax.MLP))
 
 
@@ -81,32 +82,19 @@ def test_wrong_number_of_axes():
         Partitioner.create("tensor:4").sharding((ax.MLP, ax.EMBED), (64,), "bias")
 
 
-@pytest.mark.parametrize(
-    ("mesh", "strategy"),
-    [
-        ("", "replicated"),
-        ("tensor:4", "tensor_parallel"),
-        ("data:2", "data_parallel"),
-        ("data:1,tensor:2", "tensor_parallel"),
-    ],
-)
-def test_auto_picks_the_strategy(mesh: str, strategy: str):
-    assert Partitioner.create(mesh).rules.name == strategy
+@pytest.mark.parametrize("mesh", ["", "tensor:4", "data:2,stage:2,tensor:2", "expert:2,context:2"])
+def test_auto_is_the_table_for_inference(mesh: str):
+    assert Partitioner.create(mesh).rules is sharding_rules.get("inference")
 
 
-def test_strategy_that_leaves_an_axis_idle():
-    message = "--sharding=tensor_parallel leaves the mesh axes ['data'] of --mesh=data:2,tensor:4 idle"
+def test_strategy_that_leaves_an_axis_idle(monkeypatch: pytest.MonkeyPatch):
+    others = {"by_heads": rule_set("by_heads", heads="tensor"), "whole": rule_set("whole")}
+    monkeypatch.setattr(sharding_rules, "get", others.get)
+    message = "--sharding=by_heads leaves the mesh axes ['data'] of --mesh=data:2,tensor:4 idle"
     with pytest.raises(ValueError, match=re.escape(message) + r"; it splits over \['tensor'\], or use --sharding=auto"):
-        Partitioner.create("data:2,tensor:4", "tensor_parallel")
+        Partitioner.create("data:2,tensor:4", "by_heads")
     with pytest.raises(ValueError, match=r"splits over nothing"):
-        Partitioner.create("tensor:2", "replicated")
-
-
-def test_no_strategy_fits():
-    with pytest.raises(
-        ValueError, match=r"no sharding strategy splits over context and tensor together; legal: .*tensor"
-    ):
-        Partitioner.create("context:2,tensor:2")
+        Partitioner.create("tensor:2", "whole")
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,8 @@ def support() -> str:
         which = ", ".join(family.ARCHITECTURES)
         kind, shown_by = ("embedding model", "encoders") if models.is_encoder(family) else ("model family", "families")
         rows.append(f"| {kind} | {which} ({configs}) | `tests/parity`, `tests/test_{shown_by}.py` |")
-    meshes = tested_meshes()
-    rows += [
-        f"| sharding | `{name}`: {', '.join(meshes.get(name, ['no test yet']))} | `tests/test_meshes.py` |"
-        for name in sharding_rules.strategies()
-    ]
+    rows += [f"| sharding | `{name}` | `tests/test_sharding_rules.py` |" for name in sharding_rules.strategies()]
+    rows.append(f"| mesh | {', '.join(f'`{mesh}`' for mesh in tested_meshes())} | `tests/test_meshes.py` |")
     rows += [f"| paged attention | `{name}` | `tests/test_paged_attention.py` |" for name in paged_attention.backends()]
     rows.append(f"| weights | safetensors: `{SINGLE_FILE}`, or `{INDEX_FILE}` and shards | `tests/hf_reader` |")
     rows.append("| weights | MXFP4 in gpt-oss' files, unpacked to bfloat16 | `tests/test_mxfp4.py` |")
@@ -58,16 +55,12 @@ def support() -> str:
     return "\n".join(rows)
 
 
-def tested_meshes() -> dict[str, list[str]]:
-    """The meshes of tests/test_meshes.py by the strategy that runs them; all are compared with one device."""
+def tested_meshes() -> list[str]:
+    """Those of tests/test_meshes.py, which are compared with one device."""
     tree = ast.parse((ROOT / "tests" / "test_meshes.py").read_text(encoding="utf-8"))
     assignments = [node for node in tree.body if isinstance(node, ast.Assign)]
     (meshes,) = (node.value for node in assignments if ast.unparse(node.targets[0]) == "MESHES")
-    by_strategy = {sharding_rules.strategy_for(()).name: ["one device"]}
-    for mesh in ast.literal_eval(meshes):
-        strategy = sharding_rules.strategy_for(tuple(axis.split(":")[0] for axis in mesh.split(",")))
-        by_strategy.setdefault(strategy.name, []).append(f"`{mesh}`")
-    return by_strategy
+    return list(ast.literal_eval(meshes))
 
 
 def speed() -> str:

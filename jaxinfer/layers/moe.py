@@ -123,7 +123,7 @@ class Experts(nnx.Module):
         out = grouped_map(self._expert, params, rows, sizes)[jnp.argsort(order)].astype(jnp.float32)
         out = jnp.where(is_here[:, None], out, 0) * weights.reshape(-1, 1)
         out = jnp.sum(out.reshape(-1, k, x.shape[-1]), axis=1).astype(x.dtype).reshape(x.shape)
-        split = (*self._mesh_axes(ax.EXPERTS), *self._mesh_axes(ax.MLP))
+        split = (*self._mesh_axes(ax.EXPERTS), *self._mesh_axes(ax.EXPERT_MLP))
         return lax.psum(out, split) if split else out
 
     def _first_expert(self, num_local: int) -> jax.Array | int:
@@ -142,7 +142,7 @@ class GatedExperts(Experts):
         self, config: ModelConfig, moe: MoEConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         super().__init__(partitioner)
-        experts, embed, mlp = (ax.EXPERTS, moe.num_experts), (ax.EMBED, config.embed_dim), (ax.MLP, moe.mlp_dim)
+        experts, embed, mlp = (ax.EXPERTS, moe.num_experts), (ax.EMBED, config.embed_dim), (ax.EXPERT_MLP, moe.mlp_dim)
         share = moe.num_experts_per_token / moe.num_experts
         self.activation = ACTIVATIONS[config.activation]
         self.gate = param((experts, mlp, embed), dtype, rngs, read_share=share)
@@ -167,7 +167,7 @@ class ClampedExperts(Experts):
         self, config: ModelConfig, moe: MoEConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         super().__init__(partitioner)
-        experts, embed, mlp = (ax.EXPERTS, moe.num_experts), (ax.EMBED, config.embed_dim), (ax.MLP, moe.mlp_dim)
+        experts, embed, mlp = (ax.EXPERTS, moe.num_experts), (ax.EMBED, config.embed_dim), (ax.EXPERT_MLP, moe.mlp_dim)
         share = moe.num_experts_per_token / moe.num_experts
         self.moe = moe
         self.gate_up = param((experts, mlp, (None, 2), embed), dtype, rngs, read_share=share)
@@ -188,7 +188,7 @@ class ClampedExperts(Experts):
 
     def _on_one_device(self, bias: jax.Array) -> jax.Array:
         """Of those that split the hidden units, and whose parts are summed; zero on the others."""
-        axes = self._mesh_axes(ax.MLP)
+        axes = self._mesh_axes(ax.EXPERT_MLP)
         return jnp.where(lax.axis_index(axes) == 0, bias, 0) if axes else bias
 
 
