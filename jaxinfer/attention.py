@@ -13,6 +13,8 @@ from jaxinfer import kv_cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.kv_cache import Cache
 from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
+from jaxinfer.pipeline import on_stage
+from jaxinfer.stages import StagePlan
 from pallas_kernels.paged_attention import AttentionSpec
 from pallas_kernels.precision import matmul_precision
 from pallas_kernels.ragged import token_places
@@ -52,8 +54,11 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mas
     return jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision).reshape(b, t, n, h)
 
 
-def attention_specs(config: ModelConfig, partitioner: Partitioner, page_size: int) -> tuple[AttentionSpec, ...]:
-    """What the attention of each layer computes on one device's shard. Layers differ by their windows."""
+SlotSpecs = tuple[AttentionSpec, ...]  # of a slot for layers on each stage, as `stages` has it; most are all the same
+
+
+def attention_specs(config: ModelConfig, partitioner: Partitioner, page_size: int) -> tuple[SlotSpecs, ...]:
+    """What the attention of each slot computes on one device's shard. Layers differ by their windows."""
     spec = AttentionSpec(
         num_q_heads=config.num_q_heads // partitioner.num_shards(ax.HEADS),
         num_kv_heads=num_sharded_kv_heads(config.num_kv_heads, partitioner) // partitioner.num_shards(ax.KV_HEADS),
@@ -63,7 +68,9 @@ def attention_specs(config: ModelConfig, partitioner: Partitioner, page_size: in
         soft_cap=config.attention_soft_cap,
         value_dim=None if config.latent is None else config.latent.kv_rank,
     )
-    return tuple(dataclasses.replace(spec, window=config.window(layer)) for layer in range(config.num_layers))
+    plan = StagePlan.create(config.num_layers, partitioner.axis_size(ax.STAGE))
+    layers = map(plan.like, range(len(plan.slots)))
+    return tuple(tuple(dataclasses.replace(spec, window=config.window(n)) for n in of_slot) for of_slot in layers)
 
 
 class Rows(NamedTuple):
@@ -98,7 +105,7 @@ class PagedAttention:
         rows: Rows | None,
         prompts: Prompts | None,
         *,
-        specs: Sequence[AttentionSpec],  # of each layer
+        specs: Sequence[SlotSpecs],
         backend: ModuleType,
         partitioner: Partitioner,
     ):
@@ -111,53 +118,52 @@ class PagedAttention:
         return tuple(self._cache)
 
     def __call__(
-        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sinks: jax.Array | None = None
+        self, slot: int, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sinks: jax.Array | None = None
     ) -> jax.Array:
         """q [D, S, N, H], k and v [D, S, K, H], sinks [N] -> [D, S, N, H]; no v where values are in k."""
-        attend = functools.partial(self._attend_local, self._specs[layer])
-        if self._partitioner.mesh.size > 1:
-            pages = self._partitioner.spec(kv_cache.CACHE_AXES)
-            heads = self._partitioner.spec((ax.BATCH, None, ax.HEADS, ax.HEAD_DIM))
-            kv_heads = self._partitioner.spec((ax.BATCH, None, ax.KV_HEADS, ax.HEAD_DIM))
-            sequences, of_heads = self._partitioner.spec((ax.BATCH,)), self._partitioner.spec((ax.HEADS,))
-            attend = jax.shard_map(
-                attend,
-                mesh=self._partitioner.mesh,
-                in_specs=(heads, kv_heads, kv_heads, pages, pages, sequences, sequences, of_heads),
-                out_specs=(heads, pages, pages),
-                check_vma=False,
-            )
-        k_pages, v_pages = self._cache[layer]
+        spec = self._partitioner.spec
+        heads, kv_heads = (spec((ax.BATCH, None, axis, ax.HEAD_DIM)) for axis in (ax.HEADS, ax.KV_HEADS))
+        pages, sequences, of_heads = spec(kv_cache.PAGE_AXES), spec((ax.BATCH,)), spec((ax.HEADS,))
+        attend = self._partitioner.shard_map(
+            functools.partial(self._attend_local, self._specs[slot]),
+            in_specs=(heads, kv_heads, kv_heads, pages, pages, sequences, sequences, of_heads),
+            out_specs=(heads, pages, pages),
+        )
+        k_pages, v_pages = self._cache[slot]
         out, k_pages, v_pages = attend(q, k, v, k_pages, v_pages, self._rows, self._prompts, sinks)
-        self._cache[layer] = (k_pages, v_pages)
+        self._cache[slot] = (k_pages, v_pages)
         return out
 
     def _attend_local(
-        self, spec: AttentionSpec, q, k, v, k_pages, v_pages, rows: Rows | None, prompts: Prompts | None, sinks
+        self, specs: SlotSpecs, q, k, v, k_pages, v_pages, rows: Rows | None, prompts: Prompts | None, sinks
     ):
         """Of one shard: the first dimension is 1. All is written before anything is read: pages stay in place."""
         q, new, rows, prompts = jax.tree.map(lambda x: x[0], (q, (k, v), rows, prompts))
         num_rows = 0 if rows is None else rows.positions.size
-        pages = (k_pages, v_pages)
+        pages, page_size = (k_pages, v_pages), k_pages.shape[2]
         with jax.named_scope("cache_write"):
             if rows is not None:
-                columns = rows.positions[:, None] // spec.page_size
+                columns = rows.positions[:, None] // page_size
                 page_ids = jnp.take_along_axis(rows.block_tables, columns, axis=1, mode="clip")[:, 0]
                 where = (jnp.where(rows.valid, page_ids, 0), rows.positions)  # 0: the scratch page
                 pages = jax.tree.map(lambda p, x: kv_cache.write(p, x[:num_rows], *where), pages, new)
             if prompts is not None:
                 place = token_places(prompts.lengths, q.shape[0] - num_rows)
                 positions = prompts.starts[place.sequence] + place.offset
-                columns = positions // spec.page_size
+                columns = positions // page_size
                 page_ids = prompts.block_tables.at[place.sequence, columns].get(mode="clip")
                 where = (jnp.where(place.valid, page_ids, 0), positions)
                 pages = jax.tree.map(lambda p, x: kv_cache.write(p, x[num_rows:], *where), pages, new)
-        outs = []
-        if rows is not None:
-            of_rows = (rows.block_tables, jnp.where(rows.valid, rows.positions, -1)[:, None])
-            out = self._backend.paged_attention(q[:num_rows, None], *pages, *of_rows, spec=spec, sinks=sinks)
-            outs.append(out[:, 0])
-        if prompts is not None:
-            of_prompts = self._backend.ragged_paged_attention
-            outs.append(of_prompts(q[num_rows:], *pages, *prompts, spec=spec, sinks=sinks))
-        return jnp.concatenate(outs)[None], *pages
+
+        def read(spec: AttentionSpec) -> jax.Array:
+            outs = []
+            if rows is not None:
+                of_rows = (rows.block_tables, jnp.where(rows.valid, rows.positions, -1)[:, None])
+                out = self._backend.paged_attention(q[:num_rows, None], *pages, *of_rows, spec=spec, sinks=sinks)
+                outs.append(out[:, 0])
+            if prompts is not None:
+                of_prompts = self._backend.ragged_paged_attention
+                outs.append(of_prompts(q[num_rows:], *pages, *prompts, spec=spec, sinks=sinks))
+            return jnp.concatenate(outs)[None]
+
+        return on_stage(read, specs), *pages

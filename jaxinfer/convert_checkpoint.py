@@ -96,7 +96,7 @@ def inspect(source_dir: pathlib.Path) -> None:
         shape, names = (",".join(map(str, of)) for of in (spec.shape, spec.axes))
         size = format_bytes(math.prod(param.shape) * dtype.itemsize)
         print(f"{_named(param.tensors)}  {spec.path}  {dtype.name}[{shape}]  ({names}) -> ({split})  {size}")
-    whole, per_device = source.num_bytes, sum(spec.shard_bytes for spec in source.definition.params)
+    whole, per_device = source.num_bytes, source.definition.shard_bytes
     scale = whole / source.definition.weight_bytes  # the definition counts float32
     print(
         f"{source.definition.config.family}, {source.format}: {len(source.definition.params)} parameters, "

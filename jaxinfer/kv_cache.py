@@ -4,7 +4,7 @@ Per layer two arrays [num_pages, num_kv_heads, page_size, head_dim], so that one
 contiguous; or one, where values are part of the keys. Page 0 is the scratch page: padding writes there, and what is
 read there counts for nothing; hence no page id is ever negative or out of range (JAX would scatter at -1 into the last
 page). With `data` in the mesh the pages are divided among its shards; page ids in block tables are local to a shard,
-and each has a scratch page.
+and each has a scratch page. With `stage` an array is that of a slot for layers, and begins with the stages.
 """
 
 import dataclasses
@@ -17,11 +17,12 @@ from jax.sharding import NamedSharding
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
+from jaxinfer.stages import StagePlan
 from sharding_rules import axes as ax
 
 T = TypeVar("T")
 
-CACHE_AXES: ax.LogicalAxes = (ax.PAGES, ax.KV_HEADS, None, ax.HEAD_DIM)
+PAGE_AXES: ax.LogicalAxes = (ax.PAGES, ax.KV_HEADS, None, ax.HEAD_DIM)
 
 Cache = tuple[tuple[jax.Array, jax.Array | None], ...]  # (k_pages, v_pages) of each layer
 
@@ -31,7 +32,8 @@ class CacheSpec:
     """Shape of the cache over the whole mesh.
 
     Attributes:
-      num_layers: how many pairs of arrays.
+      num_slots: how many pairs of arrays: slots for layers, as `stages` has them; without stages, layers.
+      num_stages: of the pipeline; 1: an array does not begin with them.
       has_values: whether a pair has its second array.
       num_pages: of all data shards together, scratch pages included.
       num_kv_heads: repetitions over the mesh included.
@@ -40,7 +42,8 @@ class CacheSpec:
       dtype: of keys and values.
     """
 
-    num_layers: int
+    num_slots: int
+    num_stages: int
     has_values: bool
     num_pages: int
     num_kv_heads: int
@@ -50,19 +53,26 @@ class CacheSpec:
 
     def layers(self, make: Callable[[], T]) -> tuple[tuple[T, T | None], ...]:
         """What has the structure of a cache, array by array from `make`."""
-        return tuple((make(), make() if self.has_values else None) for _ in range(self.num_layers))
+        return tuple((make(), make() if self.has_values else None) for _ in range(self.num_slots))
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return (self.num_pages, self.num_kv_heads, self.page_size, self.head_dim)
+    def shape(self) -> tuple[int, ...]:
+        stages = (self.num_stages,) if self.num_stages > 1 else ()
+        return (*stages, self.num_pages, self.num_kv_heads, self.page_size, self.head_dim)
+
+    @property
+    def axes(self) -> ax.LogicalAxes:
+        return (ax.LAYERS, *PAGE_AXES) if self.num_stages > 1 else PAGE_AXES
 
 
 def cache_spec(
     config: ModelConfig, partitioner: Partitioner, *, pages_per_shard: int, page_size: int, dtype: jnp.dtype
 ) -> CacheSpec:
     """The cache for a model on a mesh, `pages_per_shard` including the scratch page."""
+    plan = StagePlan.create(config.num_layers, partitioner.axis_size(ax.STAGE))
     return CacheSpec(
-        num_layers=config.num_layers,
+        num_slots=len(plan.slots),
+        num_stages=plan.num_stages,
         has_values=config.latent is None,
         num_pages=pages_per_shard * partitioner.num_shards(ax.PAGES),
         num_kv_heads=num_sharded_kv_heads(config.num_kv_heads, partitioner),
@@ -73,7 +83,7 @@ def cache_spec(
 
 
 def cache_sharding(spec: CacheSpec, partitioner: Partitioner) -> NamedSharding:
-    return partitioner.sharding(CACHE_AXES, spec.shape, "cache")
+    return partitioner.sharding(spec.axes, spec.shape, "cache")
 
 
 def allocator(spec: CacheSpec, partitioner: Partitioner) -> Callable[[], Cache]:

@@ -48,7 +48,7 @@ class Demand:
         config, model, partitioner = self.config, self.definition.decoder_config, self.definition.partitioner
         assert config.max_model_len is not None
         num_shards = partitioner.num_shards(ax.BATCH)
-        spec = attention_specs(model, partitioner, self.page_size)[0]
+        (spec, *_), *slots = attention_specs(model, partitioner, self.page_size)
         itemsize = self.definition.dtype.itemsize
         rows = config.max_num_seqs // num_shards
         chunks = num_chunks(rows)
@@ -71,7 +71,7 @@ class Demand:
             weights_bytes=self.definition.shard_bytes,
             workspace_bytes=of_step + sampling.slots_bytes,
             page_bytes=planner.page_bytes(
-                num_layers=model.num_layers,
+                num_layers=1 + len(slots),
                 token_numbers=spec.token_numbers,
                 page_size=self.page_size,
                 itemsize=itemsize,

@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +19,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 import sharding_rules
 from sharding_rules import axes as ax
+
+T = TypeVar("T")
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -144,6 +147,32 @@ class Partitioner:
         """Of an array of a step, whose first dimension is the data shard; a scalar is for all."""
         return self.sharding((ax.BATCH, *[None] * (len(shape) - 1))) if shape else self.replicated
 
+    def of_stage(self, stage: int) -> "Partitioner":
+        """For the devices of one pipeline stage, whose mesh has a `stage` axis of size 1, if any."""
+        if self.axis_size(ax.STAGE) == 1:
+            return self
+        names, types = self.mesh.axis_names, self.mesh.axis_types
+        if isinstance(self.mesh, AbstractMesh):
+            sizes = tuple((self.mesh.shape | {ax.STAGE: 1}).values())
+            return dataclasses.replace(self, mesh=AbstractMesh(sizes, names, axis_types=types))
+        grid = np.take(self.mesh.devices, [stage], axis=names.index(ax.STAGE))
+        return dataclasses.replace(self, mesh=Mesh(grid, names, axis_types=types))
+
+    def shard_map(self, function: Callable[..., T], *, in_specs: Any, out_specs: Any) -> Callable[..., T]:
+        """`jax.shard_map` over the mesh, or over what is left of it inside of another; nothing on one device."""
+        if self.mesh.size == 1:
+            return function
+        mesh = self._mesh_here
+        names = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes if isinstance(mesh, AbstractMesh) else ())
+        specs = {"in_specs": in_specs, "out_specs": out_specs}
+        return jax.shard_map(function, mesh=mesh, axis_names=names, check_vma=False, **specs)
+
+    @property
+    def _mesh_here(self) -> Mesh | AbstractMesh:
+        """The mesh, or inside of a `shard_map` over some of its axes the one that knows of that."""
+        inside = jax.sharding.get_abstract_mesh()
+        return inside if inside.manual_axes else self.mesh
+
     @functools.cached_property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
@@ -152,7 +181,7 @@ class Partitioner:
         """Tells XLA how `x` is laid out. For use inside jit; a no-op on one device."""
         if self.mesh.size == 1:
             return x
-        return jax.lax.with_sharding_constraint(x, self.sharding(axes))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh_here, self.spec(axes)))
 
     def _mesh_axes(self, axes: ax.LogicalAxes) -> tuple[tuple[str, ...], ...]:
         rules = self.rules.rules

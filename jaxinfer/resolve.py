@@ -4,6 +4,7 @@ Nothing is allocated here, and nothing downstream changes what is decided here.
 """
 
 import dataclasses
+import itertools
 import pathlib
 
 import jax.numpy as jnp
@@ -117,7 +118,8 @@ def _resolve_decoder(model: ResolvedModel) -> ResolvedEngine:
     page_size = config.page_size or (16 if on_cpu else 64)
     slots_per_shard = _rows_per_shard(config, partitioner)
     backend = "xla" if config.attention_backend == "auto" else config.attention_backend
-    paged_attention.backend(backend, *attention_specs(definition.decoder_config, partitioner, page_size))
+    specs = attention_specs(definition.decoder_config, partitioner, page_size)
+    paged_attention.backend(backend, *itertools.chain.from_iterable(specs))
     buckets = Buckets.create(
         max_rows=slots_per_shard,
         max_model_len=max_model_len,

@@ -37,7 +37,7 @@ class Runner:
         self.buckets = buckets
         self._partitioner = definition.partitioner
         self._steps = StepPrograms(definition=definition, cache_spec=spec, buckets=buckets, backend=backend)
-        self._weights = weights
+        self._weights = definition.stack(weights)
         self._allocate_cache = kv_cache.allocator(spec, self._partitioner)
         self._cache, self._slots = self._allocate_cache(), self._empty_slots()
         self._programs: dict[StepShape, jax.stages.Compiled] = {}

@@ -61,7 +61,7 @@ class StepPrograms:
         activations = activation_shardings(partitioner) if shape.num_steps == 1 else None
         if activations and not shape.chunk_tokens:
             activations = activations._replace(hidden=None)
-        function = functions.prefill if shape.chunk_tokens else functions.decode
+        function = functions.one_token if shape.num_steps == 1 else functions.decode
         shardings = (*jax.tree.map(lambda a: a.sharding, (cache, slots)), output, activations)
         jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=shardings)
         return jitted.lower(self.definition.abstract_arrays, cache, slots, self.batch(shape))

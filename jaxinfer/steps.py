@@ -6,24 +6,25 @@ one token also gives out what it drew from, for the full sampler to draw again: 
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.attention import PagedAttention, Prompts, Rows, attention_specs
-from jaxinfer.batch import Array, StepBatch
+from jaxinfer.attention import Prompts, Rows
+from jaxinfer.batch import Array, ChunkArrays, StepBatch
 from jaxinfer.kv_cache import Cache
 from jaxinfer.logprobs import Logprobs
+from jaxinfer.microbatches import Work, merge, split
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.sampling import SamplingArrays, sample
-from pallas_kernels import paged_attention
+from jaxinfer.step_layers import Arrays, StepLayers
 from pallas_kernels.ragged import token_places
 from sharding_rules import axes as ax
 
-Arrays = tuple[jax.Array, ...]
+T = TypeVar("T")
 
 
 class SlotState(NamedTuple):
@@ -69,9 +70,20 @@ def is_stop(tokens: jax.Array, stop_token_ids: Array) -> jax.Array:
     return jnp.any(tokens[..., None] == stop_token_ids, axis=-1)
 
 
+class _Decoding(NamedTuple):
+    """Rows on their way through `decode`, by microbatch; [m, D, r] each."""
+
+    tokens: jax.Array  # int32; the last token of each
+    positions: jax.Array  # int32; of that
+    active: jax.Array  # bool
+    finite: jax.Array  # bool
+    counts: jax.Array  # int32; tokens generated
+    out: jax.Array  # int32 [m, D, r, num_steps]; those
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepFunctions:
-    """`decode` and `prefill`, for one model and one number of steps.
+    """`one_token` and `decode`, for one model and one number of steps.
 
     A row whose logits are not finite generates nothing more and is reported; it never reaches another row.
 
@@ -89,75 +101,94 @@ class StepFunctions:
     num_steps: int
     max_chunk: int
 
-    def decode(
-        self, weights: Arrays, cache: Cache, slots: SlotState, batch: StepBatch
-    ) -> tuple[Cache, SlotState, StepOutput, Activations | None]:
-        """Generates up to `num_steps` tokens per row, stopping each row by itself. Donates `cache` and `slots`."""
-        model = self.definition.bind(weights)
-        tokens, stopped = self._last_tokens(slots, batch)
-        active = ~stopped & (batch.num_remaining > 0)
-
-        def step(i: jax.Array | int, state):
-            cache, tokens, positions, active, finite, out, counts = state
-            attend = self._attend(cache, Rows(batch.block_tables, positions, active), None)
-            logits = model.logits(model(tokens, positions, attend))  # [D, R, V]
-            is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
-            finite &= is_finite | ~active
-            active &= is_finite
-            tokens = jnp.where(active, self._sample(logits, batch.sampling, positions + 1), tokens)
-            out = lax.dynamic_update_index_in_dim(out, tokens, i, axis=2)
-            positions += active.astype(jnp.int32)
-            counts += active.astype(jnp.int32)
-            active &= ~is_stop(tokens, batch.stop_token_ids) & (counts < batch.num_remaining)
-            return (attend.cache, tokens, positions, active, finite, out, counts), logits
-
-        rows = batch.slots.shape
-        state = (
-            cache,
-            tokens,
-            batch.positions,
-            active,
-            jnp.ones(rows, bool),
-            jnp.zeros((*rows, self.num_steps), jnp.int32),
-            jnp.zeros(rows, jnp.int32),
-        )
-        if self.num_steps == 1:
-            state, logits = step(0, state)
-            activations = Activations(logits, None)
-        else:
-            state = lax.fori_loop(0, self.num_steps, lambda i, state: step(i, state)[0], state)
-            activations = None
-        cache, tokens, _, active, finite, out, counts = state
-        return cache, slots.put(batch.slots, tokens, ~active), StepOutput(out, counts, finite), activations
-
-    def prefill(
+    def one_token(
         self, weights: Arrays, cache: Cache, slots: SlotState, batch: StepBatch
     ) -> tuple[Cache, SlotState, StepOutput, Activations]:
-        """Caches each shard's chunks and decodes one token of the other rows. Donates `cache` and `slots`."""
-        assert batch.chunks is not None
+        """Caches each shard's chunks, if any, and decodes one token of the other rows. Donates `cache` and `slots`."""
         model, chunks = self.definition.bind(weights), batch.chunks
-        num_rows = batch.slots.shape[1] - chunks.lengths.shape[1]  # the chunks' rows are behind them
+        num_rows = batch.slots.shape[1] - (0 if chunks is None else chunks.lengths.shape[1])  # the chunks' are behind
         last_tokens, stopped = self._last_tokens(slots, batch)
         active = ~stopped & (batch.num_remaining > 0)
-        active = jnp.concatenate([active[:, :num_rows], chunks.lengths > 0], axis=1)
-        tokens = jnp.concatenate([last_tokens[:, :num_rows], chunks.tokens], axis=1)
-        place = jax.vmap(functools.partial(token_places, num_tokens=chunks.tokens.shape[1]))(chunks.lengths)
-        positions = jnp.take_along_axis(chunks.starts, place.sequence, axis=1) + place.offset
-        positions = jnp.concatenate([batch.positions[:, :num_rows], positions], axis=1)
-        rows = Rows(*(x[:, :num_rows] for x in (batch.block_tables, batch.positions, active)))
-        prompts = Prompts(batch.block_tables[:, num_rows:], chunks.starts, chunks.lengths)
-        attend = self._attend(cache, rows if num_rows else None, prompts)
-        hidden = model(tokens, positions, attend)
-        last = num_rows + jnp.maximum(jnp.cumsum(chunks.lengths, axis=1) - 1, 0)
-        of_chunks = jnp.take_along_axis(hidden, last[..., None], axis=1)
-        logits = model.logits(jnp.concatenate([hidden[:, :num_rows], of_chunks], axis=1))
+        tokens, positions, prompts = last_tokens[:, :num_rows], batch.positions[:, :num_rows], None
+        rows = Rows(*(x[:, :num_rows] for x in (batch.block_tables, batch.positions, active))) if num_rows else None
+        if chunks is not None:
+            active = jnp.concatenate([active[:, :num_rows], chunks.lengths > 0], axis=1)
+            tokens = jnp.concatenate([tokens, chunks.tokens], axis=1)
+            positions = jnp.concatenate([positions, _chunk_positions(chunks)], axis=1)
+            prompts = Prompts(batch.block_tables[:, num_rows:], chunks.starts, chunks.lengths)
+        cache, hidden = self._layers(weights).run(cache, tokens, positions, rows, prompts)
+        drawn_from = hidden
+        if chunks is not None:
+            last = num_rows + jnp.maximum(jnp.cumsum(chunks.lengths, axis=1) - 1, 0)
+            of_chunks = jnp.take_along_axis(hidden, last[..., None], axis=1)
+            drawn_from = jnp.concatenate([hidden[:, :num_rows], of_chunks], axis=1)
+        logits = model.logits(drawn_from)
         finite = jnp.all(jnp.isfinite(logits), axis=-1) | ~active
         new = self._sample(logits, batch.sampling, batch.positions + 1)
         counts = (active & finite & (batch.num_remaining > 0)).astype(jnp.int32)
         stopped = (counts == 0) | is_stop(new, batch.stop_token_ids) | (batch.num_remaining == 1)
-        activations = Activations(logits, self._pad(hidden[:, num_rows:]))
+        activations = Activations(logits, None if chunks is None else self._pad(hidden[:, num_rows:]))
         output = StepOutput(new[..., None], counts, finite)
-        return attend.cache, slots.put(batch.slots, new, stopped), output, activations
+        return cache, slots.put(batch.slots, new, stopped), output, activations
+
+    def decode(
+        self, weights: Arrays, cache: Cache, slots: SlotState, batch: StepBatch
+    ) -> tuple[Cache, SlotState, StepOutput, None]:
+        """Generates up to `num_steps` tokens per row, stopping each row by itself. Donates `cache` and `slots`."""
+        model, layers = self.definition.bind(weights), self._layers(weights)
+        pipeline, num_rows = layers.pipeline(num_rounds=self.num_steps), batch.slots.shape[1]
+        parts = pipeline.num_microbatches
+        by_row = jax.tree.map(lambda a: a.reshape(batch.slots.shape) if a.ndim else a, batch.sampling)
+        own = jax.tree.map(lambda a: split(a, parts) if a.ndim else a, batch._replace(sampling=by_row))
+        tokens, stopped = (split(x, parts) for x in self._last_tokens(slots, batch))
+        start = _Decoding(
+            tokens=tokens,
+            positions=own.positions,
+            active=~stopped & (own.num_remaining > 0),
+            finite=jnp.ones(tokens.shape, bool),
+            counts=jnp.zeros(tokens.shape, jnp.int32),
+            out=jnp.zeros((*tokens.shape, self.num_steps), jnp.int32),
+        )
+
+        def enter(state: _Decoding, item: Any) -> jax.Array:
+            rows = _at(state, item % parts)
+            return model.embed(rows.tokens, rows.positions)
+
+        def work(state: _Decoding) -> Work:
+            return Work(state.positions, Rows(own.block_tables, state.positions, state.active), None)
+
+        def leave(state: _Decoding, item: Any, hidden: jax.Array) -> _Decoding:
+            part = item % parts
+            logits = model.logits(model.norm(hidden))  # [D, r, V]
+            new = self._advance(_at(state, part), _at(own, part), logits, item // parts)
+            return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, part, axis=0), state, new)
+
+        cache, state = pipeline.run(layers.of_stages, cache, start, enter=enter, work=work, leave=leave)
+        end = jax.tree.map(lambda a: merge(a, num_rows), state)
+        output = StepOutput(end.out, end.counts, end.finite)
+        return cache, slots.put(batch.slots, end.tokens, ~end.active), output, None
+
+    def _advance(self, rows: _Decoding, batch: StepBatch, logits: jax.Array, step: Any) -> _Decoding:
+        """Rows [D, r] by a token, the one of `step`, where they go on; by none if that is negative."""
+        is_turn = step >= 0
+        is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
+        active = rows.active & is_turn
+        finite = rows.finite & (is_finite | ~active)
+        active &= is_finite
+        tokens = jnp.where(active, self._sample(logits, batch.sampling, rows.positions + 1), rows.tokens)
+        counts = rows.counts + active.astype(jnp.int32)
+        goes_on = active & ~is_stop(tokens, batch.stop_token_ids) & (counts < batch.num_remaining)
+        return _Decoding(
+            tokens=tokens,
+            positions=rows.positions + active.astype(jnp.int32),
+            active=jnp.where(is_turn, goes_on, rows.active),
+            finite=finite,
+            counts=counts,
+            out=lax.dynamic_update_index_in_dim(rows.out, tokens, step, axis=2),
+        )
+
+    def _layers(self, weights: Arrays) -> StepLayers:
+        return StepLayers(self.definition, self.page_size, self.backend_name, weights)
 
     def _pad(self, hidden: jax.Array) -> jax.Array:
         """To the most tokens of chunks, so that one program reads the activations of all."""
@@ -171,19 +202,20 @@ class StepFunctions:
 
     def _sample(self, logits: jax.Array, sampling: SamplingArrays, positions: jax.Array) -> jax.Array:
         """[D, R, V] -> [D, R]."""
-        flat = logits.reshape(-1, logits.shape[-1])
-        return sample(flat, sampling, positions.reshape(-1), self._gather).reshape(positions.shape)
+        flat, params = logits.reshape(-1, logits.shape[-1]), jax.tree.map(jnp.ravel, sampling)
+        params = params._replace(draws=sampling.draws, truncates=sampling.truncates)
+        return sample(flat, params, positions.reshape(-1), self._gather).reshape(positions.shape)
 
     def _gather(self, logits: jax.Array) -> jax.Array:
         return self.definition.partitioner.constrain(logits, (ax.BATCH, None))
 
-    def _attend(self, cache: Cache, rows: Rows | None, prompts: Prompts | None) -> PagedAttention:
-        specs = attention_specs(self.definition.decoder_config, self.definition.partitioner, self.page_size)
-        return PagedAttention(
-            cache,
-            rows,
-            prompts,
-            specs=specs,
-            backend=paged_attention.backend(self.backend_name, *specs),
-            partitioner=self.definition.partitioner,
-        )
+
+def _at(tree: T, part: Any) -> T:
+    """One part of arrays that begin with the parts."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, part, keepdims=False) if a.ndim else a, tree)
+
+
+def _chunk_positions(chunks: ChunkArrays) -> jax.Array:
+    """int32 [D, T]; of the chunks' tokens."""
+    place = jax.vmap(functools.partial(token_places, num_tokens=chunks.tokens.shape[1]))(chunks.lengths)
+    return jnp.take_along_axis(chunks.starts, place.sequence, axis=1) + place.offset

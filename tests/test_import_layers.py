@@ -48,6 +48,7 @@ LAYERS = {
     "jaxinfer.sentence_modules": 1,
     "jaxinfer.shard": 1,
     "jaxinfer.slot_table": 1,
+    "jaxinfer.stages": 1,
     "jaxinfer.stats": 1,
     "jaxinfer.step_plan": 1,
     "jaxinfer.tokenizer": 1,
@@ -68,6 +69,7 @@ LAYERS = {
     # The model's parts, the models, what loads and runs them.
     "jaxinfer.layers": 3,
     "jaxinfer.attention": 3,
+    "jaxinfer.microbatches": 3,
     "jaxinfer.pipeline": 3,
     "jaxinfer.models": 4,
     "jaxinfer.checkpoint": 5,
@@ -79,6 +81,7 @@ LAYERS = {
     "jaxinfer.sampler_programs": 5,
     "jaxinfer.step_programs": 5,
     "jaxinfer.transfer": 5,
+    "jaxinfer.step_layers": 5,
     "jaxinfer.steps": 5,
     "jaxinfer.async_engine": 6,
     "jaxinfer.embedder": 6,

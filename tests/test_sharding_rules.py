@@ -63,9 +63,9 @@ def describe_model(family: str, strategy: str) -> str:
 def describe_cache(config: ModelConfig, partitioner: Partitioner) -> Iterator[str]:
     cache = kv_cache.cache_spec(config, partitioner, pages_per_shard=8, page_size=16, dtype=jnp.dtype("float32"))
     sharding = kv_cache.cache_sharding(cache, partitioner)
-    for layer in range(cache.num_layers):
+    for slot in range(cache.num_slots):
         for array in ("k", "v") if cache.has_values else ("k",):
-            yield describe(f"cache/{layer}/{array}", cache.dtype, cache.shape, kv_cache.CACHE_AXES, sharding)
+            yield describe(f"cache/{slot}/{array}", cache.dtype, cache.shape, cache.axes, sharding)
 
 
 @pytest.mark.parametrize(("family", "strategy"), CROSSED)

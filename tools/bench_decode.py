@@ -116,7 +116,7 @@ def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch
 def step_bytes(definition: ModelDefinition, batch_size: int) -> int:
     """Bytes that a decode step must read, with the cache half way between the first step and the last."""
     config, partitioner = definition.decoder_config, definition.partitioner
-    (spec, *_), itemsize = attention_specs(config, partitioner, page_size=1), definition.dtype.itemsize
+    ((spec, *_), *_), itemsize = attention_specs(config, partitioner, page_size=1), definition.dtype.itemsize
     sizes = {"num_layers": config.num_layers, "token_numbers": spec.token_numbers, "itemsize": itemsize}
     token_bytes = planner.page_bytes(page_size=1, **sizes)
     return definition.step_shard_bytes + batch_size * (_PROMPT_TOKENS.value + _NEW_TOKENS.value // 2) * token_bytes

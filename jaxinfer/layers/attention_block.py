@@ -19,7 +19,7 @@ class Attend(Protocol):
     """Where keys and values are kept, and on which devices, is its business: a model never learns it."""
 
     def __call__(
-        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sinks: jax.Array | None = None
+        self, slot: int, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sinks: jax.Array | None = None
     ) -> jax.Array:
         """q [B, T, N, H], k and v [B, T, K, H], sinks [N] -> [B, T, N, H].
 
@@ -46,7 +46,7 @@ class AttentionBlock(nnx.Module):
         self.k_norm = _qk_norm(config, kv_heads, dtype, rngs)
         self.sinks = param(heads[:1], dtype, rngs) if config.attention_sinks else None
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None, layer: int, attend: Attend) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None, slot: int, attend: Attend) -> jax.Array:
         """x [B, T, D], rope as `rope.rotation` makes it, or None to rotate nothing -> [B, T, D]."""
         constrain = self.partitioner.constrain
         q, k, v = self.q(x), self.k(x), self.v(x)
@@ -57,7 +57,7 @@ class AttentionBlock(nnx.Module):
         q = constrain(q, (ax.BATCH, None, ax.HEADS, ax.HEAD_DIM))
         k, v = (constrain(heads, (ax.BATCH, None, ax.KV_HEADS, ax.HEAD_DIM)) for heads in (k, v))
         sinks = {} if self.sinks is None else {"sinks": self.sinks[...]}
-        return constrain(self.out(attend(layer, q, k, v, **sinks)), (ax.BATCH, None, ax.EMBED))
+        return constrain(self.out(attend(slot, q, k, v, **sinks)), (ax.BATCH, None, ax.EMBED))
 
 
 def _qk_norm(config: ModelConfig, heads: tuple[tuple[str, int], ...], dtype: jnp.dtype, rngs: nnx.Rngs):

@@ -1,6 +1,7 @@
 """The decoder that most families are: attention and an MLP in every layer, around a residual stream."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,36 +16,57 @@ from jaxinfer.layers.moe import MoE
 from jaxinfer.layers.norm import LayerNorm, RMSNorm
 from jaxinfer.layers.rope import inverse_frequencies, rotation
 from jaxinfer.partitioning import Partitioner
+from jaxinfer.pipeline import on_stage
+from jaxinfer.stages import StagePlan
 from sharding_rules import axes as ax
 
+Layers = tuple[int, ...]  # of a slot, on each stage; without stages one
 Rope = tuple[jax.Array, jax.Array] | None  # as `rope.rotation` makes it; None: nothing rotates
 
 
 class Block(nnx.Module):
     """Attention and MLP or experts, each added to the residual stream, with norms as the config says."""
 
-    def __init__(self, config: ModelConfig, layer: int, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, layers: Layers, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         norm = lambda: embed_norm(config, dtype, rngs)  # noqa: E731
         self.attention_norm = norm() if config.norms_before else None
         attention = AttentionBlock if config.latent is None else LatentAttention
         self.attention = attention(config, partitioner, dtype=dtype, rngs=rngs)
         self.attention_post_norm = norm() if config.norms_after else None
         self.mlp_norm = norm() if config.norms_before else None
-        self.mlp = _mlp(config, layer, partitioner, dtype, rngs)
+        self.mlp = _mlp(config, layers, partitioner, dtype, rngs)
         self.mlp_post_norm = norm() if config.norms_after else None
 
-    def __call__(self, x: jax.Array, rope: Rope, layer: int, attend: Attend) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: Rope, slot: int, attend: Attend) -> jax.Array:
         """[B, T, D] -> the same."""
         with jax.named_scope("attention"):
-            added = self.attention(_apply(self.attention_norm, x), rope, layer, attend)
+            added = self.attention(_apply(self.attention_norm, x), rope, slot, attend)
             x = x + _apply(self.attention_post_norm, added)
         with jax.named_scope("mlp"):
             added = self.mlp(_apply(self.mlp_norm, x))
             return x + _apply(self.mlp_post_norm, added)
 
 
+class DenseOrExperts(nnx.Module):
+    """The MLP of a slot that is dense on some stages of a pipeline and a mixture of experts on others."""
+
+    def __init__(self, has_experts: tuple[bool, ...], dense: MLP, sparse: MoE):
+        self.has_experts = has_experts
+        self.dense = dense
+        self.sparse = sparse
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> the same."""
+        return on_stage(lambda has_experts: (self.sparse if has_experts else self.dense)(x), self.has_experts)
+
+
 class Decoder(nnx.Module):
-    """Token ids to the last layer's normalised activations, and those to logits."""
+    """Token ids to the last layer's normalised activations, and those to logits.
+
+    `layers` has those of one stage of a pipeline, in slots as `stages` has them; without stages it has all.
+    """
 
     def __init__(self, config: ModelConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
@@ -52,29 +74,42 @@ class Decoder(nnx.Module):
         tied, size = config.tie_embeddings, (config.vocab_size, config.embed_dim)
         self.embedding = Embedding(*size, is_head=tied, dtype=dtype, rngs=rngs)
         self.position_embedding = _position_embedding(config, dtype, rngs)
-        layers = range(config.num_layers)
-        self.layers = nnx.List([Block(config, layer, partitioner, dtype=dtype, rngs=rngs) for layer in layers])
+        plan = StagePlan.create(config.num_layers, partitioner.axis_size(ax.STAGE))
+        self.in_slots = tuple(map(plan.like, range(len(plan.slots))))
+        self.layers = nnx.List([Block(config, of, partitioner, dtype=dtype, rngs=rngs) for of in self.in_slots])
         self.norm = embed_norm(config, dtype, rngs)
         self.head = None if tied else Embedding(*size, is_head=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
-        """tokens, positions int32 [B, T] -> normalised activations [B, T, D]."""
+        """tokens, positions int32 [B, T] -> normalised activations [B, T, D]; of a model without stages."""
+        return self.norm(self.run_layers(self.embed(tokens, positions), positions, attend))
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """tokens, positions int32 [B, T] -> [B, T, D]."""
         with jax.named_scope("embed"):
             x = self.embedding(tokens)
             if self.config.embed_scale != 1:
                 x = x * jnp.asarray(self.config.embed_scale, x.dtype)
             if self.position_embedding is not None:
                 x = x + self.position_embedding(positions)
-            x = self.partitioner.constrain(x, (ax.BATCH, None, ax.EMBED))
-        ropes: dict[RopeConfig | None, Rope] = {None: None}
-        for layer, block in enumerate(self.layers):
-            rope = self.config.layer_rope(layer)
-            if rope is not None and rope not in ropes:
-                freqs = inverse_frequencies(rope, self.config.rotary_head_dim)
-                ropes[rope] = rotation(positions, freqs, rope.attention_factor)
-            with jax.named_scope(f"layer_{layer}"):
-                x = block(x, ropes[rope], layer, attend)
-        return self.norm(x)
+            return self.partitioner.constrain(x, (ax.BATCH, None, ax.EMBED))
+
+    def run_layers(self, x: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
+        """x [B, T, D], positions int32 [B, T] -> [B, T, D] behind the layers of a stage."""
+
+        configs = [[self.config.layer_rope(layer) for layer in layers] for layers in self.in_slots]
+        ropes = {
+            rope: self._rotation(rope, positions) for rope in dict.fromkeys(itertools.chain.from_iterable(configs))
+        }
+        for slot, block in enumerate(self.layers):
+            with jax.named_scope(f"layer_{slot}"):
+                x = block(x, on_stage(ropes.__getitem__, configs[slot]), slot, attend)
+        return x
+
+    def _rotation(self, rope: RopeConfig | None, positions: jax.Array) -> Rope:
+        if rope is None:
+            return None
+        return rotation(positions, inverse_frequencies(rope, self.config.rotary_head_dim), rope.attention_factor)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
@@ -98,11 +133,20 @@ def _position_embedding(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -
     return PositionEmbedding(num_rows, config.embed_dim, first=first, dtype=dtype, rngs=rngs)
 
 
-def _mlp(config: ModelConfig, layer: int, partitioner: Partitioner, dtype: jnp.dtype, rngs: nnx.Rngs) -> MLP | MoE:
-    if config.has_experts(layer):
+def _mlp(
+    config: ModelConfig, layers: Layers, partitioner: Partitioner, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> MLP | MoE | DenseOrExperts:
+    def dense() -> MLP:
+        kind = {"activation": config.activation, "is_gated": config.gated_mlp, "use_bias": config.mlp_bias}
+        return MLP(config.embed_dim, config.mlp_dim, partitioner, **kind, dtype=dtype, rngs=rngs)
+
+    def experts() -> MoE:
         return MoE(config, partitioner, dtype=dtype, rngs=rngs)
-    kind = {"activation": config.activation, "is_gated": config.gated_mlp, "use_bias": config.mlp_bias}
-    return MLP(config.embed_dim, config.mlp_dim, partitioner, **kind, dtype=dtype, rngs=rngs)
+
+    has_experts = tuple(map(config.has_experts, layers))
+    if len(set(has_experts)) > 1:
+        return DenseOrExperts(has_experts, dense(), experts())
+    return experts() if has_experts[0] else dense()
 
 
 def _apply(norm: RMSNorm | LayerNorm | None, x: jax.Array) -> jax.Array:

@@ -53,7 +53,7 @@ class LatentAttention(nnx.Module):
         self.kv_up = param(kv_up, dtype, rngs)
         self.out = linear((heads, (ax.HEAD_DIM, latent.value_dim)), embed, use_bias=config.attention_out_bias)
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None, layer: int, attend: Attend) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None, slot: int, attend: Attend) -> jax.Array:
         """x [B, T, D], rope as `rope.rotation` makes it -> [B, T, D]."""
         assert rope is not None
         constrain, latent, precision = self.partitioner.constrain, self.latent, matmul_precision(x.dtype)
@@ -67,6 +67,6 @@ class LatentAttention(nnx.Module):
         k = jnp.concatenate([self.kv_norm(kv), k_turned], axis=-1)
         k = jnp.broadcast_to(k, (*k.shape[:2], self.num_kv_heads, k.shape[-1]))
         k = constrain(k, (ax.BATCH, None, ax.KV_HEADS, ax.HEAD_DIM))
-        summed = attend(layer, q, k, None)
+        summed = attend(slot, q, k, None)
         values = jnp.einsum("btnr,nhr->btnh", summed, value_up, precision=precision)
         return constrain(self.out(values), (ax.BATCH, None, ax.EMBED))

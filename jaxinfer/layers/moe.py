@@ -90,17 +90,10 @@ class Experts(nnx.Module):
         """x [B, T, D], experts int32 and weights float32 [B, T, k] -> [B, T, D]."""
         params = {name: (p[...], p.get_metadata("logical_axes")) for name, p in self._params().items()}
         arrays, axes = ({name: pair[i] for name, pair in params.items()} for i in (0, 1))
-        compute = self._compute_local
-        if self.partitioner.mesh.size > 1:
-            spec = self.partitioner.spec
-            tokens = spec((ax.BATCH, None, None))
-            compute = jax.shard_map(
-                compute,
-                mesh=self.partitioner.mesh,
-                in_specs=(tokens, tokens, tokens, {name: spec(of) for name, of in axes.items()}),
-                out_specs=tokens,
-                check_vma=False,
-            )
+        spec = self.partitioner.spec
+        tokens = spec((ax.BATCH, None, None))
+        in_specs = (tokens, tokens, tokens, {name: spec(of) for name, of in axes.items()})
+        compute = self.partitioner.shard_map(self._compute_local, in_specs=in_specs, out_specs=tokens)
         return compute(x, experts, weights, arrays)
 
     def _params(self) -> dict[str, nnx.Param]:

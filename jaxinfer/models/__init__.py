@@ -28,7 +28,19 @@ class Decoder(Protocol):
     """What the engine asks of the `Model` of a family that generates."""
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
-        """tokens, positions int32 [B, T] -> normalised activations [B, T, D]."""
+        """tokens, positions int32 [B, T] -> normalised activations [B, T, D]: what follows, one after the other."""
+        ...
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """tokens, positions int32 [B, T] -> [B, T, D]."""
+        ...
+
+    def run_layers(self, x: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
+        """x [B, T, D], positions int32 [B, T] -> [B, T, D]; of a pipeline the layers of this device's stage."""
+        ...
+
+    def norm(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> the same, behind the last layer."""
         ...
 
     def logits(self, hidden: jax.Array) -> jax.Array:

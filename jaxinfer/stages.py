@@ -1,0 +1,47 @@
+"""Which layers each stage of a pipeline has. Host only.
+
+Every stage runs the same program, over as many slots for layers as the longest stage has layers. Layers 0 to 4 on two
+stages: slot 0 is layer 0 on stage 0 and layer 2 on stage 1, slot 1 is layers 1 and 3, slot 2 is padding and layer 4.
+The weights of padding are zero, so that it adds nothing; it costs no time, for the other stages compute theirs.
+"""
+
+import dataclasses
+import itertools
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """Consecutive layers on each stage, as evenly as they divide; the last stages have one more.
+
+    Attributes:
+      slots: of each slot the layer on each stage; None: padding.
+    """
+
+    slots: tuple[tuple[int | None, ...], ...]
+
+    @classmethod
+    def create(cls, num_layers: int, num_stages: int) -> "StagePlan":
+        """Needs a layer for each stage."""
+        starts = [stage * num_layers // num_stages for stage in range(num_stages + 1)]
+        by_stage = [[*range(*ends)] for ends in itertools.pairwise(starts)]
+        num_slots = max(map(len, by_stage))
+        padded = [[*layers, *[None] * (num_slots - len(layers))] for layers in by_stage]
+        return cls(tuple(zip(*padded, strict=True)))
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.slots[0])
+
+    @property
+    def num_layers(self) -> int:
+        """Those that are no padding."""
+        return sum(layer is not None for layers in self.slots for layer in layers)
+
+    def stage_of(self, layer: int) -> int:
+        (stage,) = (layers.index(layer) for layers in self.slots if layer in layers)
+        return stage
+
+    def like(self, slot: int) -> tuple[int, ...]:
+        """Of each stage the layer that the slot computes there; padding computes as another stage's."""
+        layers = [layer for layer in self.slots[slot] if layer is not None]
+        return tuple(layers[0] if layer is None else layer for layer in self.slots[slot])
