@@ -5,110 +5,19 @@ because traversing the module costs a hundred times more host time per step.
 """
 
 import dataclasses
-import math
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from jaxinfer import models
 from jaxinfer.config import EncoderConfig, ModelConfig
+from jaxinfer.param_specs import ParamSpec, WeightSpec, param_specs, weight_specs
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.stages import StagePlan
 from sharding_rules import axes as ax
-
-_LAYERS = "layers"  # of a model, where it has them
-_KINDS = ("dense", "sparse")  # of `DenseOrExperts`
-
-
-@dataclasses.dataclass(frozen=True)
-class ParamSpec:
-    """One parameter before it has memory.
-
-    Attributes:
-      path: its place in the module tree, as "layers/0/mlp/up/weight".
-      shape, dtype: of the whole array.
-      axes: the logical name of each dimension.
-      sharding: over the mesh; divisibility is checked.
-      read_share: of its bytes, what a decode step has to read at least: all, none but the rows of its tokens, or
-        those of the experts of one token.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    axes: ax.LogicalAxes
-    sharding: NamedSharding
-    read_share: float
-
-    def repeat_kv_heads(self, array: jax.Array) -> jax.Array:
-        """The parameter from `array`, which has every KV head once: its heads in groups of equal neighbours."""
-        if ax.KV_HEADS not in self.axes:
-            return array
-        axis = self.axes.index(ax.KV_HEADS)
-        return jnp.repeat(array, self.shape[axis] // array.shape[axis], axis)
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def shard_bytes(self) -> int:
-        """Of one device."""
-        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightSpec:
-    """What programs take for a parameter or, in a pipeline, for that of a slot for layers: on each stage its layer's.
-
-    Attributes:
-      path: its place in the module tree.
-      shape, dtype: of the whole array, which with stages begins with them.
-      sharding: over the mesh.
-      read_share: as of the parameters.
-      sources: of each stage the parameter's place in `ModelDefinition.params`; None: zeros, for padding and for what
-        other stages' layers have; one for a parameter that is of no layer.
-      is_stacked: whether the array begins with the stages.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    sharding: NamedSharding
-    read_share: float
-    sources: tuple[int | None, ...]
-    is_stacked: bool
-
-    @property
-    def shard_bytes(self) -> int:
-        """Of one device."""
-        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
-
-    def stack(self, params: tuple[jax.Array, ...]) -> jax.Array:
-        """Each device's part stays where it is, and what it is part of gets a new name."""
-        if not self.is_stacked:
-            (source,) = self.sources
-            assert source is not None
-            return params[source]
-        of_device = {
-            shard.device: _with_stage_axis(shard.data)
-            for source in self.sources
-            if source is not None
-            for shard in params[source].addressable_shards
-        }
-        devices = self.sharding.addressable_devices_indices_map(self.shape)
-        zeros = np.zeros(self.sharding.shard_shape(self.shape), self.dtype)
-        parts = [of_device[d] if d in of_device else jax.device_put(zeros, d) for d in devices]
-        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, parts)
-
-
-_with_stage_axis = jax.jit(lambda x: x[None], donate_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +56,8 @@ class ModelDefinition:
 
         graph, state = split(partitioner)
         whole = state if plan.num_stages == 1 else split(partitioner.of_stage(0))[1]  # with all layers
-        params = _param_specs(whole, partitioner, plan)
-        weights = tuple(_weight_specs(state, params, partitioner, plan))
+        params = param_specs(whole, partitioner, plan)
+        weights = tuple(weight_specs(state, params, partitioner, plan))
         return cls(config, family, partitioner, params, weights, graph, jax.tree.structure(state))
 
     @property
@@ -215,35 +124,6 @@ class ModelDefinition:
     def step_shard_bytes(self) -> int:
         """Bytes of the weights that a decode step has to read on one device at least."""
         return sum(int(weight.shard_bytes * weight.read_share) for weight in self.weights)
-
-
-def _param_specs(state: nnx.State, partitioner: Partitioner, plan: StagePlan) -> tuple[ParamSpec, ...]:
-    """Of a state with all layers."""
-    params = []
-    for keys, variable in nnx.to_flat_state(state):
-        path, on_stage = "/".join(map(str, keys)), partitioner
-        if keys[0] == _LAYERS:
-            on_stage = partitioner.of_stage(plan.stage_of(int(keys[1])))
-        axes, read_share = variable.get_metadata("logical_axes"), variable.get_metadata("read_share")
-        shape = tuple(variable.shape)
-        params.append(ParamSpec(path, shape, variable.dtype, axes, on_stage.sharding(axes, shape, path), read_share))
-    return tuple(params)
-
-
-def _weight_specs(
-    state: nnx.State, params: tuple[ParamSpec, ...], partitioner: Partitioner, plan: StagePlan
-) -> Iterator[WeightSpec]:
-    """Of a state with slots for layers."""
-    places = {spec.path: i for i, spec in enumerate(params)}
-    for keys, variable in nnx.to_flat_state(state):
-        path, axes, shape = "/".join(map(str, keys)), variable.get_metadata("logical_axes"), tuple(variable.shape)
-        is_stacked, sources = keys[0] == _LAYERS and plan.num_stages > 1, (places.get(path),)
-        if is_stacked:
-            rest = "/".join(key for key in map(str, keys[2:]) if key not in _KINDS)
-            sources = tuple(places.get(f"{_LAYERS}/{layer}/{rest}") for layer in plan.slots[int(keys[1])])
-            axes, shape = (ax.LAYERS, *axes), (plan.num_stages, *shape)
-        read_share, sharding = variable.get_metadata("read_share"), partitioner.sharding(axes, shape, path)
-        yield WeightSpec(path, shape, variable.dtype, sharding, read_share, sources, is_stacked)
 
 
 def _check_mesh(config: ModelConfig | EncoderConfig, partitioner: Partitioner) -> None:

@@ -75,6 +75,7 @@ LAYERS = {
     "jaxinfer.checkpoint": 5,
     "jaxinfer.memory": 5,
     "jaxinfer.full_sampler": 5,
+    "jaxinfer.param_specs": 5,
     "jaxinfer.parameters": 5,
     "jaxinfer.resolve": 5,
     "jaxinfer.runner": 5,

@@ -53,7 +53,7 @@ def logits_of(engine: Engine) -> Logits:
     @jax.jit
     def forward(weights: tuple[jax.Array, ...], tokens: jax.Array) -> jax.Array:
         model = definition.bind(weights)
-        attend = lambda layer, q, k, v, sinks=None: causal_attention(q, k, v, scale)  # noqa: E731
+        attend = lambda slot, q, k, v, sinks=None: causal_attention(q, k, v, scale)  # noqa: E731
         return model.logits(model(tokens, jnp.arange(LENGTH)[None], attend))[0]
 
     def logits(tokens: list[int]) -> np.ndarray:

@@ -54,8 +54,8 @@ def token_losses(definition: ModelDefinition, arrays: tuple[jax.Array, ...], bat
     tokens, targets = batch[:, :-1], batch[:, 1:]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sinks: jax.Array | None = None):
-        assert v is not None and sinks is None, f"layer {layer} is not a Llama's"
+    def attend(slot: int, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sinks: jax.Array | None = None):
+        assert v is not None and sinks is None, f"layer {slot} is not a Llama's"
         return causal_attention(q, k, v, scale)
 
     hidden = model(tokens, positions, attend)

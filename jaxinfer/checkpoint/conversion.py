@@ -26,7 +26,8 @@ from jaxinfer.checkpoint.hf_index import INDEX_FILE, TensorIndex
 from jaxinfer.checkpoint.layout import StoredParam, stored_params
 from jaxinfer.checkpoint.reader import HUGGING_FACE, ORBAX, about_params, check_matches, format_of
 from jaxinfer.hf_config import QUANTIZATION_KEY, HFConfig
-from jaxinfer.parameters import ModelDefinition, ParamSpec
+from jaxinfer.param_specs import ParamSpec
+from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 
 _STATE = "conversion.json"  # in an unfinished directory: what it is made from

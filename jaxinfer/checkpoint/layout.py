@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxinfer.hf_weight_names import EXPERT, TensorPart
-from jaxinfer.parameters import ModelDefinition, ParamSpec
+from jaxinfer.param_specs import ParamSpec
+from jaxinfer.parameters import ModelDefinition
 from sharding_rules import axes as ax
 
 Slices = tuple[slice, ...]

@@ -13,7 +13,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxinfer.checkpoint.groups import groups
-from jaxinfer.parameters import ModelDefinition, ParamSpec
+from jaxinfer.param_specs import ParamSpec
+from jaxinfer.parameters import ModelDefinition
 from sharding_rules import axes as ax
 
 DIRECTORY = "weights"
