@@ -66,6 +66,7 @@ class WeightSpec:
     Attributes:
       path: its place in the module tree.
       shape, dtype: of the whole array, which with stages begins with them.
+      axes: the logical name of each dimension.
       sharding: over the mesh.
       read_share: as of the parameters.
       sources: of each stage the parameter's place in `ModelDefinition.params`; None: zeros, for padding and for what
@@ -76,6 +77,7 @@ class WeightSpec:
     path: str
     shape: tuple[int, ...]
     dtype: jnp.dtype
+    axes: ax.LogicalAxes
     sharding: NamedSharding
     read_share: float
     sources: tuple[int | None, ...]
@@ -134,4 +136,4 @@ def weight_specs(
             sources = tuple(places.get(f"{_LAYERS}/{layer}/{rest}") for layer in plan.slots[int(place[1])])
             axes, shape = (ax.LAYERS, *axes), (plan.num_stages, *shape)
         read_share, sharding = variable.get_metadata("read_share"), partitioner.sharding(axes, shape, path)
-        yield WeightSpec(path, shape, variable.dtype, sharding, read_share, sources, is_stacked)
+        yield WeightSpec(path, shape, variable.dtype, axes, sharding, read_share, sources, is_stacked)

@@ -22,7 +22,7 @@ from sharding_rules import RuleSet, rule_set
 from sharding_rules import axes as ax
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "sharding"
-AXIS_SIZES = {ax.DATA: 2, ax.STAGE: 1, ax.EXPERT: 2, ax.CONTEXT: 2, ax.TENSOR: 2}
+AXIS_SIZES = {ax.DATA: 2, ax.STAGE: 2, ax.EXPERT: 2, ax.CONTEXT: 2, ax.TENSOR: 2}
 BESIDE_FIRST = "biases"  # of a family's TINY_CONFIGS, of which the first divides over every mesh
 
 CROSSED = [(family, strategy) for family in models.families() for strategy in sharding_rules.strategies()]
@@ -53,8 +53,8 @@ def describe_model(family: str, strategy: str) -> str:
     for config_name in [first, *({BESIDE_FIRST} & tiny_configs.keys())]:
         config = models.get(family).parse_config(HFConfig(tiny_configs[config_name]))
         lines += ["", f"== {config_name}"]
-        for spec in ModelDefinition.create(config, partitioner, jnp.dtype("float32")).params:
-            lines.append(describe(spec.path, spec.dtype, spec.shape, spec.axes, spec.sharding))
+        for weight in ModelDefinition.create(config, partitioner, jnp.dtype("float32")).weights:
+            lines.append(describe(weight.path, weight.dtype, weight.shape, weight.axes, weight.sharding))
         if isinstance(config, ModelConfig):
             lines += describe_cache(config, partitioner)
     return "\n".join(lines) + "\n"

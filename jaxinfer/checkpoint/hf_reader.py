@@ -67,7 +67,7 @@ def _load(index: TensorIndex, param: StoredParam, num_kv_heads: int) -> jax.Arra
         shards |= {device: jax.device_put(data, device) for device in devices}
         jax.block_until_ready(list(shards.values()))
     in_order = [shards[device] for device in spec.sharding.addressable_devices_indices_map(spec.shape)]
-    return jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, in_order)
+    return jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, in_order, dtype=spec.dtype)
 
 
 def _devices_by_slices(param: StoredParam, num_kv_heads: int) -> dict[tuple[tuple[int, int], ...], list[jax.Device]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from jaxinfer.checkpoint.groups import groups
@@ -60,7 +61,7 @@ def load(
     num_kv_heads, done, total = definition.config.num_kv_heads, 0, definition.weight_bytes
     arrays: dict[str, jax.Array] = {}
     for group in groups(definition.params, lambda spec: spec.num_bytes, _GROUP_BYTES):
-        abstract = {spec.path: _abstract(spec, num_kv_heads, definition) for spec in group}
+        abstract = {spec.path: _abstract(spec, num_kv_heads) for spec in group}
         restored = _flat(_restore(model_dir, abstract), abstract)
         for spec in group:
             array = restored[spec.path]
@@ -85,9 +86,9 @@ def stored_param_shape(spec: ParamSpec, num_kv_heads: int) -> tuple[int, ...]:
     return tuple(num_kv_heads if axis == ax.KV_HEADS else n for axis, n in zip(spec.axes, spec.shape, strict=True))
 
 
-def _abstract(spec: ParamSpec, num_kv_heads: int, definition: ModelDefinition) -> jax.ShapeDtypeStruct:
+def _abstract(spec: ParamSpec, num_kv_heads: int) -> jax.ShapeDtypeStruct:
     shape = stored_param_shape(spec, num_kv_heads)
-    sharding = spec.sharding if shape == spec.shape else definition.partitioner.replicated
+    sharding = spec.sharding if shape == spec.shape else NamedSharding(spec.sharding.mesh, PartitionSpec())
     return jax.ShapeDtypeStruct(shape, spec.dtype, sharding=sharding)
 
 
