@@ -79,7 +79,7 @@ class StepLayers:
         cache, hidden = pipeline.run(
             self.of_stages, cache, jnp.zeros_like(entering), enter=enter, work=lambda _: works, leave=leave
         )
-        return cache, model.norm(merge_tokens(hidden, num_rows, num_tokens))
+        return cache, model.finish(merge_tokens(hidden, num_rows, num_tokens))
 
     def _run_stage(self, of_stage: Arrays, cache: Cache, x: jax.Array, work: Work) -> tuple[Cache, jax.Array]:
         own, pairs = iter(of_stage), zip(self.definition.weights, self.weights, strict=True)

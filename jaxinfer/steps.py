@@ -159,7 +159,7 @@ class StepFunctions:
 
         def leave(state: _Decoding, item: Any, hidden: jax.Array) -> _Decoding:
             part = item % parts
-            logits = model.logits(model.norm(hidden))  # [D, r, V]
+            logits = model.logits(model.finish(hidden))  # [D, r, V]
             new = self._advance(_at(state, part), _at(own, part), logits, item // parts)
             return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, part, axis=0), state, new)
 

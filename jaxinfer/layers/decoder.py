@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +66,11 @@ class DenseOrExperts(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids to the last layer's normalised activations, and those to logits.
 
-    `layers` has those of one stage of a pipeline, in slots as `stages` has them; without stages it has all.
+    `layers` has those of one stage of a pipeline, in slots as `stages` has them; without stages it has all. A family
+    whose layers are others has a subclass with its own `block_type`.
     """
+
+    block_type: type[Any] = Block
 
     def __init__(self, config: ModelConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
@@ -76,13 +80,14 @@ class Decoder(nnx.Module):
         self.position_embedding = _position_embedding(config, dtype, rngs)
         plan = StagePlan.create(config.num_layers, partitioner.axis_size(ax.STAGE))
         self.in_slots = tuple(map(plan.like, range(len(plan.slots))))
-        self.layers = nnx.List([Block(config, of, partitioner, dtype=dtype, rngs=rngs) for of in self.in_slots])
+        kind = {"dtype": dtype, "rngs": rngs}
+        self.layers = nnx.List([self.block_type(config, layers, partitioner, **kind) for layers in self.in_slots])
         self.norm = embed_norm(config, dtype, rngs)
         self.head = None if tied else Embedding(*size, is_head=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
         """tokens, positions int32 [B, T] -> normalised activations [B, T, D]; of a model without stages."""
-        return self.norm(self.run_layers(self.embed(tokens, positions), positions, attend))
+        return self.finish(self.run_layers(self.embed(tokens, positions), positions, attend))
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """tokens, positions int32 [B, T] -> [B, T, D]."""
@@ -105,6 +110,10 @@ class Decoder(nnx.Module):
             with jax.named_scope(f"layer_{slot}"):
                 x = block(x, on_stage(ropes.__getitem__, configs[slot]), slot, attend)
         return x
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] behind the last layer -> the same, normalised."""
+        return self.norm(x)
 
     def _rotation(self, rope: RopeConfig | None, positions: jax.Array) -> Rope:
         if rope is None:

@@ -39,8 +39,8 @@ class Decoder(Protocol):
         """x [B, T, D], positions int32 [B, T] -> [B, T, D]; of a pipeline the layers of this device's stage."""
         ...
 
-    def norm(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> the same, behind the last layer."""
+    def finish(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] behind the last layer -> the same, normalised."""
         ...
 
     def logits(self, hidden: jax.Array) -> jax.Array:

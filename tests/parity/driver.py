@@ -207,19 +207,19 @@ class LogitsRecorder:
 
     @contextlib.contextmanager
     def recording(self, model: type) -> Iterator[None]:
-        original = model.__call__
+        original = model.finish
 
-        def call(module, tokens, positions, attend):
-            hidden = original(module, tokens, positions, attend)
+        def finish(module, x):
+            hidden = original(module, x)
             record = lambda logits: self._steps.append(np.asarray(logits))  # noqa: E731
             jax.debug.callback(record, module.logits(hidden), ordered=True)
             return hidden
 
-        model.__call__ = call
+        model.finish = finish
         try:
             yield
         finally:
-            model.__call__ = original
+            model.finish = original
 
     def observe(self, plan: StepPlan) -> None:
         """Gives what was recorded since the last call to the requests of `plan`."""

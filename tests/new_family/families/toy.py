@@ -8,10 +8,8 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.hf_weight_names import TensorPart, WeightNames
 from jaxinfer.layers.attention_block import Attend, AttentionBlock
-from jaxinfer.layers.decoder import embed_norm
-from jaxinfer.layers.embedding import Embedding
+from jaxinfer.layers.decoder import Decoder, Layers, Rope, embed_norm
 from jaxinfer.layers.linear import Linear
-from jaxinfer.layers.rope import inverse_frequencies, rotation
 from jaxinfer.partitioning import Partitioner
 from sharding_rules import axes as ax
 
@@ -51,34 +49,20 @@ def weight_names(config: ModelConfig) -> WeightNames:
 
 
 class Block(nnx.Module):
-    def __init__(self, config: ModelConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, layers: Layers, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        del layers  # all are alike
         embed, mlp = ((ax.EMBED, config.embed_dim),), ((ax.MLP, config.mlp_dim),)
         self.norm = embed_norm(config, dtype, rngs)
         self.attention = AttentionBlock(config, partitioner, dtype=dtype, rngs=rngs)
         self.up = Linear(embed, mlp, use_bias=False, dtype=dtype, rngs=rngs)
         self.down = Linear(mlp, embed, use_bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], layer: int, attend: Attend) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: Rope, slot: int, attend: Attend) -> jax.Array:
         normal = self.norm(x)
-        return x + self.attention(normal, rope, layer, attend) + self.down(jax.nn.relu(self.up(normal)))
+        return x + self.attention(normal, rope, slot, attend) + self.down(jax.nn.relu(self.up(normal)))
 
 
-class Model(nnx.Module):
-    def __init__(self, config: ModelConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        size = (config.vocab_size, config.embed_dim)
-        self.config = config
-        self.embedding = Embedding(*size, is_head=False, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Block(config, partitioner, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = embed_norm(config, dtype, rngs)
-        self.head = Embedding(*size, is_head=True, dtype=dtype, rngs=rngs)
-
-    def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
-        assert self.config.rope is not None
-        x = self.embedding(tokens)
-        rope = rotation(positions, inverse_frequencies(self.config.rope, self.config.head_dim))
-        for layer, block in enumerate(self.layers):
-            x = block(x, rope, layer, attend)
-        return self.norm(x)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        return self.head.logits(hidden)
+class Model(Decoder):
+    block_type = Block
