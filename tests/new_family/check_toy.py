@@ -54,7 +54,7 @@ def test_logits_are_those_of_the_reference(tmp_path: pathlib.Path):
 
 @pytest.mark.parametrize("strategy", sharding_rules.strategies())
 def test_sharded_by_the_names_of_its_axes(strategy: str):
-    split = {"inference": "('context', 'tensor')", "expert_sums": "('context', 'tensor')"}[strategy]
     lines = describe_model("toy", strategy).splitlines()
-    assert f"layers/0/up/weight  float32[96,64]  (mlp, embed)  ({split}, None)  shard [24,64]" in lines
-    assert len(lines) == 3 + (3 + 2 * 7) + 2 * 2  # a head of three; parameters; keys and values
+    split = "(layers, mlp, embed)  (stage, ('context', 'tensor'), None)"  # under any strategy: there are no experts
+    assert f"layers/0/up/weight  float32[2,96,64]  {split}  shard [1,24,64]" in lines
+    assert len(lines) == 3 + (3 + 7) + 2  # a head of three; parameters, of a slot for layers; keys and values
