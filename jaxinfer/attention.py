@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from jaxinfer import kv_cache
 from jaxinfer.config import ModelConfig
+from jaxinfer.context_parallel import own_page, own_pages
 from jaxinfer.kv_cache import Cache
 from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
 from jaxinfer.pipeline import on_stage
 from jaxinfer.stages import StagePlan
-from pallas_kernels.paged_attention import AttentionSpec
+from pallas_kernels.paged_attention import AttentionSpec, merge
 from pallas_kernels.precision import matmul_precision
 from pallas_kernels.ragged import token_places
 from sharding_rules import axes as ax
@@ -67,6 +68,7 @@ def attention_specs(config: ModelConfig, partitioner: Partitioner, page_size: in
         scale=config.softmax_scale,
         soft_cap=config.attention_soft_cap,
         value_dim=None if config.latent is None else config.latent.kv_rank,
+        context_size=partitioner.context_size,
     )
     plan = StagePlan.create(config.num_layers, partitioner.axis_size(ax.STAGE))
     layers = map(plan.like, range(len(plan.slots)))
@@ -96,7 +98,9 @@ class PagedAttention:
 
     An object of the trace: each layer's call replaces that layer's arrays in `cache`, which the step returns.
     All work happens on the local shard (`shard_map`): left to itself XLA would gather every page to every
-    device, because it cannot know that block tables only name pages of their own shard.
+    device, because it cannot know that block tables only name pages of their own shard. Where a sequence's pages are
+    spread over several devices, all of these have its tokens; each writes those that fall on its own pages, attends
+    over these pages, and what comes out is merged.
     """
 
     def __init__(
@@ -145,25 +149,55 @@ class PagedAttention:
             if rows is not None:
                 columns = rows.positions[:, None] // page_size
                 page_ids = jnp.take_along_axis(rows.block_tables, columns, axis=1, mode="clip")[:, 0]
-                where = (jnp.where(rows.valid, page_ids, 0), rows.positions)  # 0: the scratch page
+                where = (self._page_to_write(page_ids, rows.valid), rows.positions)
                 pages = jax.tree.map(lambda p, x: kv_cache.write(p, x[:num_rows], *where), pages, new)
             if prompts is not None:
                 place = token_places(prompts.lengths, q.shape[0] - num_rows)
                 positions = prompts.starts[place.sequence] + place.offset
                 columns = positions // page_size
                 page_ids = prompts.block_tables.at[place.sequence, columns].get(mode="clip")
-                where = (jnp.where(place.valid, page_ids, 0), positions)
+                where = (self._page_to_write(page_ids, place.valid), positions)
                 pages = jax.tree.map(lambda p, x: kv_cache.write(p, x[num_rows:], *where), pages, new)
 
         def read(spec: AttentionSpec) -> jax.Array:
-            outs = []
-            if rows is not None:
-                of_rows = (rows.block_tables, jnp.where(rows.valid, rows.positions, -1)[:, None])
-                out = self._backend.paged_attention(q[:num_rows, None], *pages, *of_rows, spec=spec, sinks=sinks)
-                outs.append(out[:, 0])
-            if prompts is not None:
-                of_prompts = self._backend.ragged_paged_attention
-                outs.append(of_prompts(q[num_rows:], *pages, *prompts, spec=spec, sinks=sinks))
-            return jnp.concatenate(outs)[None]
+            of_context = self._read if spec.context_size == 1 else self._read_parts
+            return of_context(spec, q, pages, rows, prompts, sinks)[None]
 
         return on_stage(read, specs), *pages
+
+    def _read(self, spec: AttentionSpec, q, pages, rows: Rows | None, prompts: Prompts | None, sinks) -> jax.Array:
+        """q [S, N, H] -> [S, N, H]."""
+        num_rows, outs = 0 if rows is None else rows.positions.size, []
+        if rows is not None:
+            of_rows = (rows.block_tables, _positions(rows))
+            out = self._backend.paged_attention(q[:num_rows, None], *pages, *of_rows, spec=spec, sinks=sinks)
+            outs.append(out[:, 0])
+        if prompts is not None:
+            of_prompts = self._backend.ragged_paged_attention
+            outs.append(of_prompts(q[num_rows:], *pages, *prompts, spec=spec, sinks=sinks))
+        return jnp.concatenate(outs)
+
+    def _read_parts(self, spec: AttentionSpec, q, pages, rows: Rows | None, prompts: Prompts | None, sinks) -> jax.Array:
+        """The same of the device's own pages, and then of all. Rows and prompts are merged at once."""
+        axis_names = self._partitioner.context_axes
+        num_rows, parts = 0 if rows is None else rows.positions.size, []
+        if rows is not None:
+            of_rows = (*own_pages(rows.block_tables, axis_names), _positions(rows))
+            part = self._backend.partial_paged_attention(q[:num_rows, None], *pages, *of_rows, spec=spec)
+            parts.append(jax.tree.map(lambda x: x[:, 0], part))
+        if prompts is not None:
+            of_prompts = (*own_pages(prompts.block_tables, axis_names), prompts.starts, prompts.lengths)
+            parts.append(self._backend.ragged_partial_paged_attention(q[num_rows:], *pages, *of_prompts, spec=spec))
+        with jax.named_scope("merge"):
+            part = jax.tree.map(lambda *of_both: jnp.concatenate(of_both), *parts)
+            return merge(part, axis_names, sinks, q.dtype)
+
+    def _page_to_write(self, page_ids: jax.Array, valid: jax.Array) -> jax.Array:
+        """The scratch page, 0, for what is not valid, or not on this device."""
+        axis_names = self._partitioner.context_axes
+        return own_page(page_ids, valid, axis_names) if axis_names else jnp.where(valid, page_ids, 0)
+
+
+def _positions(rows: Rows) -> jax.Array:
+    """As attention wants them: int32 [B, 1], -1 for padding."""
+    return jnp.where(rows.valid, rows.positions, -1)[:, None]

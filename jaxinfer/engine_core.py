@@ -63,7 +63,7 @@ class EngineCore:
         )
         scheduler = Scheduler(
             num_shards=resolved.definition.partitioner.num_shards(ax.BATCH),
-            pages_per_shard=resolved.memory.num_pages,
+            pages_per_shard=resolved.memory.pages_per_shard,
             page_size=resolved.memory.page_size,
             slots_per_shard=resolved.slots_per_shard,
             max_model_len=resolved.max_model_len,
@@ -71,6 +71,7 @@ class EngineCore:
             chunk_sizes=resolved.buckets.chunk_tokens,
             decode_steps=resolved.config.decode_steps,
             enable_prefix_caching=resolved.config.enable_prefix_caching,
+            context_size=resolved.memory.context_size,
         )
         return cls(scheduler, runner, stats)
 

@@ -3,8 +3,9 @@
 Per layer two arrays [num_pages, num_kv_heads, page_size, head_dim], so that one (page, head) tile is
 contiguous; or one, where values are part of the keys. Page 0 is the scratch page: padding writes there, and what is
 read there counts for nothing; hence no page id is ever negative or out of range (JAX would scatter at -1 into the last
-page). With `data` in the mesh the pages are divided among its shards; page ids in block tables are local to a shard,
-and each has a scratch page. With `stage` an array is that of a slot for layers, and begins with the stages.
+page). With `data` in the mesh the pages are divided among its shards, and with `context` those of a shard among its
+devices, each of which has a scratch page; page ids in block tables are local to a data shard, as `page_allocator` has
+them. With `stage` an array is that of a slot for layers, and begins with the stages.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ class CacheSpec:
       num_slots: how many pairs of arrays: slots for layers, as `stages` has them; without stages, layers.
       num_stages: of the pipeline; 1: an array does not begin with them.
       has_values: whether a pair has its second array.
-      num_pages: of all data shards together, scratch pages included.
+      num_pages: on all devices together, scratch pages included.
       num_kv_heads: repetitions over the mesh included.
       page_size: tokens per page.
       head_dim: of keys and values.
@@ -68,13 +69,13 @@ class CacheSpec:
 def cache_spec(
     config: ModelConfig, partitioner: Partitioner, *, pages_per_shard: int, page_size: int, dtype: jnp.dtype
 ) -> CacheSpec:
-    """The cache for a model on a mesh, `pages_per_shard` including the scratch page."""
+    """The cache for a model on a mesh, with `pages_per_shard` in each data shard, scratch pages included."""
     plan = StagePlan.create(config.num_layers, partitioner.axis_size(ax.STAGE))
     return CacheSpec(
         num_slots=len(plan.slots),
         num_stages=plan.num_stages,
         has_values=config.latent is None,
-        num_pages=pages_per_shard * partitioner.num_shards(ax.PAGES),
+        num_pages=pages_per_shard * partitioner.num_shards(ax.BATCH),
         num_kv_heads=num_sharded_kv_heads(config.num_kv_heads, partitioner),
         page_size=page_size,
         head_dim=config.head_dim,

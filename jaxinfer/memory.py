@@ -11,6 +11,7 @@ from jaxinfer.attention import attention_specs
 from jaxinfer.batch import max_chunk_tokens
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.extras import ExtrasSpec
+from jaxinfer.integers import cdiv
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner, mesh_text, parse_mesh
 from jaxinfer.planner import MemoryPlan
@@ -79,7 +80,8 @@ class Demand:
             page_size=self.page_size,
             max_model_len=config.max_model_len,
             sequences_per_shard=rows,
-            num_shards=partitioner.num_shards(ax.PAGES),
+            num_shards=num_shards,
+            context_size=partitioner.context_size,
             free_bytes=self.free_bytes,
             memory_fraction=config.memory_fraction,
             kv_cache_bytes=config.kv_cache_bytes,
@@ -107,7 +109,7 @@ class Demand:
         return True
 
     def _flags_that_fit(self) -> Iterator[str]:
-        """Smaller sizes, as large as fits, the shorter dtype, and the first larger mesh."""
+        """Smaller sizes, as large as fits, the shorter dtype, and the first larger mesh of each kind."""
         if self.config.kv_cache_bytes is not None and self._fits(kv_cache_bytes=None):
             yield "no --kv_cache_bytes at all"
         num_shards = self.definition.partitioner.num_shards(ax.BATCH)
@@ -117,15 +119,17 @@ class Demand:
                 yield f"--{name}={size}"
         if self.definition.dtype == jnp.float32 and self._with(self.definition.partitioner, jnp.bfloat16)._fits():
             yield "--dtype=bfloat16"
-        if mesh := next(filter(self._fits_on, self._larger_meshes()), None):
-            yield f"--mesh={mesh}"
+        pages = cdiv(self.config.max_model_len or 1, self.page_size)
+        for axis, limit in ((ax.TENSOR, self.definition.config.num_q_heads), (ax.CONTEXT, pages)):
+            if mesh := next(filter(self._fits_on, self._larger_meshes(axis, limit)), None):
+                yield f"--mesh={mesh}"
 
-    def _larger_meshes(self) -> Iterator[str]:
-        """The mesh with its tensor axis doubled, again and again as far as there are heads."""
+    def _larger_meshes(self, axis: str, limit: int) -> Iterator[str]:
+        """The mesh with this axis doubled, again and again as far as there is something to split."""
         sizes = parse_mesh(self.config.mesh)
-        tensor = sizes.get(ax.TENSOR, 1)
-        while (tensor := 2 * tensor) <= self.definition.config.num_q_heads:
-            yield mesh_text(sizes | {ax.TENSOR: tensor})
+        size = sizes.pop(axis, 1)
+        while (size := 2 * size) <= limit:
+            yield mesh_text(sizes | {axis: size})
 
     def _fits_on(self, mesh: str) -> bool:
         try:

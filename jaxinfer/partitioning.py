@@ -119,6 +119,17 @@ class Partitioner:
         """Into how many pieces `logical_axis` is cut."""
         return math.prod(map(self.axis_size, self.mesh_axes(logical_axis)))
 
+    @property
+    def context_axes(self) -> tuple[str, ...]:
+        """Mesh axes that spread the pages of one sequence: those that split pages and not sequences."""
+        of_sequences = self.mesh_axes(ax.BATCH)
+        return tuple(m for m in self.mesh_axes(ax.PAGES) if m not in of_sequences and self.axis_size(m) > 1)
+
+    @property
+    def context_size(self) -> int:
+        """Over how many devices the pages of a sequence are spread."""
+        return math.prod(map(self.axis_size, self.context_axes))
+
     def spec(self, axes: ax.LogicalAxes) -> PartitionSpec:
         """`PartitionSpec` for an array whose axes are named `axes`, without trailing Nones dropped.
 

@@ -46,7 +46,8 @@ class MemoryPlan:
       num_pages: pages on the device, the scratch page included.
       page_size: tokens per page.
       max_model_len: tokens of the longest sequence.
-      num_shards: data shards, each with so many pages of its own.
+      num_shards: data shards.
+      context_size: devices over which the pages of a sequence are spread; of each data shard.
       free_bytes: free memory of the device before anything was allocated; None if it does not say.
     """
 
@@ -57,6 +58,7 @@ class MemoryPlan:
     page_size: int
     max_model_len: int
     num_shards: int
+    context_size: int
     free_bytes: int | None
 
     @property
@@ -64,21 +66,30 @@ class MemoryPlan:
         return self.num_pages * self.page_bytes
 
     @property
+    def pages_per_shard(self) -> int:
+        """On all devices of a data shard, scratch pages included."""
+        return self.context_size * self.num_pages
+
+    @property
+    def usable_pages_per_shard(self) -> int:
+        return self.context_size * (self.num_pages - 1)  # 1: the scratch page
+
+    @property
     def num_cache_tokens(self) -> int:
         """Tokens that fit, over all shards."""
-        return self.num_shards * (self.num_pages - 1) * self.page_size  # 1: the scratch page
+        return self.num_shards * self.usable_pages_per_shard * self.page_size
 
     @property
     def max_concurrency(self) -> int:
         """Sequences of max_model_len tokens that fit at once."""
-        return self.num_shards * ((self.num_pages - 1) // cdiv(self.max_model_len, self.page_size))
+        return self.num_shards * (self.usable_pages_per_shard // cdiv(self.max_model_len, self.page_size))
 
     def __str__(self) -> str:
         free = "unknown" if self.free_bytes is None else format_bytes(self.free_bytes)
         return (
             f"memory per device: {format_bytes(self.weights_bytes)} weights + {format_bytes(self.cache_bytes)} cache "
             f"+ {format_bytes(self.workspace_bytes)} workspace of {free} free\n"
-            f"cache: {self.num_cache_tokens} tokens in {self.num_shards * (self.num_pages - 1)} pages of "
+            f"cache: {self.num_cache_tokens} tokens in {self.num_shards * self.usable_pages_per_shard} pages of "
             f"{self.page_size}, {format_bytes(self.page_bytes / self.page_size)} per token; "
             f"{self.max_concurrency} sequences of {self.max_model_len} tokens at once"
         )
@@ -93,18 +104,20 @@ def plan_memory(
     max_model_len: int,
     sequences_per_shard: int,
     num_shards: int,
+    context_size: int,
     free_bytes: int | None,
     memory_fraction: float,
     kv_cache_bytes: int | None,
 ) -> MemoryPlan:
-    """Sizes the cache: `kv_cache_bytes` if given, else what the sequences can use as far as memory goes.
+    """Sizes a device's cache: `kv_cache_bytes` if given, else what the sequences can use as far as memory goes.
 
     Raises ValueError when the pages that memory or `kv_cache_bytes` allows cannot hold one longest sequence.
     """
     per_sequence = cdiv(max_model_len, page_size)
-    num_pages = 1 + sequences_per_shard * per_sequence  # 1: the scratch page
-    needed = (1 + per_sequence) * page_bytes
-    of_sequence = f"the {needed} bytes that one sequence of --max_model_len={max_model_len} needs"
+    num_pages = 1 + cdiv(sequences_per_shard * per_sequence, context_size)  # 1: the scratch page
+    needed = (1 + cdiv(per_sequence, context_size)) * page_bytes
+    share = f" of each of its {context_size} devices" if context_size > 1 else ""
+    of_sequence = f"the {needed} bytes that one sequence of --max_model_len={max_model_len} needs{share}"
     if kv_cache_bytes is not None:
         num_pages = min(num_pages, kv_cache_bytes // page_bytes)
         if kv_cache_bytes < needed:
@@ -128,6 +141,7 @@ def plan_memory(
         page_size=page_size,
         max_model_len=max_model_len,
         num_shards=num_shards,
+        context_size=context_size,
         free_bytes=free_bytes,
     )
 

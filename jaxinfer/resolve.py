@@ -138,7 +138,7 @@ def _resolve_decoder(model: ResolvedModel) -> ResolvedEngine:
     cache = cache_spec(
         definition.decoder_config,
         partitioner,
-        pages_per_shard=memory.num_pages,
+        pages_per_shard=memory.pages_per_shard,
         page_size=page_size,
         dtype=definition.dtype,
     )

@@ -36,7 +36,7 @@ class Scheduler:
     """Waiting and running requests, and who holds which slots and pages.
 
     `max_num_batched_tokens` and `chunk_sizes` are those of `ChunkPolicy`. `decode_steps` is how many tokens a row
-    generates in a step when nobody waits.
+    generates in a step when nobody waits. `pages_per_shard` are on `context_size` devices, scratch pages included.
 
     Attributes:
       table: what steps are built from.
@@ -56,13 +56,15 @@ class Scheduler:
         chunk_sizes: Sequence[int] = (),
         decode_steps: int,
         enable_prefix_caching: bool = True,
+        context_size: int = 1,
     ):
         self.page_size = page_size
         self.chunk_policy = ChunkPolicy(max_num_batched_tokens, chunk_sizes)
         self.decode_steps = decode_steps
         self.enable_prefix_caching = enable_prefix_caching
         self.table = SlotTable(num_shards, slots_per_shard, cdiv(max_model_len, page_size))
-        self.shards = [Shard(index, pages_per_shard, page_size, self.table) for index in range(num_shards)]
+        allocators = [PageAllocator(pages_per_shard, context_size) for _ in range(num_shards)]
+        self.shards = [Shard(i, allocator, page_size, self.table) for i, allocator in enumerate(allocators)]
         self.waiting: list[Request] = []
         self.num_preemptions = 0
         self.stats = RequestStats()

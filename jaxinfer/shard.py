@@ -25,9 +25,9 @@ class Shard:
       prefilling: those of them whose prompts are not all in steps yet.
     """
 
-    def __init__(self, index: int, num_pages: int, page_size: int, table: SlotTable):
+    def __init__(self, index: int, allocator: PageAllocator, page_size: int, table: SlotTable):
         self.index = index
-        self.allocator = PageAllocator(num_pages)
+        self.allocator = allocator
         self.running: list[Request] = []
         self.prefilling: list[Request] = []
         self._page_size = page_size
@@ -59,7 +59,8 @@ class Shard:
         """One to each. The caller has checked that they are there."""
         if len(slots):
             num_pages = self._num_pages[slots]
-            self._block_tables[slots, num_pages] = self.allocator.allocate(len(slots))
+            last_pages = self._block_tables[slots, num_pages - 1]
+            self._block_tables[slots, num_pages] = self.allocator.extend(last_pages.tolist())
             self._num_pages[slots] = num_pages + 1
 
     def requests(self, slots: np.ndarray) -> list[Request]:
@@ -88,7 +89,8 @@ class Shard:
         pages = self.allocator.share(request.shareable_digests(self._page_size))
         request.num_published, request.num_prefilled = len(pages), len(pages) * self._page_size
         request.num_prefill_tokens = len(request.token_ids)
-        pages += self.allocator.allocate(cdiv(request.num_prefill_tokens, self._page_size) - len(pages))
+        num_missing = cdiv(request.num_prefill_tokens, self._page_size) - len(pages)
+        pages += self.allocator.allocate(num_missing, after=pages[-1] if pages else None)
         self._block_tables[slot, : len(pages)] = pages
         self._num_pages[slot] = len(pages)
         self._table.put(self.index, slot, request)

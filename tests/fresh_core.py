@@ -13,7 +13,7 @@ def fresh_core(
     runner, resolved = engine._core.runner, engine.resolved
     scheduler = Scheduler(
         num_shards=runner.buckets.num_shards,
-        pages_per_shard=pages_per_shard or resolved.memory.num_pages,
+        pages_per_shard=pages_per_shard or resolved.memory.pages_per_shard,
         page_size=resolved.memory.page_size,
         slots_per_shard=resolved.slots_per_shard,
         max_model_len=resolved.max_model_len,
@@ -21,5 +21,6 @@ def fresh_core(
         chunk_sizes=runner.buckets.chunk_tokens,
         decode_steps=decode_steps,
         enable_prefix_caching=prefix,
+        context_size=resolved.memory.context_size,
     )
     return EngineCore(scheduler, runner, EngineStats())

@@ -58,6 +58,7 @@ LAYERS = {
     "jaxinfer.batch": 2,
     "jaxinfer.compilation_cache": 2,
     "jaxinfer.compilations": 2,
+    "jaxinfer.context_parallel": 2,
     "jaxinfer.devices": 2,
     "jaxinfer.extras": 2,
     "jaxinfer.kv_cache": 2,

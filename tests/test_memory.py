@@ -107,7 +107,13 @@ def advice(asked: Demand) -> list[str]:
 
 
 def flags_of(texts: list[str]) -> dict[str, str]:
-    return dict(text.removeprefix("--").split("=") for text in texts)
+    """Beside meshes, of which there may be several."""
+    flags = [text.removeprefix("--").split("=") for text in texts]
+    return {name: value for name, value in flags if name != "mesh"}
+
+
+def meshes_of(texts: list[str]) -> list[str]:
+    return [text.removeprefix("--mesh=") for text in texts if text.startswith("--mesh=")]
 
 
 @pytest.mark.usefixtures("whole_contexts")
@@ -116,7 +122,7 @@ def test_each_flag_of_the_advice_is_enough_and_the_next_size_is_not():
     whole = demand(**sizes).plan()
     asked = demand(free_bytes=int((whole.weights_bytes + whole.workspace_bytes) / 0.9), **sizes)
     flags = flags_of(advice(asked))
-    assert flags.keys() == {"max_model_len", "max_num_seqs", "max_num_batched_tokens", "dtype", "mesh"}
+    assert flags.keys() == {"max_model_len", "max_num_seqs", "max_num_batched_tokens", "dtype"}
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
         sizes = [int(flags[name]), int(flags[name]) + 1]
         fitting, other = (dataclasses.replace(asked.config, **{name: size}) for size in sizes)
@@ -124,22 +130,23 @@ def test_each_flag_of_the_advice_is_enough_and_the_next_size_is_not():
         assert name in str(advice(dataclasses.replace(asked, config=other)))
     shorter = ModelDefinition.create(SMALL, Partitioner.create(), jnp.dtype(flags["dtype"]))
     dataclasses.replace(asked, definition=shorter).plan()
-    assert flags["mesh"] == "tensor:2"
-    dataclasses.replace(asked, definition=demand(mesh="tensor:2").definition).plan()
+    assert meshes_of(advice(asked)) == ["tensor:2", "context:2"]
+    for mesh in meshes_of(advice(asked)):
+        dataclasses.replace(asked, definition=demand(mesh=mesh).definition).plan()
 
 
 def test_a_mesh_grows_until_it_fits_beyond_the_devices_that_are_here():
     model = dataclasses.replace(SMALL, num_q_heads=16, num_kv_heads=4, mlp_dim=65_536)
     of_two = demand(model, "tensor:2", max_num_batched_tokens=16).plan()
     asked = demand(model, "tensor:2", int(of_two.weights_bytes / 5), max_num_batched_tokens=16)
-    assert flags_of(advice(asked)) == {"mesh": "tensor:16"}
+    assert advice(asked) == ["--mesh=tensor:16", "--mesh=tensor:2,context:8"]
 
 
 def test_a_strategy_that_was_chosen_is_kept():
     whole = demand().plan()
     free_bytes = int((whole.weights_bytes + whole.workspace_bytes) / 0.9)
-    assert "mesh" in flags_of(advice(demand(free_bytes=free_bytes)))
-    assert "mesh" not in flags_of(advice(demand(free_bytes=free_bytes, sharding="replicated")))
+    assert meshes_of(advice(demand(free_bytes=free_bytes)))
+    assert not meshes_of(advice(demand(free_bytes=free_bytes, sharding="replicated")))
 
 
 @pytest.mark.usefixtures("whole_contexts")
@@ -148,7 +155,8 @@ def test_the_data_axis_divides_the_advised_sequences():
     whole = demand(mesh="data:2", **sizes).plan()
     asked = demand(mesh="data:2", free_bytes=int((whole.weights_bytes + whole.workspace_bytes) / 0.9), **sizes)
     flags = flags_of(advice(asked))
-    assert int(flags["max_num_seqs"]) in range(50, 64, 2) and flags["mesh"] == "data:2,tensor:2"
+    assert int(flags["max_num_seqs"]) in range(50, 64, 2)
+    assert meshes_of(advice(asked)) == ["data:2,tensor:2", "data:2,context:2"]
 
 
 @pytest.mark.usefixtures("whole_contexts")

@@ -23,6 +23,7 @@ ASKED: dict[str, Any] = {
     "max_model_len": 100,
     "sequences_per_shard": 3,
     "num_shards": 1,
+    "context_size": 1,
     "free_bytes": 100_000,
     "memory_fraction": 0.9,
     "kv_cache_bytes": None,

@@ -98,7 +98,7 @@ def step_programs(name: str, num_layers: int | None = None) -> StepPrograms:
         num_shards=num_shards,
         min_chunk=MIN_CHUNK,
     )
-    pages = demand(name, mem_fraction(name)).plan().num_pages
+    pages = demand(name, mem_fraction(name)).plan().pages_per_shard
     sizes = {"pages_per_shard": pages, "page_size": PAGE_SIZE, "dtype": model.dtype}
     spec = kv_cache.cache_spec(model.decoder_config, model.partitioner, **sizes)
     return StepPrograms(definition=model, cache_spec=spec, buckets=buckets, backend="xla")

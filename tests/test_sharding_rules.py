@@ -61,7 +61,8 @@ def describe_model(family: str, strategy: str) -> str:
 
 
 def describe_cache(config: ModelConfig, partitioner: Partitioner) -> Iterator[str]:
-    cache = kv_cache.cache_spec(config, partitioner, pages_per_shard=8, page_size=16, dtype=jnp.dtype("float32"))
+    pages = {"pages_per_shard": 8 * partitioner.context_size, "page_size": 16}
+    cache = kv_cache.cache_spec(config, partitioner, **pages, dtype=jnp.dtype("float32"))
     sharding = kv_cache.cache_sharding(cache, partitioner)
     for slot in range(cache.num_slots):
         for array in ("k", "v") if cache.has_values else ("k",):

@@ -15,6 +15,7 @@ class AttentionSpec:
       window: cached tokens that a query sees, its own included; None: all.
       value_dim: values are the first so many numbers of the keys, and have no pages of their own; None: they have.
       soft_cap: c in c * tanh(score / c), which scores become before softmax (Gemma 2, arXiv:2408.00118); None: as is.
+      context_size: devices over which the pages of a sequence are spread; with several, each computes a part.
     """
 
     num_q_heads: int
@@ -25,6 +26,7 @@ class AttentionSpec:
     window: int | None = None
     value_dim: int | None = None
     soft_cap: float | None = None
+    context_size: int = 1
 
     def __post_init__(self):
         if self.num_q_heads % self.num_kv_heads:

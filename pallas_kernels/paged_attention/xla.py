@@ -18,27 +18,31 @@ blocks and groups are small enough to stay in its caches: for many sequences sev
 everything gathered. Elsewhere it is the whole context of all, for there a short operation costs its launch.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.paged_attention import ragged
+from pallas_kernels.paged_attention import blocks, ragged
+from pallas_kernels.paged_attention.partial import PartialSoftmax
 from pallas_kernels.paged_attention.spec import AttentionSpec
-from pallas_kernels.precision import matmul_precision
 from pallas_kernels.ragged import max_num_tiles
+
+T = TypeVar("T")
 
 _CPU_BLOCK_TOKENS = 64
 _CPU_GROUP_ROWS = 2
 _TILE_TOKENS, _CPU_TILE_TOKENS = 128, 32  # of ragged sequences, attended over as a row
 
 
-def block_tokens(context_tokens: int, page_size: int) -> int:
-    """Tokens of each sequence that are gathered at once; whole pages."""
+def block_tokens(context_tokens: int, page_size: int, context_size: int = 1) -> int:
+    """Tokens of each sequence that are gathered at once; whole pages. At most a device's share of a sequence."""
+    most = -(-context_tokens // (page_size * context_size)) * page_size
     if jax.default_backend() != "cpu":
-        return context_tokens
-    return min(context_tokens, max(1, _CPU_BLOCK_TOKENS // page_size) * page_size)
+        return most
+    return min(most, max(1, _CPU_BLOCK_TOKENS // page_size) * page_size)
 
 
 def group_rows(num_rows: int) -> int:
@@ -59,7 +63,8 @@ def workspace_bytes(
     For `rows` sequences of one new token and `chunks` ragged ones of `chunk_tokens` together, over block tables of
     `context_tokens`.
     """
-    block, tile = block_tokens(context_tokens, spec.page_size), min(tile_tokens(), chunk_tokens)
+    block = block_tokens(context_tokens, spec.page_size, spec.context_size)
+    tile = min(tile_tokens(), chunk_tokens)
     tiles = max_num_tiles(chunk_tokens, chunks, tile)
     rows_at_once, tiles_at_once = group_rows(rows), group_rows(tiles)
     gathered = block * spec.token_numbers * itemsize  # of one sequence
@@ -87,21 +92,44 @@ def paged_attention(
 ) -> jax.Array:
     """Attention of T new tokens of each of B sequences -> [B, T, N, spec.out_dim] in q's dtype. Softmax in float32."""
     _check(q, k_pages, v_pages, block_tables, positions, spec, sinks)
-    b, rows = q.shape[0], group_rows(q.shape[0])
-    if rows == b:
-        return _attend_group(q, k_pages, v_pages, block_tables, positions, spec, sinks)
-    by_length = jnp.argsort(jnp.max(positions, axis=1))
-    order = jnp.pad(by_length, (-b % rows, 0), mode="edge")  # to whole groups, with the shortest again
-    q, block_tables, positions = q[order], block_tables[order], positions[order]
+    block_pages = _block_pages(spec, block_tables)
 
-    def attend(i: jax.Array, out: jax.Array) -> jax.Array:
-        of_group = (lax.dynamic_slice_in_dim(x, i * rows, rows) for x in (q, block_tables, positions))
-        group_q, group_tables, group_positions = of_group
-        new = _attend_group(group_q, k_pages, v_pages, group_tables, group_positions, spec, sinks)
-        return lax.dynamic_update_slice_in_dim(out, new, i * rows, axis=0)
+    def attend(q: jax.Array, block_tables: jax.Array, positions: jax.Array) -> jax.Array:
+        sequences = (block_tables, None, positions)
+        part = blocks.attend(q, k_pages, v_pages, *sequences, spec=spec, block_pages=block_pages, sinks=sinks)
+        out = part.out / jnp.maximum(part.total, jnp.finfo(jnp.float32).tiny)[..., None]
+        return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(*q.shape[:-1], spec.out_dim)
 
-    out = lax.fori_loop(0, len(order) // rows, attend, jnp.zeros((*q.shape[:-1], spec.out_dim), q.dtype))
-    return out[-b % rows + jnp.argsort(by_length)]
+    return _by_length(attend, lambda q, block_tables, positions: jnp.max(positions, axis=1), q, block_tables, positions)
+
+
+def partial_paged_attention(
+    q: jax.Array,  # [B, T, N, H]
+    k_pages: jax.Array,  # [P, K, page_size, H]
+    v_pages: jax.Array | None,  # the same; None where spec.value_dim is not
+    block_tables: jax.Array,  # int32 [B, M]; entries in [0, P)
+    columns: jax.Array,  # int32 [B, M]; ascending, in [0, M]
+    positions: jax.Array,  # int32 [B, T]; in [-1, M * page_size)
+    *,
+    spec: AttentionSpec,
+) -> PartialSoftmax:
+    """The same over some of the sequences' pages only, for `partial.merge` -> of [B, T, N].
+
+    Page block_tables[b, i] holds the tokens at columns[b, i] * page_size and behind. A row's pages come first, in order
+    of position; entries without one have column M, where no token is. Work is for the pages that there are, in blocks
+    of as many as are a device's share of M.
+    """
+    _check(q, k_pages, v_pages, block_tables, positions, spec, None, columns)
+    block_pages = _block_pages(spec, block_tables)
+
+    def attend(q: jax.Array, *sequences: jax.Array) -> PartialSoftmax:
+        part = blocks.attend(q, k_pages, v_pages, *sequences, spec=spec, block_pages=block_pages)
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 3, 1).reshape(*q.shape[:-1], *x.shape[4:]), part)
+
+    def num_seen(q: jax.Array, block_tables: jax.Array, columns: jax.Array, positions: jax.Array) -> jax.Array:
+        return blocks.num_seen(columns, positions, spec.page_size)
+
+    return _by_length(attend, num_seen, q, block_tables, columns, positions)
 
 
 def ragged_paged_attention(
@@ -123,111 +151,52 @@ def ragged_paged_attention(
     return ragged.attend_by_tiles(q, block_tables, starts, lengths, tile_tokens(), attend)
 
 
-def _attend_group(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array | None,
-    block_tables: jax.Array,
-    positions: jax.Array,
+def ragged_partial_paged_attention(
+    q: jax.Array,  # [S, N, H]
+    k_pages: jax.Array,  # [P, K, page_size, H]
+    v_pages: jax.Array | None,  # the same; None where spec.value_dim is not
+    block_tables: jax.Array,  # int32 [C, M]
+    columns: jax.Array,  # int32 [C, M]
+    starts: jax.Array,  # int32 [C]
+    lengths: jax.Array,  # int32 [C]
+    *,
     spec: AttentionSpec,
-    sinks: jax.Array | None,
-) -> jax.Array:
-    """Of all rows at once, block by block up to the last that one of them sees."""
-    (b, t), num_columns = positions.shape, block_tables.shape[1]
-    block_pages = block_tokens(num_columns * spec.page_size, spec.page_size) // spec.page_size
-    num_blocks = -(-num_columns // block_pages)
-    block_tables = jnp.pad(block_tables, ((0, 0), (0, num_blocks * block_pages - num_columns)))  # with the scratch page
-    scaled = (q.astype(jnp.float32) * spec.scale).astype(q.dtype)
-    grouped = scaled.reshape(b, t, spec.num_kv_heads, spec.group_size, spec.head_dim)
+) -> PartialSoftmax:
+    """The same for C sequences of `lengths` new tokens from positions `starts` on -> of [S, N]."""
 
-    def attend(i: jax.Array | int, state: _Softmax) -> _Softmax:
-        pages = lax.dynamic_slice_in_dim(block_tables, i * block_pages, block_pages, axis=1)
-        keys = _gather(k_pages, pages)
-        values = keys[..., : spec.out_dim] if v_pages is None else _gather(v_pages, pages)
-        cached = i * block_pages * spec.page_size + jnp.arange(keys.shape[2], dtype=jnp.int32)
-        return _attend_block(state, grouped, keys, values, cached, positions, spec)
+    def attend(q: jax.Array, pages: tuple[jax.Array, jax.Array], positions: jax.Array) -> PartialSoftmax:
+        return partial_paged_attention(q, k_pages, v_pages, *pages, positions, spec=spec)
 
-    rows = (b, spec.num_kv_heads, spec.group_size, t)
-    state = _Softmax(
-        largest=jnp.full(rows, -jnp.inf, jnp.float32),
-        total=jnp.zeros(rows, jnp.float32),
-        out=jnp.zeros((*rows, spec.out_dim), jnp.float32),
-    )
-    if sinks is not None:  # each a score that was seen before all others
-        of_heads = sinks.astype(jnp.float32).reshape(spec.num_kv_heads, spec.group_size, 1)
-        state = state._replace(largest=jnp.broadcast_to(of_heads, rows), total=jnp.ones(rows, jnp.float32))
-    if num_blocks == 1:
-        state = attend(0, state)
-    else:
-        block = block_pages * spec.page_size
-        first = 0 if spec.window is None else jnp.min(_first_visible(positions, spec.window)) // block
-        state = lax.fori_loop(first, jnp.max(positions) // block + 1, attend, state)
-    out = state.out / jnp.maximum(state.total, jnp.finfo(jnp.float32).tiny)[..., None]
-    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(*q.shape[:-1], spec.out_dim)
+    return ragged.attend_by_tiles(q, (block_tables, columns), starts, lengths, tile_tokens(), attend)
 
 
-class _Softmax(NamedTuple):
-    """Of each query, over the tokens so far. [B, K, G, T], and [B, K, G, T, H] of `out`; float32."""
-
-    largest: jax.Array  # score
-    total: jax.Array  # of exp(score - largest)
-    out: jax.Array  # the same times the values
+def _block_pages(spec: AttentionSpec, block_tables: jax.Array) -> int:
+    context_tokens = block_tables.shape[1] * spec.page_size
+    return block_tokens(context_tokens, spec.page_size, spec.context_size) // spec.page_size
 
 
-def _first_visible(positions: jax.Array, window: int) -> jax.Array:
-    """The first position that each query sees; one that sees nothing does not count for a minimum."""
-    return jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, jnp.maximum(positions - (window - 1), 0))
+def _by_length(attend: Callable[..., T], length: Callable[..., jax.Array], *arrays: jax.Array) -> T:
+    """`attend(*arrays)`, whose arrays and results have a row for each sequence, for few of like `length` at a time."""
+    b = arrays[0].shape[0]
+    rows = group_rows(b)
+    if rows == b:
+        return attend(*arrays)
+    by_length = jnp.argsort(length(*arrays))
+    order = jnp.pad(by_length, (-b % rows, 0), mode="edge")  # to whole groups, with the shortest again
+    arrays = tuple(x[order] for x in arrays)
+
+    def attend_group(i: jax.Array, outs: T) -> T:
+        new = attend(*(lax.dynamic_slice_in_dim(x, i * rows, rows) for x in arrays))
+        return jax.tree.map(lambda out, x: lax.dynamic_update_slice_in_dim(out, x, i * rows, axis=0), outs, new)
+
+    shapes = jax.eval_shape(attend, *arrays)
+    outs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    outs = lax.fori_loop(0, len(order) // rows, attend_group, outs)
+    back = -b % rows + jnp.argsort(by_length)
+    return jax.tree.map(lambda out: out[back], outs)
 
 
-def _attend_block(
-    state: _Softmax,
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    cached: jax.Array,
-    positions: jax.Array,
-    spec: AttentionSpec,
-) -> _Softmax:
-    """`q` is [B, T, K, G, H] and scaled, `keys` and `values` [B, K, S, H], at the positions `cached` [S]."""
-    precision = matmul_precision(q.dtype)
-    visible = cached <= positions[..., None]  # [B, T, S]
-    if spec.window is not None:
-        visible &= cached > positions[..., None] - spec.window
-    readable = jnp.any(visible, axis=1)  # [B, S]; the rest may be stale, so 0 * NaN must not happen
-    values = jnp.where(readable[:, None, :, None], values, jnp.zeros((), values.dtype))
-    scores = jnp.einsum("btkgh,bksh->bkgts", q, keys, precision=precision, preferred_element_type=jnp.float32)
-    if spec.soft_cap is not None:
-        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
-    scores = jnp.where(visible[:, None, None], scores, jnp.float32(-jnp.inf))
-    largest = jnp.maximum(state.largest, jnp.max(scores, axis=-1))
-    finite = jnp.where(largest > -jnp.inf, largest, 0)  # of a query that sees nothing
-    weights = jnp.exp(scores - finite[..., None])
-    kept = jnp.exp(state.largest - finite)
-    # XLA:CPU multiplies bfloat16 into float32 only where the result keeps the order of the operands.
-    new = jnp.einsum(
-        "bkgts,bksh->bkgth",
-        weights.astype(values.dtype),
-        values,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-    return _Softmax(largest, state.total * kept + jnp.sum(weights, axis=-1), state.out * kept[..., None] + new)
-
-
-def _gather(pages: jax.Array, block_tables: jax.Array) -> jax.Array:
-    """[P, K, page_size, H], int32 [B, M] -> [B, K, M * page_size, H].
-
-    Gathers (page, head) tiles straight into the order that the matrix products want.
-    """
-    num_pages, num_kv_heads, page_size, head_dim = pages.shape
-    b, m = block_tables.shape
-    heads = jnp.arange(num_kv_heads, dtype=jnp.int32)
-    tiles = block_tables[:, None, :] * num_kv_heads + heads[:, None]  # [B, K, M]
-    gathered = pages.reshape(num_pages * num_kv_heads, page_size, head_dim)[tiles]
-    return gathered.reshape(b, num_kv_heads, m * page_size, head_dim)
-
-
-def _check(q, k_pages, v_pages, block_tables, positions, spec: AttentionSpec, sinks) -> None:
+def _check(q, k_pages, v_pages, block_tables, positions, spec: AttentionSpec, sinks, columns=None) -> None:
     b, t = positions.shape
     if q.shape != (b, t, spec.num_q_heads, spec.head_dim):
         raise ValueError(f"q has shape {q.shape}; expected {(b, t, spec.num_q_heads, spec.head_dim)} for {spec}")
@@ -243,6 +212,8 @@ def _check(q, k_pages, v_pages, block_tables, positions, spec: AttentionSpec, si
             raise ValueError(f"{name} is {pages.dtype}, q is {q.dtype}; they must be the same")
     if block_tables.ndim != 2 or block_tables.shape[0] != b:
         raise ValueError(f"block_tables has shape {block_tables.shape}; expected ({b}, pages per sequence)")
-    for name, ids in (("block_tables", block_tables), ("positions", positions)):
-        if ids.dtype != jnp.int32:
+    if columns is not None and columns.shape != block_tables.shape:
+        raise ValueError(f"columns has shape {columns.shape}; expected that of block_tables, {block_tables.shape}")
+    for name, ids in (("block_tables", block_tables), ("columns", columns), ("positions", positions)):
+        if ids is not None and ids.dtype != jnp.int32:
             raise ValueError(f"{name} is {ids.dtype}; expected int32")

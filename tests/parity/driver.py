@@ -55,9 +55,9 @@ class Shapes:
         kind = batch.Buckets if self.num_steps else _AlwaysWithChunks
         return kind(*sizes, self.page_size, self.num_steps or 1, num_shards)
 
-    @property
-    def pages_per_shard(self) -> int:
-        return 1 + self.rows * self.buckets().pages[0]  # 1: the scratch page
+    def pages_per_shard(self, context_size: int) -> int:
+        """On so many devices."""
+        return context_size * (1 + cdiv(self.rows * self.buckets().pages[0], context_size))  # 1: the scratch page
 
 
 class _AlwaysWithChunks(batch.Buckets):
@@ -104,7 +104,7 @@ def cache_spec(definition: ModelDefinition, shapes: Shapes) -> kv_cache.CacheSpe
     return kv_cache.cache_spec(
         definition.decoder_config,
         definition.partitioner,
-        pages_per_shard=shapes.pages_per_shard,
+        pages_per_shard=shapes.pages_per_shard(definition.partitioner.context_size),
         page_size=shapes.page_size,
         dtype=definition.dtype,
     )
@@ -118,15 +118,17 @@ def generate(
     observe: Callable[[StepPlan], None] = lambda plan: None,
 ) -> list[list[int]]:
     """Greedy tokens after each prompt, all prompts together. `observe` is called after each step, before its commit."""
+    partitioner = runner.definition.partitioner
     scheduler = Scheduler(
-        num_shards=runner.definition.partitioner.num_shards(ax.BATCH),
-        pages_per_shard=shapes.pages_per_shard,
+        num_shards=partitioner.num_shards(ax.BATCH),
+        pages_per_shard=shapes.pages_per_shard(partitioner.context_size),
         page_size=shapes.page_size,
         slots_per_shard=shapes.rows,
         max_model_len=shapes.max_len,
         max_num_batched_tokens=shapes.chunk,
         decode_steps=shapes.num_steps or 1,
         enable_prefix_caching=False,
+        context_size=partitioner.context_size,
     )
     for allocator in scheduler.allocators:
         _shuffle_pages(allocator)
