@@ -177,7 +177,9 @@ class PagedAttention:
             outs.append(of_prompts(q[num_rows:], *pages, *prompts, spec=spec, sinks=sinks))
         return jnp.concatenate(outs)
 
-    def _read_parts(self, spec: AttentionSpec, q, pages, rows: Rows | None, prompts: Prompts | None, sinks) -> jax.Array:
+    def _read_parts(
+        self, spec: AttentionSpec, q, pages, rows: Rows | None, prompts: Prompts | None, sinks
+    ) -> jax.Array:
         """The same of the device's own pages, and then of all. Rows and prompts are merged at once."""
         axis_names = self._partitioner.context_axes
         num_rows, parts = 0 if rows is None else rows.positions.size, []
