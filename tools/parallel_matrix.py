@@ -1,4 +1,4 @@
-"""Runs every family on every way to split it, however its requests are scheduled, and compares each token with one device.
+"""Runs every family split in every way and scheduled in every way, and compares each token with one device.
 
 python tools/parallel_matrix.py --record=docs/parallel_matrix.json --table=docs/parallel_matrix.md
 
@@ -45,7 +45,7 @@ class Way:
 
 
 def ways() -> list[Way]:
-    """One device, each axis, each pair, and chosen triples, all by two; those with experts also by the other strategy."""
+    """One device, each axis, each pair, and chosen triples, all by two; those of experts by both strategies."""
     combinations = [*itertools.chain.from_iterable(itertools.combinations(AXES, n) for n in (1, 2)), *TRIPLES]
     meshes = [",".join(f"{axis}:2" for axis in axes) for axes in combinations]
     return [Way(""), *map(Way, meshes), *(Way(mesh, "expert_sums") for mesh in meshes if "expert" in mesh)]
@@ -73,20 +73,17 @@ def table(record: dict[str, dict[str, str]], families: list[str]) -> str:
                 cells.append(f"{outcomes[EQUAL]}/{len(FEATURES)}")
         rows.append(f"| {way} | {' | '.join(cells)} |")
     total = Counter(entry["outcome"] for entry in record.values())
-    counts = (
-        f"{sum(total.values())} combinations: {total[EQUAL]} run, and equal; {total[REFUSED]} refused with a reason; "
-    )
-    text = f"{counts}{total[FAILED]} failed.\n\n" + "\n".join(rows) + "\n"
-    return text + "".join(f"\n[{number}] {reason}\n" for reason, number in notes.items())
+    counts = {"combinations": sum(total.values()), "equal": total[EQUAL], "refused": total[REFUSED]}
+    text = ", ".join(f"{name} {count}" for name, count in (counts | {"failed": total[FAILED]}).items())
+    return f"{text}\n\n" + "\n".join(rows) + "\n" + "".join(f"\n[{n}] {reason}\n" for reason, n in notes.items())
 
 
 def document(record: dict[str, dict[str, str]], families: list[str]) -> str:
-    command = " ".join(["python", "tools/parallel_matrix.py", "--record=docs/parallel_matrix.json", "--table=..."])
     return (
         "# Every way to split every family\n\n"
-        f"Written by `{command}`, which runs the tiny configs of `jaxinfer/models` on eight virtual devices. A cell says "
-        f"with how many of {', '.join(FEATURES)} all greedy tokens were those of one device, each request by itself.\n\n"
-        f"{table(record, families)}"
+        "Written by tools/parallel_matrix.py, which runs a tiny model of each family on eight virtual devices. A cell\n"
+        f"says with how many of {', '.join(FEATURES)} all greedy\n"
+        f"tokens were those of one device, each request by itself.\n\n{table(record, families)}"
     )
 
 

@@ -23,8 +23,8 @@ from jaxinfer.stats import EngineStats
 from jaxinfer.step_plan import StepPlan
 from sharding_rules import axes as ax
 
-_SLOTS, _PAGE_SIZE, _MAX_LEN, _CHUNK, _DECODE_STEPS = 8, 16, 176, 64, 4
-_STEM, _PROMPT_LENGTHS, _NUM_TOKENS = 40, (5, 140, 33, 64, 17, 70, 66, 61, 90), 16  # tokens; 140 is beyond all windows
+_SLOTS, _PAGE_SIZE, _MAX_LEN, _CHUNK, _DECODE_STEPS = 8, 16, 192, 64, 4
+_STEM, _PROMPT_LENGTHS, _NUM_TOKENS = 40, (5, 140, 33, 64, 17, 70, 66, 61, 90), 40  # tokens; 140 is beyond all windows
 _GAIN = 5.0  # on random weights, so that attention picks and text varies
 
 
