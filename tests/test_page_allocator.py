@@ -8,16 +8,19 @@ long campaign:
 
 import dataclasses
 import os
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from jaxinfer.page_allocator import PageAllocator, extend_digests
+from jaxinfer.page_allocator import PageAllocator, device_and_row, extend_digests
 
 NUM_RULES = int(os.environ.get("JAXINFER_TEST_RULES", "4000"))
 NUM_USABLE_PAGES = 7
+NUM_DEVICES = (1, 3)
 PAGE_SIZE = 2
 
 Content = tuple[bytes, tuple[int, ...]]  # salt, and all tokens up to the page's end
@@ -41,11 +44,13 @@ class AllocatorMachine(RuleBasedStateMachine):
     """What an allocator does against what it must do. `num_rules` counts the steps of all machines."""
 
     num_rules = 0
+    num_devices = 1
 
     def __init__(self):
         super().__init__()
         type(self).num_rules -= 1  # the invariant is also checked before the first rule
-        self.allocator = PageAllocator(NUM_USABLE_PAGES + 1)
+        self.usable = range(self.num_devices, self.num_devices + NUM_USABLE_PAGES)
+        self.allocator = PageAllocator(self.num_devices + NUM_USABLE_PAGES, self.num_devices)
         self.sequences: list[Sequence] = []
         self.holders: dict[int, int] = {}
         self.page_of: dict[Content, int] = {}
@@ -55,17 +60,30 @@ class AllocatorMachine(RuleBasedStateMachine):
     def pick(self, data: st.DataObject) -> Sequence:
         return data.draw(st.sampled_from(self.sequences))
 
-    def take(self, count: int) -> list[int]:
-        """Allocates where that must succeed; says which pages it must and must not have given."""
-        blank = set(range(1, NUM_USABLE_PAGES + 1)) - set(self.holders) - set(self.idle)
+    def take(self, count: int, allocate: Callable[[], list[int]], last_pages: list[int] | None) -> list[int]:
+        """Allocates where that must succeed; says which pages it must and must not have given, and in which order.
+
+        Each behind one of `last_pages`; those that lack one behind each other.
+        """
+        blank = set(self.usable) - set(self.holders) - set(self.idle)
         num_evicted = max(0, count - len(blank))
         may_give = blank | set(self.idle[:num_evicted])
-        pages = self.allocator.allocate(count)
+        pages = allocate()
         assert len(set(pages)) == count and set(pages) <= may_give and set(self.idle[:num_evicted]) <= set(pages)
+        befores = [None, *pages] if last_pages is None else [*last_pages, *pages]
+        for page, before in zip(pages, befores, strict=False):
+            left = Counter(self.device(p) for p in may_give)
+            following = -1 if before is None else (self.device(before) + 1) % self.num_devices
+            wanted = {following} if left[following] else {d for d in left if left[d] == max(left.values())}
+            assert self.device(page) in wanted, "a page is not on the next device, or on the one that has the most"
+            may_give.remove(page)
         self.page_of = {content: page for content, page in self.page_of.items() if page not in pages}
         del self.idle[:num_evicted]
         self.holders |= dict.fromkeys(pages, 1)
         return pages
+
+    def device(self, page: int) -> int:
+        return device_and_row(page, self.num_devices)[0]
 
     def extend(self, sequence: Sequence) -> None:
         extend_digests(sequence.digests, sequence.token_ids, PAGE_SIZE, sequence.salt)
@@ -107,7 +125,20 @@ class AllocatorMachine(RuleBasedStateMachine):
             with pytest.raises(RuntimeError, match=f"{count} pages asked for"):
                 self.allocator.allocate(count)
         else:
-            self.pick(data).pages += self.take(count)
+            pages = self.pick(data).pages
+            after = pages[-1] if pages else None
+            pages += self.take(count, lambda: self.allocator.allocate(count, after), pages[-1:] or None)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def grow(self, data: st.DataObject):
+        """A page for each of some sequences that have one, as far as there are pages."""
+        growing = data.draw(st.lists(st.sampled_from(self.sequences), unique=True))
+        growing = [sequence for sequence in growing if sequence.pages][: NUM_USABLE_PAGES - len(self.holders)]
+        last = [sequence.pages[-1] for sequence in growing]
+        pages = self.take(len(growing), lambda: self.allocator.extend(last), last)
+        for sequence, page in zip(growing, pages, strict=True):
+            sequence.pages.append(page)
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -132,7 +163,7 @@ class AllocatorMachine(RuleBasedStateMachine):
                 self.idle += [page] if page in self.page_of.values() else []
 
     @precondition(lambda self: self.sequences)
-    @rule(data=st.data(), wrong=st.integers(0, NUM_USABLE_PAGES + 1))
+    @rule(data=st.data(), wrong=st.integers(0, NUM_USABLE_PAGES + max(NUM_DEVICES)))
     def free_wrongly(self, data: st.DataObject, wrong: int):
         """A page that nobody holds, or one twice, among pages that are held."""
         pages = self.pick(data).pages
@@ -156,16 +187,18 @@ class AllocatorMachine(RuleBasedStateMachine):
             assert self.allocator.num_cached(sequence.digests)[0] == (cached + [False]).index(False)
 
 
-def test_allocator_agrees_with_plain_dicts():
+@pytest.mark.parametrize("num_devices", NUM_DEVICES)
+def test_allocator_agrees_with_plain_dicts(num_devices: int, monkeypatch: pytest.MonkeyPatch):
     """Batch by batch: hypothesis remembers every example of a run."""
     slow_is_fine = [HealthCheck.too_slow]
     options = settings(
         max_examples=40, stateful_step_count=100, deadline=None, database=None, suppress_health_check=slow_is_fine
     )
+    monkeypatch.setattr(AllocatorMachine, "num_devices", num_devices)
     AllocatorMachine.num_rules = 0
-    while AllocatorMachine.num_rules < NUM_RULES:
+    while AllocatorMachine.num_rules < NUM_RULES // len(NUM_DEVICES):
         run_state_machine_as_test(AllocatorMachine, settings=options)
-    print(f"{AllocatorMachine.num_rules} rule steps, violations 0")
+    print(f"{num_devices} devices: {AllocatorMachine.num_rules} rule steps, violations 0")
 
 
 def published(allocator: PageAllocator, token_ids: list[int], salt: bytes = b"") -> tuple[list[int], list[bytes]]:
@@ -183,6 +216,35 @@ def test_page_0_is_never_handed_out():
     assert sorted(allocator.allocate(4)) == [1, 2, 3, 4]
     with pytest.raises(RuntimeError, match="1 pages asked for, 0 free"):
         allocator.allocate(1)
+
+
+def test_a_sequences_pages_are_on_the_devices_in_turn():
+    """Scratch pages 0, 1 and 2, and two pages each; device 0 runs out while others have some."""
+    allocator = PageAllocator(9, 3)
+    first = allocator.allocate(2)
+    assert first == [3, 4]
+    assert allocator.allocate(1) == [5]  # on the device that has the most
+    assert allocator.extend([4, 3]) == [8, 7]  # each on the device behind its own
+    assert allocator.allocate(1, after=8) == [6]
+    with pytest.raises(RuntimeError, match="1 pages asked for, 0 free"):
+        allocator.extend(first[:1])
+    allocator.check()
+
+
+def test_where_the_next_device_has_none_another_gives_one():
+    allocator = PageAllocator(6, 2)
+    pages = allocator.allocate(4)
+    allocator.free([pages[0], pages[2]])
+    assert allocator.extend([pages[3], pages[3]]) == [pages[0], pages[2]]
+    allocator.free([pages[0], pages[2]])
+    assert allocator.allocate(2, after=pages[0]) == [pages[0], pages[2]]  # device 1 has none
+
+
+def test_check_finds_a_page_on_another_device():
+    allocator = PageAllocator(6, 2)
+    allocator._free.reverse()
+    with pytest.raises(AssertionError, match="another device"):
+        allocator.check()
 
 
 def test_pages_are_evicted_in_order_of_their_last_use():

@@ -16,7 +16,8 @@ from tests import tiny_model
 from tests.fresh_core import fresh_core
 from tests.long_campaign import chosen
 
-MESHES = chosen(("", "tensor:2", "data:2", "data:2,tensor:2"), "", "data:2,tensor:2")
+EVERY_AXIS = "data:2,context:2,tensor:2"
+MESHES = chosen(("", "tensor:2", "data:2", "data:2,tensor:2", "context:8", EVERY_AXIS), "", EVERY_AXIS)
 COMBINATIONS = [
     {"chunk": chunk, "prefix": prefix, "starved": starved, "overlap": overlap, "decode_steps": decode_steps}
     for chunk, prefix, starved, overlap, decode_steps in itertools.product(
