@@ -85,6 +85,8 @@ class MoEConfig:
       choice_bias: on the scores, for picking only.
       swiglu_limit: of experts with biases and the clamped SwiGLU of gpt-oss; None: the model's activation, no biases.
       swiglu_alpha: of that SwiGLU.
+      placements: of each layer, the expert in each slot, of which the mesh has as many on every device. Not the model's
+        but the engine's choice: an expert may be in several slots, as a copy. Empty: each in the slot of its number.
     """
 
     num_experts: int
@@ -102,6 +104,7 @@ class MoEConfig:
     choice_bias: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
+    placements: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
         if self.num_experts % self.num_groups:
@@ -117,6 +120,10 @@ class MoEConfig:
             raise ValueError(
                 f"config.json: num_experts_per_tok is {self.num_experts_per_token}; a token's groups have {in_groups}"
             )
+
+    def placement(self, layer: int) -> tuple[int, ...]:
+        """The expert in each slot of a layer."""
+        return self.placements[layer] if self.placements else tuple(range(self.num_experts))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,6 +214,11 @@ class ModelConfig:
 
     def has_experts(self, layer: int) -> bool:
         return self.moe is not None and layer not in self.moe.dense_layers
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Those that have experts."""
+        return tuple(layer for layer in range(self.num_layers) if self.has_experts(layer))
 
     def layer_rope(self, layer: int) -> RopeConfig | None:
         return self.window_rope if self.window_rope is not None and self.window(layer) is not None else self.rope

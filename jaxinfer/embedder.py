@@ -104,6 +104,7 @@ class Embedder:
             cached_prompt_tokens=0,
             generation_tokens=0,
             finished={reason.value: count for reason, count in self._totals.finished.items()},
+            expert_tokens={},
             **self._totals.latencies,
         )
 

@@ -41,6 +41,9 @@ class EngineConfig(StrictFields):
       enable_prefix_caching: keep the pages of finished requests for those that start alike.
       seed: base of the seeds of requests that name none.
       attention_backend: a backend in `pallas_kernels/paged_attention/`, or "auto".
+      expert_placement: JSON file that says which expert is in which slot of the devices of `expert`: some in several,
+        as copies. `expert_placement.propose` makes one. None: each once.
+      expert_counts: count the tokens of each expert, for the metrics.
       generation_config: "auto" applies the model's generation_config.json, "none" does not.
       show_progress: progress lines for loading, compiling and `generate`, on stderr.
     """
@@ -59,6 +62,8 @@ class EngineConfig(StrictFields):
     enable_prefix_caching: bool = True
     seed: int = 0
     attention_backend: str = "auto"
+    expert_placement: str | None = None
+    expert_counts: bool = False
     generation_config: str = "auto"
     show_progress: bool = False
 

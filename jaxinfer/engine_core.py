@@ -8,7 +8,7 @@ the host to read, decide and convert.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -59,7 +59,12 @@ class EngineCore:
     def create(cls, resolved: ResolvedEngine, weights: Arrays, stats: EngineStats) -> "EngineCore":
         """As `resolved` has decided; `compile_all` makes it ready."""
         runner = Runner(
-            resolved.definition, weights, resolved.cache_spec, resolved.buckets, backend=resolved.attention_backend
+            resolved.definition,
+            weights,
+            resolved.cache_spec,
+            resolved.buckets,
+            backend=resolved.attention_backend,
+            counts_experts=resolved.config.expert_counts,
         )
         scheduler = Scheduler(
             num_shards=resolved.definition.partitioner.num_shards(ax.BATCH),
@@ -126,8 +131,16 @@ class EngineCore:
             cached_prompt_tokens=totals.cached_prompt_tokens,
             generation_tokens=totals.generation_tokens,
             finished=MappingProxyType({reason.value: count for reason, count in totals.finished.items()}),
+            expert_tokens=self._expert_tokens(),
             **totals.latencies,
         )
+
+    def _expert_tokens(self) -> Mapping[int, tuple[int, ...]]:
+        counts = self.stats.expert_counts
+        if counts is None:
+            return MappingProxyType({})
+        layers = self.runner.definition.decoder_config.expert_layers
+        return MappingProxyType({layer: tuple(row) for layer, row in zip(layers, counts.tolist(), strict=True)})
 
     def close(self) -> None:
         """Frees the device memory."""
@@ -147,6 +160,8 @@ class EngineCore:
         seconds, self._last_commit_time = now - max(step.start_time, self._last_commit_time), now
         result = step_result(step.plan, step.shape, step.batch, step.output)
         self.stats.add_step(step.plan, np.asarray(step.output.counts), seconds)
+        if step.output.expert_counts is not None:
+            self.stats.add_expert_counts(np.asarray(step.output.expert_counts))
         self.scheduler.commit(step.plan, result, self._told)
 
     def _recover(self) -> None:

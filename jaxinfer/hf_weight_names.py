@@ -107,7 +107,7 @@ def expert_names(
     """
     assert config.moe is not None
     names = {}
-    for layer in filter(config.has_experts, range(config.num_layers)):
+    for layer in config.expert_layers:
         ours, theirs = f"layers/{layer}/mlp", f"model.layers.{layer}"
         names[f"{ours}/router/weight"] = TensorPart(f"{theirs}.{router}.weight")
         if config.moe.choice_bias:

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jaxinfer import planner
 from jaxinfer.attention import attention_specs
 from jaxinfer.batch import max_chunk_tokens
+from jaxinfer.config import MoEConfig
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.extras import ExtrasSpec
 from jaxinfer.integers import cdiv
+from jaxinfer.layers.experts import expected_rows, is_exchanged
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner, mesh_text, parse_mesh
 from jaxinfer.planner import MemoryPlan
@@ -88,17 +90,27 @@ class Demand:
         )
 
     def _mlp_bytes(self, num_tokens: int) -> int:
-        """Of the widest MLP on one device. Experts are computed tile by tile, each with a copy of its weights."""
-        model, partitioner = self.definition.decoder_config, self.definition.partitioner
-        num_shards, itemsize, moe = partitioner.num_shards(ax.MLP), self.definition.dtype.itemsize, model.moe
+        """Of the widest MLP on one device."""
+        model, num_shards = self.definition.decoder_config, self.definition.partitioner.num_shards(ax.MLP)
         widest = 3 * num_tokens * (model.mlp_dim // num_shards)  # 3: gate, up and their product
-        if moe is not None:
-            routed = num_tokens * moe.num_experts_per_token
-            tile = grouped_map.tile_rows(routed, moe.num_experts)
-            of_expert = 3 * (model.embed_dim + tile) * (moe.mlp_dim // partitioner.num_shards(ax.EXPERT_MLP))
+        if (moe := model.moe) is not None:
             shared = 3 * num_tokens * (moe.shared_mlp_dim // num_shards)
-            widest = max(widest if moe.dense_layers else 0, 4 * routed * model.embed_dim + of_expert, shared)
-        return widest * itemsize
+            widest = max(widest if moe.dense_layers else 0, self._num_of_experts(moe, num_tokens), shared)
+        return widest * self.definition.dtype.itemsize
+
+    def _num_of_experts(self, moe: MoEConfig, num_tokens: int) -> int:
+        """Numbers. Experts are computed tile by tile, each with a copy of its weights if it is not alone on the device.
+
+        Each token comes in a row for each of its experts, and in 4 at a time: as it is read, padded, computed, in order
+        again. In 3 more where rows travel: as they are sent, received, and put together over the rounds.
+        """
+        partitioner, embed_dim = self.definition.partitioner, self.definition.config.embed_dim
+        num_slots = max(map(len, moe.placements), default=moe.num_experts) // partitioner.num_shards(ax.EXPERTS)
+        routed = num_tokens * moe.num_experts_per_token
+        tile = grouped_map.tile_rows(expected_rows(routed, partitioner), num_slots)
+        copied = embed_dim if num_slots > 1 else 0
+        of_tile = 3 * (copied + tile) * (moe.mlp_dim // partitioner.num_shards(ax.EXPERT_MLP))
+        return (7 if is_exchanged(partitioner) else 4) * routed * embed_dim + of_tile
 
     def _fits(self, **flags: object) -> bool:
         """With these flags changed, of which the definition knows nothing."""

@@ -24,6 +24,7 @@ _SERIES = {
     "cached_prompt_tokens": ("counter", "cached_prompt_tokens_total", "Those found in the prefix cache."),
     "generation_tokens": ("counter", "generation_tokens_total", "Tokens generated."),
     "finished": ("counter", "requests_finished_total", "Requests that ended, by reason."),
+    "expert_tokens": ("counter", "expert_tokens_total", "Tokens that an expert got, by layer, if they are counted."),
     "queue_s": ("histogram", "request_queue_time_seconds", "From arrival to the first prefill."),
     "ttft_s": ("histogram", "time_to_first_token_seconds", "From arrival to the first token."),
     "tpot_s": ("histogram", "time_per_output_token_seconds", "Per token after the first."),
@@ -35,7 +36,7 @@ _SERIES = {
 class EngineMetrics:
     """An engine at one moment; what each number is, stands in `_SERIES`. Counts are since the engine was made.
 
-    The histograms are of requests that came to their own end.
+    The histograms are of requests that came to their own end. `expert_tokens` has those of each expert by layer.
     """
 
     num_running: int
@@ -48,6 +49,7 @@ class EngineMetrics:
     cached_prompt_tokens: int
     generation_tokens: int
     finished: Mapping[str, int]
+    expert_tokens: Mapping[int, tuple[int, ...]]
     queue_s: Histogram
     ttft_s: Histogram
     tpot_s: Histogram
@@ -68,15 +70,22 @@ class EngineMetrics:
         return "\n".join(lines) + "\n"
 
 
-def _samples(name: str, value: float | Histogram | Mapping[str, int], labels: dict[str, str]) -> Iterator[str]:
+_Value = float | Histogram | Mapping[str, int] | Mapping[int, tuple[int, ...]]
+
+
+def _samples(name: str, value: _Value, labels: dict[str, str]) -> Iterator[str]:
     if isinstance(value, Histogram):
         for bound, count in zip((*BUCKETS_S, "+Inf"), accumulate(value.counts), strict=True):
             yield f"{name}_bucket{_labels(labels | {'le': str(bound)})} {count}"
         yield f"{name}_sum{_labels(labels)} {value.sum}"
         yield f"{name}_count{_labels(labels)} {value.count}"
     elif isinstance(value, Mapping):
-        for reason, count in value.items():
-            yield f"{name}{_labels(labels | {'reason': reason})} {count}"
+        for key, count in value.items():
+            if isinstance(count, tuple):
+                for expert, of_expert in enumerate(count):
+                    yield f"{name}{_labels(labels | {'layer': str(key), 'expert': str(expert)})} {of_expert}"
+            else:
+                yield f"{name}{_labels(labels | {'reason': str(key)})} {count}"
     else:
         yield f"{name}{_labels(labels)} {value}"
 

@@ -3,6 +3,7 @@
 A step without stages is one microbatch, of everything. Parts are padded at the end of the last ones.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxinfer.attention import Prompts, Rows
 from jaxinfer.integers import cdiv
+from pallas_kernels.ragged import token_places
 
 _MOST_PER_STAGE = 4  # microbatches of prompts: 4 p of them keep p stages busy in 4 p of 5 p - 1 ticks
 _MIN_TOKENS, _CPU_MIN_TOKENS = 256, 32  # of a microbatch of more than p: fewer take a stage no less time
@@ -21,6 +23,16 @@ class Work(NamedTuple):
     positions: jax.Array  # int32 [D, S]
     rows: Rows | None
     prompts: Prompts | None
+
+    @property
+    def is_valid(self) -> jax.Array:
+        """bool [D, S]; false for padding."""
+        of_rows = [] if self.rows is None else [self.rows.valid]
+        if self.prompts is not None:
+            num_tokens = self.positions.shape[1] - sum(valid.shape[1] for valid in of_rows)
+            place = jax.vmap(functools.partial(token_places, num_tokens=num_tokens))(self.prompts.lengths)
+            of_rows.append(place.valid)
+        return jnp.concatenate(of_rows, axis=1)
 
     def masked(self, counts: jax.Array) -> "Work":
         """The same where bool `counts` is true; else everything is padding."""

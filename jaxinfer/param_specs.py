@@ -33,6 +33,7 @@ class ParamSpec:
       sharding: over the mesh; divisibility is checked.
       read_share: of its bytes, what a decode step has to read at least: all, none but the rows of its tokens, or
         those of the experts of one token.
+      placement: the expert in each place of the experts' axis; empty: there is no such axis.
     """
 
     path: str
@@ -41,13 +42,27 @@ class ParamSpec:
     axes: ax.LogicalAxes
     sharding: NamedSharding
     read_share: float
+    placement: tuple[int, ...]
 
-    def repeat_kv_heads(self, array: jax.Array) -> jax.Array:
-        """The parameter from `array`, which has every KV head once: its heads in groups of equal neighbours."""
-        if ax.KV_HEADS not in self.axes:
-            return array
-        axis = self.axes.index(ax.KV_HEADS)
-        return jnp.repeat(array, self.shape[axis] // array.shape[axis], axis)
+    def repeat(self, array: jax.Array) -> jax.Array:
+        """The parameter from `array`, which has every KV head and every expert once.
+
+        Heads are in groups of equal neighbours then, and experts where `placement` has them.
+        """
+        if ax.KV_HEADS in self.axes:
+            axis = self.axes.index(ax.KV_HEADS)
+            array = jnp.repeat(array, self.shape[axis] // array.shape[axis], axis)
+        return array if self.is_as_stored else array[np.array(self.placement)]
+
+    def shape_once(self, num_kv_heads: int) -> tuple[int, ...]:
+        """With every KV head and every expert once: the shape of what `repeat` takes."""
+        once: dict[str | None, int] = {ax.KV_HEADS: num_kv_heads, ax.EXPERTS: len(set(self.placement))}
+        return tuple(once.get(axis, n) for axis, n in zip(self.axes, self.shape, strict=True))
+
+    @property
+    def is_as_stored(self) -> bool:
+        """Whether each expert is in the place of its number, and nowhere else."""
+        return self.placement == tuple(range(len(self.placement)))
 
     @property
     def num_bytes(self) -> int:
@@ -116,9 +131,11 @@ def param_specs(state: nnx.State, partitioner: Partitioner, plan: StagePlan) -> 
         place, on_stage = tuple(map(str, keys)), partitioner
         if place[0] == _LAYERS:
             on_stage = partitioner.of_stage(plan.stage_of(int(place[1])))
-        axes, read_share = variable.get_metadata("logical_axes"), variable.get_metadata("read_share")
+        names = ("logical_axes", "read_share", "placement")
+        axes, read_share, placement = (variable.get_metadata(name) for name in names)
         path, shape = "/".join(place), tuple(variable.shape)
-        params.append(ParamSpec(path, shape, variable.dtype, axes, on_stage.sharding(axes, shape, path), read_share))
+        sharding = on_stage.sharding(axes, shape, path)
+        params.append(ParamSpec(path, shape, variable.dtype, axes, sharding, read_share, placement))
     return tuple(params)
 
 

@@ -78,9 +78,10 @@ class ModelDefinition:
         """Random parameters, created already sharded: the same model on every mesh."""
 
         def make(chosen: list[int]) -> list[jax.Array]:
-            model = self.family.Model(self.config, Partitioner.create(), dtype=self.dtype, rngs=nnx.Rngs(seed))
+            config = _as_stored(self.config)
+            model = self.family.Model(config, Partitioner.create(), dtype=self.dtype, rngs=nnx.Rngs(seed))
             whole = jax.tree.leaves(nnx.state(model, nnx.Param))
-            return [self.params[i].repeat_kv_heads(whole[i]) for i in chosen]
+            return [self.params[i].repeat(whole[i]) for i in chosen]
 
         by_mesh: dict[Any, list[int]] = {}
         for i, spec in enumerate(self.params):
@@ -124,6 +125,13 @@ class ModelDefinition:
     def step_shard_bytes(self) -> int:
         """Bytes of the weights that a decode step has to read on one device at least."""
         return sum(int(weight.shard_bytes * weight.read_share) for weight in self.weights)
+
+
+def _as_stored(config: ModelConfig | EncoderConfig) -> ModelConfig | EncoderConfig:
+    """With each expert once."""
+    if isinstance(config, EncoderConfig) or config.moe is None:
+        return config
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, placements=()))
 
 
 def _check_mesh(config: ModelConfig | EncoderConfig, partitioner: Partitioner) -> None:

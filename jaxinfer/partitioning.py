@@ -130,6 +130,10 @@ class Partitioner:
         """Over how many devices the pages of a sequence are spread."""
         return math.prod(map(self.axis_size, self.context_axes))
 
+    def split_text(self, logical_axis: str) -> str:
+        """The part of `--mesh` that splits `logical_axis`: "data:2,expert:4"."""
+        return mesh_text({axis: self.axis_size(axis) for axis in self.mesh_axes(logical_axis)})
+
     def spec(self, axes: ax.LogicalAxes) -> PartitionSpec:
         """`PartitionSpec` for an array whose axes are named `axes`, without trailing Nones dropped.
 

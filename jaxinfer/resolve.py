@@ -9,9 +9,10 @@ import pathlib
 
 import jax.numpy as jnp
 
-from jaxinfer import devices, models
+from jaxinfer import devices, expert_placement, models
 from jaxinfer.attention import attention_specs
 from jaxinfer.batch import Buckets
+from jaxinfer.config import EncoderConfig, ModelConfig
 from jaxinfer.encoder_batch import EncoderBuckets
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.generation_config import GenerationDefaults, read_generation_config
@@ -86,13 +87,14 @@ def _resolve_model(config: EngineConfig) -> ResolvedModel:
     model_dir = find_model_dir(config.model)
     hf = HFConfig.read(model_dir)
     model = models.for_architecture(hf.architecture).parse_config(hf)
+    partitioner = Partitioner.create(config.mesh, config.sharding)
+    model = _with_experts_placed(model, config, partitioner)
     tokenizer = load_tokenizer(model_dir)
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"{model_dir}: the tokenizer has {tokenizer.vocab_size} tokens and config.json's vocab_size is "
             f"{model.vocab_size}; the tokenizer belongs to another model"
         )
-    partitioner = Partitioner.create(config.mesh, config.sharding)
     on_cpu = partitioner.device.platform == "cpu"
     dtype = jnp.dtype(("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype)
     return ResolvedModel(
@@ -103,6 +105,22 @@ def _resolve_model(config: EngineConfig) -> ResolvedModel:
         tokenizer=tokenizer,
         max_model_len=_max_model_len(config, model.max_position),
     )
+
+
+def _with_experts_placed(
+    model: ModelConfig | EncoderConfig, config: EngineConfig, partitioner: Partitioner
+) -> ModelConfig | EncoderConfig:
+    """The model with its experts where the user wants them. Refuses what is asked of experts that are not there."""
+    if isinstance(model, EncoderConfig) or model.moe is None:
+        if config.expert_counts:
+            raise ValueError(f"--expert_counts: {model.family} has no experts here; leave it out")
+        if config.expert_placement is not None:
+            raise ValueError(f"--expert_placement={config.expert_placement}: {model.family} has no experts here")
+    elif config.expert_placement is not None:
+        path, num_devices = pathlib.Path(config.expert_placement).expanduser(), partitioner.num_shards(ax.EXPERTS)
+        placements = expert_placement.read(path, model, num_devices)
+        return dataclasses.replace(model, moe=dataclasses.replace(model.moe, placements=placements))
+    return model
 
 
 def _resolve_decoder(model: ResolvedModel) -> ResolvedEngine:
@@ -200,7 +218,7 @@ def _rows_per_shard(config: EngineConfig, partitioner: Partitioner) -> int:
     num_shards = partitioner.num_shards(ax.BATCH)
     if config.max_num_seqs % num_shards:
         raise ValueError(
-            f"--max_num_seqs={config.max_num_seqs} does not divide over data:{num_shards}; "
+            f"--max_num_seqs={config.max_num_seqs} does not divide over {partitioner.split_text(ax.BATCH)}; "
             f"use {cdiv(config.max_num_seqs, num_shards) * num_shards}"
         )
     return config.max_num_seqs // num_shards

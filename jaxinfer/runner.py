@@ -31,12 +31,21 @@ class Runner:
     """
 
     def __init__(
-        self, definition: ModelDefinition, weights: Arrays, spec: CacheSpec, buckets: Buckets, *, backend: str
+        self,
+        definition: ModelDefinition,
+        weights: Arrays,
+        spec: CacheSpec,
+        buckets: Buckets,
+        *,
+        backend: str,
+        counts_experts: bool = False,
     ):
         self.definition = definition
         self.buckets = buckets
         self._partitioner = definition.partitioner
-        self._steps = StepPrograms(definition=definition, cache_spec=spec, buckets=buckets, backend=backend)
+        self._steps = StepPrograms(
+            definition=definition, cache_spec=spec, buckets=buckets, backend=backend, counts_experts=counts_experts
+        )
         self._weights = definition.stack(weights)
         self._allocate_cache = kv_cache.allocator(spec, self._partitioner)
         self._cache, self._slots = self._allocate_cache(), self._empty_slots()

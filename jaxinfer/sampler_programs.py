@@ -72,7 +72,9 @@ class SamplerPrograms:
         if extras.rows is not None:
             batch = batch._replace(block_tables=None, chunks=None)
             sample = self._programs[batch.slots.shape[1]]
+            expert_counts, output = output.expert_counts, output._replace(expert_counts=None)
             slots, self._params, output = sample(slots, self._params, activations.logits, output, batch, extras.rows)
+            output = output._replace(expert_counts=expert_counts)
         if extras.score is not None:
             scores = self._programs[_SCORE](weights, activations.hidden, extras.score)
             output = output._replace(prompt_logprobs=scores)

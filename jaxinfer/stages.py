@@ -38,8 +38,12 @@ class StagePlan:
         return sum(layer is not None for layers in self.slots for layer in layers)
 
     def stage_of(self, layer: int) -> int:
-        (stage,) = (layers.index(layer) for layers in self.slots if layer in layers)
-        return stage
+        return self.place_of(layer)[0]
+
+    def place_of(self, layer: int) -> tuple[int, int]:
+        """Its stage, and its slot there."""
+        (place,) = ((layers.index(layer), slot) for slot, layers in enumerate(self.slots) if layer in layers)
+        return place
 
     def like(self, slot: int) -> tuple[int, ...]:
         """Of each stage the layer that the slot computes there; padding computes as another stage's."""

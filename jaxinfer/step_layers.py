@@ -1,7 +1,7 @@
 """The tokens of a step through the layers of the model, on however many stages these lie."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,22 @@ from jax import lax
 
 from jaxinfer.attention import PagedAttention, Prompts, Rows, attention_specs
 from jaxinfer.kv_cache import Cache
+from jaxinfer.layers.moe import Routing
 from jaxinfer.microbatches import Work, merge_tokens, num_microbatches, split, split_prompts, split_tokens
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.pipeline import Pipeline
+from jaxinfer.stages import StagePlan
 from pallas_kernels import paged_attention
 from sharding_rules import axes as ax
 
 Arrays = tuple[jax.Array, ...]
+
+
+class StageState(NamedTuple):
+    """What stages keep from one microbatch to the next."""
+
+    cache: Cache
+    expert_counts: jax.Array | None  # int32 [D, slots for layers, E], with stages before all; None: nobody counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +36,32 @@ class StepLayers:
       page_size: tokens per page.
       backend_name: of the attention.
       weights: of the trace.
+      counts_experts: whether it is counted how many tokens each expert gets; only of a model with experts.
     """
 
     definition: ModelDefinition
     page_size: int
     backend_name: str
     weights: Arrays
+    counts_experts: bool
+
+    def begin(self, cache: Cache, num_shards: int) -> StageState:
+        """Nothing counted yet."""
+        config, plan = self.definition.decoder_config, self._plan
+        if config.moe is None or not self.counts_experts:
+            return StageState(cache, None)
+        of_stages = (plan.num_stages,) if plan.num_stages > 1 else ()
+        size = (*of_stages, num_shards, len(plan.slots), config.moe.num_experts)
+        return StageState(cache, jnp.zeros(size, jnp.int32))
+
+    def expert_counts(self, state: StageState) -> jax.Array | None:
+        """int32 [D, layers, E], of the layers with experts."""
+        counts = state.expert_counts
+        if counts is None:
+            return None
+        by_stage = counts[None] if self._plan.num_stages == 1 else counts
+        layers = self.definition.decoder_config.expert_layers
+        return jnp.stack([by_stage[stage, :, slot] for stage, slot in map(self._plan.place_of, layers)], axis=1)
 
     @property
     def of_stages(self) -> Arrays:
@@ -52,8 +81,8 @@ class StepLayers:
         )
 
     def run(
-        self, cache: Cache, tokens: jax.Array, positions: jax.Array, rows: Rows | None, prompts: Prompts | None
-    ) -> tuple[Cache, jax.Array]:
+        self, state: StageState, tokens: jax.Array, positions: jax.Array, rows: Rows | None, prompts: Prompts | None
+    ) -> tuple[StageState, jax.Array]:
         """tokens, positions int32 [D, S], those of rows and then those of prompts -> activations [D, S, E], normalised.
 
         The cache is written in place.
@@ -76,18 +105,29 @@ class StepLayers:
         def leave(hidden: jax.Array, item: Any, x: jax.Array) -> jax.Array:
             return lax.dynamic_update_index_in_dim(hidden, x, jnp.maximum(item, 0), axis=0)
 
-        cache, hidden = pipeline.run(
-            self.of_stages, cache, jnp.zeros_like(entering), enter=enter, work=lambda _: works, leave=leave
+        state, hidden = pipeline.run(
+            self.of_stages, state, jnp.zeros_like(entering), enter=enter, work=lambda _: works, leave=leave
         )
-        return cache, model.finish(merge_tokens(hidden, num_rows, num_tokens))
+        return state, model.finish(merge_tokens(hidden, num_rows, num_tokens))
 
-    def _run_stage(self, of_stage: Arrays, cache: Cache, x: jax.Array, work: Work) -> tuple[Cache, jax.Array]:
+    @property
+    def _plan(self) -> StagePlan:
+        partitioner = self.definition.partitioner
+        return StagePlan.create(self.definition.config.num_layers, partitioner.axis_size(ax.STAGE))
+
+    def _run_stage(self, of_stage: Arrays, state: StageState, x: jax.Array, work: Work) -> tuple[StageState, jax.Array]:
         own, pairs = iter(of_stage), zip(self.definition.weights, self.weights, strict=True)
         model = self.definition.bind(tuple(next(own) if spec.is_stacked else array for spec, array in pairs))
         specs = attention_specs(self.definition.decoder_config, self.definition.partitioner, self.page_size)
         backend = paged_attention.backend(self.backend_name, *(spec for of_slot in specs for spec in of_slot))
         attend = PagedAttention(
-            cache, work.rows, work.prompts, specs=specs, backend=backend, partitioner=self.definition.partitioner
+            state.cache, work.rows, work.prompts, specs=specs, backend=backend, partitioner=self.definition.partitioner
         )
-        x = model.run_layers(x, work.positions, attend)
-        return attend.cache, x
+        if (moe := self.definition.decoder_config.moe) is None:
+            x = model.run_layers(x, work.positions, attend)
+            return StageState(attend.cache, None), x
+        routing, counts = Routing(work.is_valid, moe.num_experts), state.expert_counts
+        x = model.run_layers(x, work.positions, attend, routing)
+        if counts is not None:
+            counts += jnp.stack([routing.counts(slot) for slot in range(counts.shape[1])], axis=1)
+        return StageState(attend.cache, counts), x

@@ -26,12 +26,14 @@ class StepPrograms:
       cache_spec: over the whole mesh.
       buckets: every shape of a step.
       backend: of the attention.
+      counts_experts: whether steps say how many tokens each expert got; only of a model with experts.
     """
 
     definition: ModelDefinition
     cache_spec: CacheSpec
     buckets: Buckets
     backend: str
+    counts_experts: bool = False
 
     @property
     def extras_spec(self) -> ExtrasSpec:
@@ -52,12 +54,14 @@ class StepPrograms:
             backend_name=self.backend,
             num_steps=shape.num_steps,
             max_chunk=self.extras_spec.max_chunk,
+            counts_experts=self.counts_experts,
         )
         pages = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=kv_cache.cache_sharding(spec, partitioner))
         cache = spec.layers(lambda: pages)
         slots = SlotState(self._array(jnp.int32, *self.slot_shape), self._array(jnp.bool_, *self.slot_shape))
         replicated = partitioner.replicated  # so that every host can read the output
-        output = StepOutput(replicated, replicated, replicated)
+        expert_counts = replicated if self.counts_experts else None
+        output = StepOutput(replicated, replicated, replicated, expert_counts=expert_counts)
         activations = activation_shardings(partitioner) if shape.num_steps == 1 else None
         if activations and not shape.chunk_tokens:
             activations = activations._replace(hidden=None)

@@ -50,6 +50,7 @@ class StepOutput(NamedTuple):
     finite: Array  # bool [D, R]; whether all its logits were
     logprobs: Logprobs | None = None  # [D, R, ...]; of the tokens, from the full sampler
     prompt_logprobs: Logprobs | None = None  # [D, T, ...]; of the token after each of the chunks
+    expert_counts: Array | None = None  # int32 [D, layers, E]; real tokens of each expert, of the layers that have some
 
 
 class Activations(NamedTuple):
@@ -93,6 +94,7 @@ class StepFunctions:
       backend_name: of the attention.
       num_steps: tokens of each row.
       max_chunk: most tokens of a shard's chunks, to which `Activations.hidden` is padded.
+      counts_experts: whether steps say how many tokens each expert got; only of a model with experts.
     """
 
     definition: ModelDefinition
@@ -100,6 +102,7 @@ class StepFunctions:
     backend_name: str
     num_steps: int
     max_chunk: int
+    counts_experts: bool = False
 
     def one_token(
         self, weights: Arrays, cache: Cache, slots: SlotState, batch: StepBatch
@@ -116,7 +119,8 @@ class StepFunctions:
             tokens = jnp.concatenate([tokens, chunks.tokens], axis=1)
             positions = jnp.concatenate([positions, _chunk_positions(chunks)], axis=1)
             prompts = Prompts(batch.block_tables[:, num_rows:], chunks.starts, chunks.lengths)
-        cache, hidden = self._layers(weights).run(cache, tokens, positions, rows, prompts)
+        layers = self._layers(weights)
+        state, hidden = layers.run(layers.begin(cache, len(tokens)), tokens, positions, rows, prompts)
         drawn_from = hidden
         if chunks is not None:
             last = num_rows + jnp.maximum(jnp.cumsum(chunks.lengths, axis=1) - 1, 0)
@@ -128,8 +132,8 @@ class StepFunctions:
         counts = (active & finite & (batch.num_remaining > 0)).astype(jnp.int32)
         stopped = (counts == 0) | is_stop(new, batch.stop_token_ids) | (batch.num_remaining == 1)
         activations = Activations(logits, None if chunks is None else self._pad(hidden[:, num_rows:]))
-        output = StepOutput(new[..., None], counts, finite)
-        return cache, slots.put(batch.slots, new, stopped), output, activations
+        output = StepOutput(new[..., None], counts, finite, expert_counts=layers.expert_counts(state))
+        return state.cache, slots.put(batch.slots, new, stopped), output, activations
 
     def decode(
         self, weights: Arrays, cache: Cache, slots: SlotState, batch: StepBatch
@@ -163,10 +167,11 @@ class StepFunctions:
             new = self._advance(_at(state, part), _at(own, part), logits, item // parts)
             return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, part, axis=0), state, new)
 
-        cache, state = pipeline.run(layers.of_stages, cache, start, enter=enter, work=work, leave=leave)
-        end = jax.tree.map(lambda a: merge(a, num_rows), state)
-        output = StepOutput(end.out, end.counts, end.finite)
-        return cache, slots.put(batch.slots, end.tokens, ~end.active), output, None
+        begin = layers.begin(cache, len(batch.slots))
+        of_stages, rows = pipeline.run(layers.of_stages, begin, start, enter=enter, work=work, leave=leave)
+        end = jax.tree.map(lambda a: merge(a, num_rows), rows)
+        output = StepOutput(end.out, end.counts, end.finite, expert_counts=layers.expert_counts(of_stages))
+        return of_stages.cache, slots.put(batch.slots, end.tokens, ~end.active), output, None
 
     def _advance(self, rows: _Decoding, batch: StepBatch, logits: jax.Array, step: Any) -> _Decoding:
         """Rows [D, r] by a token, the one of `step`, where they go on; by none if that is negative."""
@@ -188,7 +193,7 @@ class StepFunctions:
         )
 
     def _layers(self, weights: Arrays) -> StepLayers:
-        return StepLayers(self.definition, self.page_size, self.backend_name, weights)
+        return StepLayers(self.definition, self.page_size, self.backend_name, weights, self.counts_experts)
 
     def _pad(self, hidden: jax.Array) -> jax.Array:
         """To the most tokens of chunks, so that one program reads the activations of all."""

@@ -44,7 +44,7 @@ class Step:
         return [(op, size) for op, size in self.collectives if size >= self.activation_size]
 
 
-_COLLECTIVE = re.compile(
+COLLECTIVE = re.compile(
     r" = (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
 )
 
@@ -82,7 +82,7 @@ def compile_step(
 
 def collectives(hlo: str) -> list[tuple[str, int]]:
     """(operation, elements of its result on one device) of each."""
-    return [(op, num_elements(result)) for result, op in _COLLECTIVE.findall(hlo)]
+    return [(op, num_elements(result)) for result, op in COLLECTIVE.findall(hlo)]
 
 
 def only_in_branches(hlo: str, shape: str) -> bool:

@@ -19,13 +19,15 @@ import pytest
 from jaxinfer.checkpoint import reader
 from jaxinfer.checkpoint.hf_index import ReadTensor, TensorIndex
 from jaxinfer.checkpoint.layout import Slices
+from jaxinfer.config import ModelConfig
 from jaxinfer.hf_config import HFConfig
-from jaxinfer.models import llama
+from jaxinfer.models import llama, mixtral
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 
 NUM_PROCESSES = 4
 MESHES = ("tensor:4", "data:2,tensor:2")
+EXPERT_MESH, EXPERTS = "expert:4", "experts"  # and the name of a directory, in the first of the formats
 FORMATS = (reader.HUGGING_FACE, reader.ORBAX)  # and the names of their directories
 CONFIG = llama.TINY_CONFIGS["gqa"] | {
     "vocab_size": 8192,
@@ -37,8 +39,19 @@ CONFIG = llama.TINY_CONFIGS["gqa"] | {
 }
 
 
+EXPERT_CONFIG = mixtral.TINY_CONFIGS["gqa"] | {"hidden_size": 256, "intermediate_size": 512}
+
+
 def define(mesh: str) -> ModelDefinition:
-    return ModelDefinition.create(llama.parse_config(HFConfig(CONFIG)), Partitioner.create(mesh), jnp.dtype("float32"))
+    return _define(llama.parse_config(HFConfig(CONFIG)), mesh)
+
+
+def define_experts(mesh: str) -> ModelDefinition:
+    return _define(mixtral.parse_config(HFConfig(EXPERT_CONFIG)), mesh)
+
+
+def _define(config: ModelConfig, mesh: str) -> ModelDefinition:
+    return ModelDefinition.create(config, Partitioner.create(mesh), jnp.dtype("float32"))
 
 
 def count(model_dir: pathlib.Path, definition: ModelDefinition) -> tuple[int, int]:
@@ -84,6 +97,7 @@ def main(directory: str, rank: str, port: str) -> None:
     for mesh in MESHES:
         definition = define(mesh)
         found += [[mesh, name, *count(pathlib.Path(directory, name), definition)] for name in FORMATS]
+    found.append([EXPERT_MESH, EXPERTS, *count(pathlib.Path(directory, EXPERTS), define_experts(EXPERT_MESH))])
     print(json.dumps(found))
 
 

@@ -69,12 +69,12 @@ CASES_OF_EACH = 34  # 204 together
 def step(case: Case, mesh: str):
     """Writes and attends: (q, k, v, pages, rows, prompts, sinks) -> (out, pages), over `mesh`."""
     partitioner = Partitioner.create(mesh)
-    specs = [case.spec(partitioner)]
+    spec = case.spec(partitioner)
 
     @jax.jit
     def attend(q, k, v, cache, rows, prompts, sinks):
         of_step = PagedAttention(
-            cache, rows, prompts, specs=specs, backend=backend("xla", *specs), partitioner=partitioner
+            cache, rows, prompts, specs=[(spec,)], backend=backend("xla", spec), partitioner=partitioner
         )
         return of_step(0, q, k, v, sinks=sinks), of_step.cache
 
@@ -141,7 +141,7 @@ def on_one_device(of_step: dict, case: Case) -> tuple[np.ndarray, tuple]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_any_placement_is_attention_by_one_device(case: Case):
     partitioner = Partitioner.create(case.mesh)
-    pages_of = partitioner.sharding(kv_cache.CACHE_AXES)
+    pages_of = partitioner.sharding(kv_cache.PAGE_AXES)
     for seed in range(CASES_OF_EACH):
         of_step = arrays(case, np.random.default_rng(seed))
         expected, expected_cache = on_one_device(of_step, case)

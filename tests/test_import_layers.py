@@ -25,6 +25,7 @@ LAYERS = {
     "jaxinfer.config_file": 1,
     "jaxinfer.encoder_batch": 1,
     "jaxinfer.engine_config": 1,
+    "jaxinfer.expert_placement": 1,
     "jaxinfer.generation_config": 1,
     "jaxinfer.hf_config": 1,
     "jaxinfer.hf_rope": 1,

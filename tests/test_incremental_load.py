@@ -16,11 +16,13 @@ from tests.parity import recipe
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The same 65 MB of weights in both formats."""
+    """The same 65 MB of weights in both formats, and 27 MB of a mixture."""
     directory = tmp_path_factory.mktemp("models")
     huggingface, orbax = (directory / name for name in load_bytes.FORMATS)
     recipe.write_model(huggingface, load_bytes.CONFIG, recipe.weights("llama", load_bytes.CONFIG))
     conversion.convert(conversion.Source.open(huggingface), orbax, lambda done, total: None)
+    experts = load_bytes.EXPERT_CONFIG
+    recipe.write_model(directory / load_bytes.EXPERTS, experts, recipe.weights("mixtral", experts))
     return directory
 
 
@@ -41,7 +43,10 @@ def test_a_process_with_all_devices_reads_the_model_once(directory: pathlib.Path
 
 
 def test_a_process_reads_the_part_that_its_device_owns(directory: pathlib.Path):
-    """A quarter, or half where another has the same; and of Orbax what lies in the same chunks, and small arrays."""
+    """A quarter, or half where another has the same; and of Orbax what lies in the same chunks, and small arrays.
+
+    Of a mixture a quarter of the experts, and all else.
+    """
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
@@ -52,9 +57,13 @@ def test_a_process_reads_the_part_that_its_device_owns(directory: pathlib.Path):
         for process in processes:
             process.kill()
     model_bytes = load_bytes.define("").weight_bytes
+    mixture = load_bytes.define_experts(load_bytes.EXPERT_MESH)
     for rank, (stdout, stderr) in enumerate(outputs):
         assert stdout, stderr
-        for mesh, name, num_read, num_owned in json.loads(stdout.splitlines()[-1]):
+        *dense, (_, _, num_read, num_owned) = json.loads(stdout.splitlines()[-1])
+        assert num_owned == mixture.shard_bytes < 0.3 * mixture.weight_bytes
+        assert num_owned <= num_read < 1.01 * num_owned, f"process {rank}: of a mixture"
+        for mesh, name, num_read, num_owned in dense:
             case = f"process {rank}, {mesh}, {name}: {num_read / model_bytes:.3f} of the model read"
             print(f"{case}, {num_owned / model_bytes:.3f} owned")
             share = {"tensor:4": 0.25, "data:2,tensor:2": 0.5}[mesh]

@@ -14,7 +14,10 @@ from jaxinfer.extras import ExtrasSpec
 from jaxinfer.memory import Demand
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
+from pallas_kernels.grouped_map import xla as grouped_map
 from pallas_kernels.paged_attention import AttentionSpec, xla
+from sharding_rules import axes as ax
+from tests.long_campaign import chosen
 from tests.parity import driver
 
 SMALL = ModelConfig(
@@ -33,13 +36,16 @@ SMALL = ModelConfig(
 
 
 @functools.cache
-def demand(model: ModelConfig = SMALL, mesh: str = "", free_bytes: int | None = None, **flags: Any) -> Demand:
-    definition = ModelDefinition.create(model, Partitioner.create(mesh), jnp.dtype("float32"))
-    settings = {"max_model_len": 1024, "max_num_seqs": 8, "mesh": mesh} | flags
+def demand(
+    model: ModelConfig = SMALL, mesh: str = "", free_bytes: int | None = None, rules: str = "auto", **flags: Any
+) -> Demand:
+    definition = ModelDefinition.create(model, Partitioner.create(mesh, rules), jnp.dtype("float32"))
+    settings = {"max_model_len": 1024, "max_num_seqs": 8, "mesh": mesh, "sharding": rules} | flags
     return Demand(config=EngineConfig(**settings), definition=definition, page_size=16, free_bytes=free_bytes)
 
 
 EXPERTS = MoEConfig(num_experts=4, num_experts_per_token=2, mlp_dim=4096)
+WIDE = {"moe": MoEConfig(num_experts=8, num_experts_per_token=2, mlp_dim=64), "embed_dim": 512, "vocab_size": 64}
 
 
 @pytest.mark.usefixtures("whole_contexts")
@@ -62,11 +68,14 @@ def test_the_workspace_of_attention():
         ("blocks", {"vocab_size": 64_000}, "tensor:2", {"max_model_len": 64}),
         ("blocks", {"mlp_dim": 8192}, "", {"max_model_len": 128}),
         ("blocks", {"moe": EXPERTS}, "", {"max_model_len": 128}),
+        ("blocks", WIDE, "expert:4", {"max_model_len": 128}),
+        *chosen([("blocks", {"moe": EXPERTS}, "expert:4", {"max_model_len": 128, "rules": "expert_sums"})]),
     ],
-    ids=["blocks", "blocks on a mesh", "chunks' scores", "rows' pages", "logits", "logits of a mesh", "mlp", "experts"],
+    ids=["blocks", "blocks on a mesh", "chunks' scores", "rows' pages", "logits", "logits of a mesh", "mlp", "experts"]
+    + ["experts' rows that travel", *chosen(["one expert on each device"])],
 )
 def test_the_workspace_is_what_compiled_steps_allocate(
-    contexts: str, model: dict[str, Any], mesh: str, flags: dict[str, int], request: pytest.FixtureRequest
+    contexts: str, model: dict[str, Any], mesh: str, flags: dict[str, Any], request: pytest.FixtureRequest
 ):
     """The estimate is at least that, and at most half as much again."""
     if contexts == "whole":
@@ -89,6 +98,23 @@ def test_the_workspace_is_what_compiled_steps_allocate(
         allocated = max(allocated, memory.temp_size_in_bytes)
     assert allocated <= 1.02 * plan.workspace_bytes
     assert plan.workspace_bytes <= 1.5 * allocated
+
+
+@pytest.mark.parametrize("rules", ["inference", "expert_sums"])
+def test_the_tile_of_experts_is_planned_as_it_is_computed(rules: str, monkeypatch: pytest.MonkeyPatch):
+    """Rows, and experts that a device has of its own; the most of a step, which is traced only."""
+    calls, original = [], grouped_map.tile_rows
+    monkeypatch.setattr(grouped_map, "tile_rows", lambda *sizes: calls.append(sizes) or original(*sizes))
+    asked = demand(dataclasses.replace(SMALL, **WIDE), "expert:4", max_num_batched_tokens=64, rules=rules)
+    asked.plan()
+    (planned,) = set(calls)
+    calls.clear()
+    rows = 8 // asked.definition.partitioner.num_shards(ax.BATCH)
+    shapes = driver.Shapes(rows=rows, max_len=64, chunk=64, num_steps=0)
+    programs = driver.step_programs(asked.definition, shapes)
+    for shape in programs.buckets.shapes():
+        programs.lowered(shape)
+    assert set(calls) == {planned}
 
 
 def test_what_sampling_keeps_of_each_slot_is_in_the_workspace(monkeypatch: pytest.MonkeyPatch):

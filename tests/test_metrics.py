@@ -148,7 +148,7 @@ def test_a_snapshot_stays_as_it_was():
 
 
 def test_prometheus_reads_every_metric():
-    metrics = some_metrics()
+    metrics = dataclasses.replace(some_metrics(), expert_tokens={1: (3, 0, 5), 4: (1, 2, 0)})
     samples = read(metrics.prometheus_text())
     assert all(name.startswith("jaxinfer_") for name in samples)
     assert {field.name for field in dataclasses.fields(metrics)} | {"prefix_cache_hit_rate"} == set(_SERIES)
@@ -162,6 +162,10 @@ def test_prometheus_reads_every_metric():
             assert [*buckets.values()] == np.cumsum(value.counts).tolist()
         elif attribute == "finished":
             assert samples[name] == {(("reason", reason),): count for reason, count in value.items()}
+        elif attribute == "expert_tokens":
+            labels = lambda layer, expert: (("expert", str(expert)), ("layer", str(layer)))  # noqa: E731
+            counts = {labels(layer, i): n for layer, of_layer in value.items() for i, n in enumerate(of_layer)}
+            assert samples[name] == counts and len(counts) == 6
         else:
             assert samples[name] == {(): value}
             assert name.endswith("_total") == (kind == "counter")

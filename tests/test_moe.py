@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -10,15 +11,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import sharding_rules
 from jaxinfer import models
 from jaxinfer.config import ModelConfig, MoEConfig
 from jaxinfer.hf_config import HFConfig
-from jaxinfer.layers.moe import GatedExperts, MoE, Router
+from jaxinfer.layers.experts import GatedExperts
+from jaxinfer.layers.moe import MoE, Router, Routing
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner, make_mesh
 from pallas_kernels.grouped_map import xla
 from pallas_kernels.matmul import contract
 from sharding_rules import rule_set
+from tests.long_campaign import chosen
 
 NUM_GROUPS, NUM_INPUTS, NUM_OUTPUTS = 5, 24, 16
 FLOAT32 = {"dtype": jnp.dtype("float32"), "rngs": nnx.Rngs(0)}
@@ -34,8 +38,18 @@ def config(**moe: Any) -> ModelConfig:
 CONFIGS = {"gated": config(), "clamped": config(swiglu_limit=2.0, swiglu_alpha=1.3)}
 
 
+MESHES = ("", "expert:1,tensor:1", "expert:4", "expert:2,tensor:2", "data:2,expert:2,tensor:2")
+PLACEMENTS = {"once": tuple(range(8)), "copies": (7, 0, 1, 2, 3, 4, 5, 6, 0, 0, 7, 3)}
+
+
+def placed(config: ModelConfig, slots: tuple[int, ...]) -> ModelConfig:
+    """In layer 0."""
+    assert config.moe is not None
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, placements=(slots,)))
+
+
 def make_moe(config: ModelConfig, partitioner: Partitioner) -> MoE:
-    moe = MoE(config, partitioner, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    moe = MoE(config, (0,), partitioner, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     return nnx.merge(*_random(nnx.split(moe)))
 
 
@@ -98,23 +112,63 @@ def clamped(
     return down @ (gate / (1 + np.exp(-1.3 * gate)) * (up + 1)) + down_bias
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("mesh", ["", "expert:1,tensor:1", "expert:4", "expert:2,tensor:2", "data:2,expert:2,tensor:2"])
-def test_experts_on_meshes(kind: str, mesh: str):
-    """Each device computes its experts for its tokens, whichever rules split them; no token is dropped."""
-    rules = rule_set("experts", batch="data", experts="expert", mlp="tensor")
-    partitioner = Partitioner(make_mesh(mesh), rules)
-    moe = make_moe(CONFIGS[kind], partitioner)
-    x = np.random.default_rng(0).standard_normal((2, 9, 64)).astype(np.float32)
+@pytest.mark.parametrize(
+    ("kind", "mesh", "rules", "placement"),
+    chosen(
+        [*itertools.product(CONFIGS, MESHES, sharding_rules.strategies(), PLACEMENTS)],
+        ("gated", "", "inference", "once"),
+        ("clamped", "", "inference", "copies"),
+        ("clamped", "expert:4", "inference", "once"),
+        ("gated", "data:2,expert:2,tensor:2", "inference", "copies"),
+        ("clamped", "expert:2,tensor:2", "expert_sums", "copies"),
+    ),
+)
+def test_experts_on_meshes(kind: str, mesh: str, rules: str, placement: str):
+    """Each device computes its experts for tokens of its own or of others, whichever rules split them: none is dropped.
+
+    Nor is any changed where experts are in several slots. Tokens that are not valid get nothing.
+    """
+    config, slots = CONFIGS[kind], PLACEMENTS[placement]
+    moe = make_moe(config, Partitioner.create())
+    x = np.random.default_rng(0).standard_normal((4, 9, 64)).astype(np.float32)
     x[:, 4:] = x[:, 3:4]  # of many tokens the same experts
-    exact = expected(moe, x)
-    out = jax.jit(lambda x: moe(x))(x)
+    is_valid = np.ones(x.shape[:2], bool)
+    is_valid[0, 2], is_valid[1] = False, False
+    exact = np.where(is_valid[..., None], expected(moe, x), 0)
+    on_mesh = MoE(placed(config, slots), (0,), Partitioner.create(mesh, rules), **FLOAT32)
+    for name, whole in nnx.state(moe.experts, nnx.Param).items():
+        once = whole[...]
+        getattr(on_mesh.experts, name)[...] = once[jnp.array(slots)]
+    for name, whole in nnx.state(moe.router, nnx.Param).items():
+        getattr(on_mesh.router, name)[...] = whole[...]
+    routing = Routing(jnp.asarray(is_valid), num_experts=8)
+    out = jax.jit(lambda x: on_mesh(x, routing))(x)
     assert np.abs(out - exact).max() < 1e-5 * np.abs(exact).max()
+
+
+def test_the_tokens_of_an_expert_in_several_slots_take_turns():
+    """By their places, so that a token's slot does not depend on the others; and by data shards, which may have one."""
+    experts = MoE(placed(CONFIGS["gated"], PLACEMENTS["copies"]), (0,), Partitioner.create(), **FLOAT32).experts
+    picked = np.array([[0, 1], [0, 7], [5, 0], [7, 0]])
+    slots = np.asarray(experts._slots(jnp.asarray(np.stack([picked, picked]))))
+    np.testing.assert_array_equal(slots, [[[1, 2], [8, 10], [6, 9], [10, 1]], [[8, 2], [9, 0], [6, 1], [0, 8]]])
+
+
+def test_rules_that_split_tokens_over_a_part_of_the_experts_devices_are_refused():
+    """Some tokens would have to travel, and some sums to be added."""
+    rules = rule_set("halves", batch="data", experts=("data", "expert"))
+    needs = r"'halves' splits experts over \('data', 'expert'\) and batch over \('data',\), so over a part of them"
+    with pytest.raises(ValueError, match=needs):
+        make_moe(CONFIGS["gated"], Partitioner(make_mesh("data:2,expert:2"), rules))
 
 
 def route(x: np.ndarray, **moe: Any) -> tuple[np.ndarray, np.ndarray, Router]:
     router = Router(
-        MoEConfig(num_experts_per_token=3, mlp_dim=8, **moe), 64, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(1)
+        MoEConfig(num_experts_per_token=3, mlp_dim=8, **moe),
+        64,
+        Partitioner.create(),
+        dtype=jnp.dtype("float32"),
+        rngs=nnx.Rngs(1),
     )
     if router.choice_bias is not None:
         router.choice_bias[...] = jnp.asarray(np.random.default_rng(2).standard_normal(12), jnp.float32)
@@ -159,7 +213,12 @@ def test_groups_must_fit():
 
 def test_scores_that_are_all_zero_weigh_nothing():
     """And are not divided by their sum."""
-    router = Router(MoEConfig(num_experts=4, num_experts_per_token=2, mlp_dim=8, scoring="sigmoid"), 2, **FLOAT32)
+    router = Router(
+        MoEConfig(num_experts=4, num_experts_per_token=2, mlp_dim=8, scoring="sigmoid"),
+        2,
+        Partitioner.create(),
+        **FLOAT32,
+    )
     router.weight[...] = jnp.full((4, 2), -100.0)
     np.testing.assert_array_equal(router(jnp.ones((1, 2)))[1], 0)
 

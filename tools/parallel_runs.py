@@ -117,7 +117,7 @@ class FamilyRuns:
     def _runner(self, definition: ModelDefinition) -> Runner:
         partitioner = definition.partitioner
         weights = tuple(
-            jax.device_put(spec.repeat_kv_heads(jnp.asarray(array)), spec.sharding)
+            jax.device_put(spec.repeat(jnp.asarray(array)), spec.sharding)
             for spec, array in zip(definition.params, self._weights, strict=True)
         )
         num_pages = cdiv(_MAX_LEN, _PAGE_SIZE)

@@ -111,7 +111,7 @@ class Source:
         if self.format == HUGGING_FACE:
             whole = tuple(slice(0, size) for size in param.shape)
             return hf_reader.read(self._index, param, whole, self.dtypes[spec.path])
-        shape = orbax_weights.stored_param_shape(spec, self.definition.config.num_kv_heads)
+        shape = spec.shape_once(self.definition.config.num_kv_heads)
         data = orbax_weights.read(self.model_dir, spec.path, shape, self.stored_dtypes[spec.path])
         return hf_reader.cast(data, self.dtypes[spec.path], spec.path).reshape(param.shape)
 
@@ -239,7 +239,7 @@ def _write_orbax(source: Source, partial: pathlib.Path, progress: Advance) -> No
             by_path = {param.spec.path: param for param in group}
 
             def read(spec: ParamSpec, by_path: dict[str, StoredParam] = by_path) -> np.ndarray:
-                return source.read(by_path[spec.path]).reshape(orbax_weights.stored_param_shape(spec, num_kv_heads))
+                return source.read(by_path[spec.path]).reshape(spec.shape_once(num_kv_heads))
 
             orbax_weights.add(partial, [param.spec for param in group], read)
             host_memory.give_back()

@@ -63,11 +63,23 @@ def _load(index: TensorIndex, param: StoredParam, num_kv_heads: int) -> jax.Arra
     shards: dict[jax.Device, jax.Array] = {}
     for key, devices in _devices_by_slices(param, num_kv_heads).items():
         # Heads apart again. A KV head that is repeated is alone on each of its devices, so none is repeated here.
-        data = read(index, param, tuple(slice(*ends) for ends in key), spec.dtype).reshape(shard_shape)
+        data = _read_slots(index, param, tuple(slice(*ends) for ends in key), spec.dtype).reshape(shard_shape)
         shards |= {device: jax.device_put(data, device) for device in devices}
         jax.block_until_ready(list(shards.values()))
     in_order = [shards[device] for device in spec.sharding.addressable_devices_indices_map(spec.shape)]
     return jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, in_order, dtype=spec.dtype)
+
+
+def _read_slots(index: TensorIndex, param: StoredParam, slices: Slices, dtype: jnp.dtype) -> np.ndarray:
+    """As `read`, but of the parameter's own slots, if it has experts."""
+    first, *others = param.runs(slices)
+    if not others:
+        return read(index, param, first, dtype)
+    whole, end = np.empty([s.stop - s.start for s in slices], dtype), 0
+    for run in (first, *others):
+        start, end = end, end + run[0].stop - run[0].start
+        whole[start:end] = read(index, param, run, dtype)
+    return whole
 
 
 def _devices_by_slices(param: StoredParam, num_kv_heads: int) -> dict[tuple[tuple[int, int], ...], list[jax.Device]]:

@@ -137,7 +137,7 @@ def _header(whole: Mapping[str, list[StoredParam]], dtypes: Mapping[str, np.dtyp
 
 
 def _stored(param: StoredParam, array: jax.Array, num_kv_heads: int) -> np.ndarray:
-    """The parameter on the host as the file has it: one copy of each KV head, heads merged."""
+    """The parameter on the host as the file has it: one copy of each KV head and expert, heads merged."""
     # A jax.Array keeps the host copy that NumPy asks it for; this one, over the same shards, is soon forgotten.
     shards = [shard.data for shard in array.addressable_shards]
     data = np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
@@ -145,4 +145,6 @@ def _stored(param: StoredParam, array: jax.Array, num_kv_heads: int) -> np.ndarr
         slice(None, None, size // num_kv_heads if axis == ax.KV_HEADS else 1)
         for size, axis in zip(param.spec.shape, param.spec.axes, strict=True)
     )
+    if not param.spec.is_as_stored:
+        data = data[[param.spec.placement.index(expert) for expert in range(param.shape[0])]]
     return np.ascontiguousarray(data[one_copy]).reshape(param.shape)

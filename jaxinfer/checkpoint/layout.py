@@ -1,12 +1,13 @@
 """How a parameter lies in checkpoint tensors.
 
 Parameters keep heads apart, [heads, head_dim, embed], so that a mesh splits whole heads; a Hugging Face
-tensor has them merged, [heads * head_dim, embed]. A KV head that is repeated over devices is stored once. Several
-parameters may lie in one tensor, one after the other along its rows; one parameter may lie in several tensors, an
-expert in each; and a tensor may be the transpose of what it holds.
+tensor has them merged, [heads * head_dim, embed]. A KV head or an expert that is repeated over devices is stored once.
+Several parameters may lie in one tensor, one after the other along its rows; one parameter may lie in several tensors,
+an expert in each; and a tensor may be the transpose of what it holds.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -45,8 +46,21 @@ class StoredParam:
         return self.shape[1:] if self.is_stacked else self.shape
 
     def slices(self, shard: Slices, num_kv_heads: int) -> Slices:
-        """Of `shape`, behind the shard of the parameter."""
+        """Of `shape`, behind the shard of the parameter; but its slots where experts lie elsewhere: see `runs`."""
         return stored_slices(shard, self.spec.shape, self.spec.axes, num_kv_heads)
+
+    def runs(self, slices: Slices) -> list[Slices]:
+        """Slices of `shape` that, one after the other, are these of the parameter, whose experts lie elsewhere.
+
+        Slots 0:4 with the experts 2, 3, 0, 3 -> the experts 2:4, 0:1 and 3:4
+        """
+        if self.spec.is_as_stored:
+            return [slices]
+        slots, *others = slices
+        experts = self.spec.placement[slots]
+        starts = [i for i, expert in enumerate(experts) if i == 0 or expert != experts[i - 1] + 1]
+        ends = itertools.pairwise([*starts, len(experts)])
+        return [(slice(experts[start], experts[stop - 1] + 1), *others) for start, stop in ends]
 
     def pieces(self, slices: Slices) -> list[tuple[str, Slices]]:
         """What to read for these slices of `shape`: tensors, and slices of them."""
@@ -93,7 +107,7 @@ def stored_params(definition: ModelDefinition) -> tuple[StoredParam, ...]:
 
 def _stored_param(spec: ParamSpec, part: TensorPart, num_kv_heads: int) -> StoredParam:
     """The first of its tensor."""
-    shape, is_stacked = stored_shape(spec.shape, spec.axes, num_kv_heads), EXPERT in part.name
+    shape, is_stacked = stored_shape(spec.shape_once(num_kv_heads), spec.axes, num_kv_heads), EXPERT in part.name
     tensors = [part.name.replace(EXPERT, str(expert)) for expert in range(shape[0] if is_stacked else 1)]
     return StoredParam(spec, tuple(tensors), shape, 0, is_stacked, part.is_transposed)
 

@@ -1,7 +1,7 @@
 """Weights as an Orbax checkpoint: written one at a time, restored straight into any sharding.
 
 The tree is the model's own: `layers/0/mlp/up/weight` is the leaf "weight" of "up" of "mlp"... Each leaf has the
-parameter's shape, [heads, head_dim, embed] and the like, every KV head once.
+parameter's shape, [heads, head_dim, embed] and the like, every KV head and every expert once.
 """
 
 import pathlib
@@ -56,7 +56,7 @@ def load(
 ) -> tuple[jax.Array, ...]:
     """The arrays of `definition.params`, in their order, dtypes and shardings, whatever mesh wrote them.
 
-    As `hf_reader.load_weights`. A KV head that the mesh repeats is restored to all devices first.
+    As `hf_reader.load_weights`. What the mesh repeats is restored to all devices first.
     """
     num_kv_heads, done, total = definition.config.num_kv_heads, 0, definition.weight_bytes
     arrays: dict[str, jax.Array] = {}
@@ -65,8 +65,8 @@ def load(
         restored = _flat(_restore(model_dir, abstract), abstract)
         for spec in group:
             array = restored[spec.path]
-            if array.shape != spec.shape:
-                array = jax.jit(spec.repeat_kv_heads, out_shardings=spec.sharding)(array)
+            if _is_repeated(spec, num_kv_heads):
+                array = jax.jit(spec.repeat, out_shardings=spec.sharding)(array)
             arrays[spec.path] = array
             done += spec.num_bytes
         jax.block_until_ready([arrays[spec.path] for spec in group])
@@ -81,15 +81,14 @@ def read(model_dir: pathlib.Path, path: str, shape: tuple[int, ...], dtype: np.d
     return _flat(_restore(model_dir, abstract), abstract)[path]
 
 
-def stored_param_shape(spec: ParamSpec, num_kv_heads: int) -> tuple[int, ...]:
-    """With every KV head once."""
-    return tuple(num_kv_heads if axis == ax.KV_HEADS else n for axis, n in zip(spec.axes, spec.shape, strict=True))
-
-
 def _abstract(spec: ParamSpec, num_kv_heads: int) -> jax.ShapeDtypeStruct:
-    shape = stored_param_shape(spec, num_kv_heads)
-    sharding = spec.sharding if shape == spec.shape else NamedSharding(spec.sharding.mesh, PartitionSpec())
-    return jax.ShapeDtypeStruct(shape, spec.dtype, sharding=sharding)
+    is_repeated = _is_repeated(spec, num_kv_heads)
+    sharding = NamedSharding(spec.sharding.mesh, PartitionSpec()) if is_repeated else spec.sharding
+    return jax.ShapeDtypeStruct(spec.shape_once(num_kv_heads), spec.dtype, sharding=sharding)
+
+
+def _is_repeated(spec: ParamSpec, num_kv_heads: int) -> bool:
+    return spec.shape_once(num_kv_heads) != spec.shape or not spec.is_as_stored
 
 
 def _chunks(spec: ParamSpec, array: np.ndarray) -> ocp.options.ArrayOptions.Saving.StorageOptions:

@@ -54,7 +54,7 @@ def about_params(definition: ModelDefinition, dtypes: dict[str, np.dtype]) -> di
 
 def _shapes(definition: ModelDefinition) -> dict[str, list[int]]:
     num_kv_heads = definition.config.num_kv_heads
-    return {spec.path: list(orbax_weights.stored_param_shape(spec, num_kv_heads)) for spec in definition.params}
+    return {spec.path: list(spec.shape_once(num_kv_heads)) for spec in definition.params}
 
 
 def check_matches(model_dir: pathlib.Path, definition: ModelDefinition) -> None:

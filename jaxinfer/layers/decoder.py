@@ -13,7 +13,7 @@ from jaxinfer.layers.attention_block import Attend, AttentionBlock
 from jaxinfer.layers.embedding import Embedding, PositionEmbedding
 from jaxinfer.layers.latent_attention import LatentAttention
 from jaxinfer.layers.mlp import MLP
-from jaxinfer.layers.moe import MoE
+from jaxinfer.layers.moe import MoE, Routing
 from jaxinfer.layers.norm import LayerNorm, RMSNorm
 from jaxinfer.layers.rope import inverse_frequencies, rotation
 from jaxinfer.partitioning import Partitioner
@@ -40,13 +40,16 @@ class Block(nnx.Module):
         self.mlp = _mlp(config, layers, partitioner, dtype, rngs)
         self.mlp_post_norm = norm() if config.norms_after else None
 
-    def __call__(self, x: jax.Array, rope: Rope, slot: int, attend: Attend) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, rope: Rope, slot: int, attend: Attend, routing: Routing | None = None
+    ) -> jax.Array:
         """[B, T, D] -> the same."""
         with jax.named_scope("attention"):
             added = self.attention(_apply(self.attention_norm, x), rope, slot, attend)
             x = x + _apply(self.attention_post_norm, added)
         with jax.named_scope("mlp"):
-            added = self.mlp(_apply(self.mlp_norm, x))
+            normal = _apply(self.mlp_norm, x)
+            added = self.mlp(normal) if isinstance(self.mlp, MLP) else self.mlp(normal, routing, slot)
             return x + _apply(self.mlp_post_norm, added)
 
 
@@ -58,9 +61,18 @@ class DenseOrExperts(nnx.Module):
         self.dense = dense
         self.sparse = sparse
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, routing: Routing | None = None, slot: int = 0) -> jax.Array:
         """[B, T, D] -> the same."""
-        return on_stage(lambda has_experts: (self.sparse if has_experts else self.dense)(x), self.has_experts)
+
+        def compute(has_experts: bool) -> tuple[jax.Array, jax.Array | None]:
+            of_stage = routing and routing.fresh()  # what one stage counts must not be seen on another
+            out = self.sparse(x, of_stage, slot) if has_experts else self.dense(x)
+            return out, of_stage and of_stage.counts(slot)
+
+        out, counts = on_stage(compute, self.has_experts)
+        if routing is not None and counts is not None:
+            routing.add_counts(slot, counts)
+        return out
 
 
 class Decoder(nnx.Module):
@@ -99,8 +111,13 @@ class Decoder(nnx.Module):
                 x = x + self.position_embedding(positions)
             return self.partitioner.constrain(x, (ax.BATCH, None, ax.EMBED))
 
-    def run_layers(self, x: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
-        """x [B, T, D], positions int32 [B, T] -> [B, T, D] behind the layers of a stage."""
+    def run_layers(
+        self, x: jax.Array, positions: jax.Array, attend: Attend, routing: Routing | None = None
+    ) -> jax.Array:
+        """x [B, T, D], positions int32 [B, T] -> [B, T, D] behind the layers of a stage.
+
+        Without `routing` all tokens are real.
+        """
 
         configs = [[self.config.layer_rope(layer) for layer in layers] for layers in self.in_slots]
         ropes = {
@@ -108,7 +125,8 @@ class Decoder(nnx.Module):
         }
         for slot, block in enumerate(self.layers):
             with jax.named_scope(f"layer_{slot}"):
-                x = block(x, on_stage(ropes.__getitem__, configs[slot]), slot, attend)
+                routed = () if routing is None else (routing,)
+                x = block(x, on_stage(ropes.__getitem__, configs[slot]), slot, attend, *routed)
         return x
 
     def finish(self, x: jax.Array) -> jax.Array:
@@ -150,7 +168,7 @@ def _mlp(
         return MLP(config.embed_dim, config.mlp_dim, partitioner, **kind, dtype=dtype, rngs=rngs)
 
     def experts() -> MoE:
-        return MoE(config, partitioner, dtype=dtype, rngs=rngs)
+        return MoE(config, layers, partitioner, dtype=dtype, rngs=rngs)
 
     has_experts = tuple(map(config.has_experts, layers))
     if len(set(has_experts)) > 1:

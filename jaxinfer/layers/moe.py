@@ -6,32 +6,73 @@ from flax import nnx
 from jax import lax
 
 from jaxinfer.config import ModelConfig, MoEConfig
-from jaxinfer.layers.mlp import ACTIVATIONS, MLP
+from jaxinfer.layers.experts import ClampedExperts, GatedExperts
+from jaxinfer.layers.mlp import MLP
 from jaxinfer.layers.param import param
 from jaxinfer.partitioning import Partitioner
-from pallas_kernels.grouped_map.xla import grouped_map
 from pallas_kernels.matmul import contract
 from sharding_rules import axes as ax
 
 _TINY = 1e-20  # so that weights that are all zero stay so
 
 
+class Routing:
+    """Which of a step's tokens are real, and how many of them each expert gets.
+
+    An object of the trace: each slot for layers (`stages`) adds its own.
+    """
+
+    def __init__(self, is_valid: jax.Array, num_experts: int):
+        self.is_valid = is_valid  # bool [B, T]
+        self._num_experts = num_experts
+        self._counts: dict[int, jax.Array] = {}
+
+    def add(self, slot: int, experts: jax.Array) -> None:
+        """Those of a slot, int32 [B, T, k], of which the real tokens' count."""
+        is_picked = self.is_valid[..., None, None] & (experts[..., None] == jnp.arange(self._num_experts))
+        self._counts[slot] = jnp.sum(is_picked, axis=(1, 2), dtype=jnp.int32)
+
+    def add_counts(self, slot: int, counts: jax.Array) -> None:
+        """int32 [B, E]."""
+        self._counts[slot] = counts
+
+    def counts(self, slot: int) -> jax.Array:
+        """int32 [B, E]; zero of a slot without experts."""
+        none = jnp.zeros((len(self.is_valid), self._num_experts), jnp.int32)
+        return self._counts.get(slot, none)
+
+    def fresh(self) -> "Routing":
+        """Of the same tokens, with nothing counted."""
+        return Routing(self.is_valid, self._num_experts)
+
+
 class MoE(nnx.Module):
     """The sum of a token's experts, each by its weight, and of the shared ones, through which every token goes."""
 
-    def __init__(self, config: ModelConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: tuple[int, ...],
+        partitioner: Partitioner,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         assert config.moe is not None
         moe = config.moe
-        self.router = Router(moe, config.embed_dim, dtype=dtype, rngs=rngs)
+        self.router = Router(moe, config.embed_dim, partitioner, dtype=dtype, rngs=rngs)
         kind = GatedExperts if moe.swiglu_limit is None else ClampedExperts
-        self.experts = kind(config, moe, partitioner, dtype=dtype, rngs=rngs)
+        self.experts = kind(config, moe, layers, partitioner, dtype=dtype, rngs=rngs)
         shared = {"activation": config.activation, "is_gated": True, "use_bias": config.mlp_bias}
         sizes = (config.embed_dim, moe.shared_mlp_dim)
         self.shared = MLP(*sizes, partitioner, **shared, dtype=dtype, rngs=rngs) if moe.shared_mlp_dim else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, T, D] -> [B, T, D]."""
-        out = self.experts(x, *self.router(x))
+    def __call__(self, x: jax.Array, routing: Routing | None = None, slot: int = 0) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]. Without `routing` all tokens are real."""
+        experts, weights = self.router(x)
+        if routing is not None:
+            routing.add(slot, experts)
+        out = self.experts(x, experts, weights, None if routing is None else routing.is_valid)
         return out if self.shared is None else out + self.shared(x)
 
 
@@ -42,9 +83,9 @@ class Router(nnx.Module):
     arXiv:2412.19437) is added to the scores by which experts are picked, and not to those that weigh them.
     """
 
-    def __init__(self, moe: MoEConfig, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, moe: MoEConfig, embed_dim: int, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         # Without the name of the experts' axis: every device picks for its own tokens among all.
-        self.moe = moe
+        self.moe, self.partitioner = moe, partitioner
         self.weight = param(((None, moe.num_experts), (ax.EMBED, embed_dim)), dtype, rngs)
         self.bias = param(((None, moe.num_experts),), dtype, rngs, "zeros") if moe.router_bias else None
         # Never rounded: it decides between scores that are close.
@@ -57,8 +98,14 @@ class Router(nnx.Module):
         logits = contract(x, self.weight[...], jnp.float32)
         if self.bias is not None:
             logits += self.bias[...].astype(jnp.float32)
+        tokens, whole = self.partitioner.spec((ax.BATCH,)), self.partitioner.spec(())
+        pick = self.partitioner.shard_map(self._pick, in_specs=(tokens, whole), out_specs=(tokens, tokens))
+        return pick(logits, None if self.choice_bias is None else self.choice_bias[...])
+
+    def _pick(self, logits: jax.Array, choice_bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """In each data shard by itself: XLA would gather the tokens of all for a top-k."""
         scores = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[self.moe.scoring](logits)
-        choice = scores if self.choice_bias is None else scores + self.choice_bias[...]
+        choice = scores if choice_bias is None else scores + choice_bias
         _, experts = lax.top_k(self._of_best_groups(choice), self.moe.num_experts_per_token)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if self.moe.normalize:
@@ -74,118 +121,3 @@ class Router(nnx.Module):
         _, best = lax.top_k(of_group, self.moe.groups_per_token)
         is_best = jnp.any(best[..., None] == jnp.arange(self.moe.num_groups), axis=-2)
         return jnp.where(is_best[..., None], grouped, -jnp.inf).reshape(scores.shape)
-
-
-class Experts(nnx.Module):
-    """What experts of all kinds have in common: weights of all lie in one array, [experts, embed, mlp] and the like.
-
-    A device computes what its experts, and its parts of them, add to each token that it has; the sum over devices is
-    one all-reduce. No token is dropped, however many pick the same expert.
-    """
-
-    def __init__(self, partitioner: Partitioner):
-        self.partitioner = partitioner
-
-    def __call__(self, x: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
-        """x [B, T, D], experts int32 and weights float32 [B, T, k] -> [B, T, D]."""
-        params = {name: (p[...], p.get_metadata("logical_axes")) for name, p in self._params().items()}
-        arrays, axes = ({name: pair[i] for name, pair in params.items()} for i in (0, 1))
-        spec = self.partitioner.spec
-        tokens = spec((ax.BATCH, None, None))
-        in_specs = (tokens, tokens, tokens, {name: spec(of) for name, of in axes.items()})
-        compute = self.partitioner.shard_map(self._compute_local, in_specs=in_specs, out_specs=tokens)
-        return compute(x, experts, weights, arrays)
-
-    def _params(self) -> dict[str, nnx.Param]:
-        """Of all experts, "down" among them."""
-        raise NotImplementedError
-
-    def _expert(self, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        """One expert's part of [rows, D] -> [rows, D], to be summed over the devices that have the others."""
-        raise NotImplementedError
-
-    def _compute_local(self, x, experts, weights, params):
-        """Tokens sorted by expert, so that those of an expert are rows of one product."""
-        num_local, k = params["down"].shape[0], experts.shape[-1]
-        local = experts.reshape(-1) - self._first_expert(num_local)
-        is_here = (local >= 0) & (local < num_local)
-        local = jnp.where(is_here, local, num_local)  # behind all that are computed
-        order = jnp.argsort(local)
-        sizes = jnp.sum(local[:, None] == jnp.arange(num_local), axis=0, dtype=jnp.int32)
-        rows = x.reshape(-1, x.shape[-1])[order // k]
-        out = grouped_map(self._expert, params, rows, sizes)[jnp.argsort(order)].astype(jnp.float32)
-        out = jnp.where(is_here[:, None], out, 0) * weights.reshape(-1, 1)
-        out = jnp.sum(out.reshape(-1, k, x.shape[-1]), axis=1).astype(x.dtype).reshape(x.shape)
-        split = (*self._mesh_axes(ax.EXPERTS), *self._mesh_axes(ax.EXPERT_MLP))
-        return lax.psum(out, split) if split else out
-
-    def _first_expert(self, num_local: int) -> jax.Array | int:
-        axes = self._mesh_axes(ax.EXPERTS)
-        return lax.axis_index(axes) * num_local if axes else 0
-
-    def _mesh_axes(self, logical_axis: str) -> tuple[str, ...]:
-        """Those that split it; none on a single device, where nothing is mapped over the mesh."""
-        return self.partitioner.mesh_axes(logical_axis) if self.partitioner.mesh.size > 1 else ()
-
-
-class GatedExperts(Experts):
-    """Each down(activation(gate(x)) * up(x))."""
-
-    def __init__(
-        self, config: ModelConfig, moe: MoEConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
-        super().__init__(partitioner)
-        experts, embed, mlp = (ax.EXPERTS, moe.num_experts), (ax.EMBED, config.embed_dim), (ax.EXPERT_MLP, moe.mlp_dim)
-        share = moe.num_experts_per_token / moe.num_experts
-        self.activation = ACTIVATIONS[config.activation]
-        self.gate = param((experts, mlp, embed), dtype, rngs, read_share=share)
-        self.up = param((experts, mlp, embed), dtype, rngs, read_share=share)
-        self.down = param((experts, embed, mlp), dtype, rngs, read_share=share)
-
-    def _params(self) -> dict[str, nnx.Param]:
-        return {"gate": self.gate, "up": self.up, "down": self.down}
-
-    def _expert(self, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        hidden = self.activation(contract(x, params["gate"])) * contract(x, params["up"])
-        return contract(hidden, params["down"])
-
-
-class ClampedExperts(Experts):
-    """gpt-oss' (arXiv:2508.10925), each down(`clamped_swiglu`(gate(x), up(x))), with biases.
-
-    Gate and up are one array, a hidden unit's two rows neighbours, as in the checkpoint: so a mesh splits whole pairs.
-    """
-
-    def __init__(
-        self, config: ModelConfig, moe: MoEConfig, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
-        super().__init__(partitioner)
-        experts, embed, mlp = (ax.EXPERTS, moe.num_experts), (ax.EMBED, config.embed_dim), (ax.EXPERT_MLP, moe.mlp_dim)
-        share = moe.num_experts_per_token / moe.num_experts
-        self.moe = moe
-        self.gate_up = param((experts, mlp, (None, 2), embed), dtype, rngs, read_share=share)
-        self.gate_up_bias = param((experts, mlp, (None, 2)), dtype, rngs, "zeros", read_share=share)
-        self.down = param((experts, embed, mlp), dtype, rngs, read_share=share)
-        self.down_bias = param((experts, embed), dtype, rngs, "zeros", read_share=share)
-
-    def _params(self) -> dict[str, nnx.Param]:
-        biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
-        return {"gate_up": self.gate_up, "down": self.down} | biases
-
-    def _expert(self, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        bias = params["gate_up_bias"]  # [F, 2]
-        pairs = contract(x, params["gate_up"].reshape(bias.size, -1)).reshape(-1, *bias.shape) + bias
-        assert self.moe.swiglu_limit is not None
-        hidden = clamped_swiglu(pairs[..., 0], pairs[..., 1], self.moe.swiglu_alpha, self.moe.swiglu_limit)
-        return contract(hidden, params["down"]) + self._on_one_device(params["down_bias"])
-
-    def _on_one_device(self, bias: jax.Array) -> jax.Array:
-        """Of those that split the hidden units, and whose parts are summed; zero on the others."""
-        axes = self._mesh_axes(ax.EXPERT_MLP)
-        return jnp.where(lax.axis_index(axes) == 0, bias, 0) if axes else bias
-
-
-def clamped_swiglu(gate: jax.Array, up: jax.Array, alpha: float, limit: float) -> jax.Array:
-    """(up + 1) * gate * sigmoid(alpha * gate), gate at most `limit` and up within it: gpt-oss' (arXiv:2508.10925)."""
-    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)

@@ -22,6 +22,7 @@ from typing import Protocol
 import jax
 
 from jaxinfer.layers.attention_block import Attend
+from jaxinfer.layers.moe import Routing
 
 
 class Decoder(Protocol):
@@ -35,8 +36,13 @@ class Decoder(Protocol):
         """tokens, positions int32 [B, T] -> [B, T, D]."""
         ...
 
-    def run_layers(self, x: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
-        """x [B, T, D], positions int32 [B, T] -> [B, T, D]; of a pipeline the layers of this device's stage."""
+    def run_layers(
+        self, x: jax.Array, positions: jax.Array, attend: Attend, routing: Routing | None = None
+    ) -> jax.Array:
+        """x [B, T, D], positions int32 [B, T] -> [B, T, D]; of a pipeline the layers of this device's stage.
+
+        Only a model with experts is given `routing`.
+        """
         ...
 
     def finish(self, x: jax.Array) -> jax.Array:

@@ -24,15 +24,20 @@ def tile_rows(num_rows: int, num_groups: int) -> int:
 
 
 def grouped_map(
-    function: Callable[[Any, jax.Array], jax.Array], params: Any, x: jax.Array, group_sizes: jax.Array
+    function: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    x: jax.Array,
+    group_sizes: jax.Array,
+    num_expected: int | None = None,
 ) -> jax.Array:
     """function(params of its group, row) of each row of x [R, I], sorted by group -> [R, O].
 
     `params` is a tree of arrays [G, ...], group_sizes int32 [G]. The function takes some rows at once, [rows, I] ->
-    [rows, O], each by itself. Rows beyond the last group's are whatever: neither zero nor right.
+    [rows, O], each by itself. Rows beyond the last group's are whatever: neither zero nor right. There are about
+    `num_expected` before them; None: all are.
     """
     num_rows, num_groups = x.shape[0], group_sizes.shape[0]
-    tile = tile_rows(num_rows, num_groups)
+    tile = tile_rows(num_expected or num_rows, num_groups)
     num_tiles = -(-group_sizes // tile)
     tiles = token_places(num_tiles, max_num_tiles(num_rows, num_groups, tile))
     first_rows = jnp.cumsum(group_sizes) - group_sizes

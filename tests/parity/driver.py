@@ -75,19 +75,22 @@ def read_config(model_dir: pathlib.Path) -> ModelConfig:
     return models.for_architecture(hf.architecture).parse_config(hf)
 
 
-def load(model_dir: pathlib.Path, mesh: str = "") -> tuple[ModelDefinition, Arrays]:
+def load(model_dir: pathlib.Path, mesh: str = "", sharding: str = "auto") -> tuple[ModelDefinition, Arrays]:
     """The model in float32 over `mesh`."""
-    definition = load_definition(model_dir, mesh)
+    definition = load_definition(model_dir, mesh, sharding)
     return definition, load_weights(model_dir, definition)
 
 
-def load_definition(model_dir: pathlib.Path, mesh: str = "") -> ModelDefinition:
-    return ModelDefinition.create(read_config(model_dir), Partitioner.create(mesh), jnp.dtype("float32"))
+def load_definition(model_dir: pathlib.Path, mesh: str = "", sharding: str = "auto") -> ModelDefinition:
+    return ModelDefinition.create(read_config(model_dir), Partitioner.create(mesh, sharding), jnp.dtype("float32"))
 
 
-def make_runner(definition: ModelDefinition, weights: Arrays, shapes: Shapes) -> Runner:
+def make_runner(
+    definition: ModelDefinition, weights: Arrays, shapes: Shapes, *, counts_experts: bool = False
+) -> Runner:
     """Not compiled yet."""
-    return Runner(definition, weights, cache_spec(definition, shapes), _buckets(definition, shapes), backend="xla")
+    spec, buckets = cache_spec(definition, shapes), _buckets(definition, shapes)
+    return Runner(definition, weights, spec, buckets, backend="xla", counts_experts=counts_experts)
 
 
 def step_programs(definition: ModelDefinition, shapes: Shapes) -> StepPrograms:
