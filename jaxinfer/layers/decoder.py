@@ -56,8 +56,9 @@ class Block(nnx.Module):
 class DenseOrExperts(nnx.Module):
     """The MLP of a slot that is dense on some stages of a pipeline and a mixture of experts on others."""
 
-    def __init__(self, has_experts: tuple[bool, ...], dense: MLP, sparse: MoE):
+    def __init__(self, has_experts: tuple[bool, ...], dense: MLP, sparse: MoE, partitioner: Partitioner):
         self.has_experts = has_experts
+        self.partitioner = partitioner
         self.dense = dense
         self.sparse = sparse
 
@@ -67,7 +68,9 @@ class DenseOrExperts(nnx.Module):
         def compute(has_experts: bool) -> tuple[jax.Array, jax.Array | None]:
             of_stage = routing and routing.fresh()  # what one stage counts must not be seen on another
             out = self.sparse(x, of_stage, slot) if has_experts else self.dense(x)
-            return out, of_stage and of_stage.counts(slot)
+            # Laid out alike on all stages, or XLA refuses the branch.
+            counts = of_stage and self.partitioner.constrain(of_stage.counts(slot), (ax.BATCH, None))
+            return self.partitioner.constrain(out, (ax.BATCH, None, ax.EMBED)), counts
 
         out, counts = on_stage(compute, self.has_experts)
         if routing is not None and counts is not None:
@@ -172,7 +175,7 @@ def _mlp(
 
     has_experts = tuple(map(config.has_experts, layers))
     if len(set(has_experts)) > 1:
-        return DenseOrExperts(has_experts, dense(), experts())
+        return DenseOrExperts(has_experts, dense(), experts(), partitioner)
     return experts() if has_experts[0] else dense()
 
 
