@@ -24,7 +24,7 @@ from sharding_rules import axes as ax
 from tests import published
 from tests.compiled_steps import CONFIG, SHAPES, compile_step
 
-PAGE_SIZE, NUM_COLUMNS = 4, 24
+PAGE_SIZE, NUM_COLUMNS = 4, 23  # which no number of devices divides
 NUM_ROWS, NUM_PROMPTS, NUM_TOKENS = 4, 3, 40  # of each data shard; the tokens are the prompts', some of them padding
 PAGES_EACH = 1 + (NUM_ROWS + NUM_PROMPTS) * NUM_COLUMNS  # of a device, so that one could have all
 
@@ -198,9 +198,10 @@ def test_a_device_loops_over_its_own_pages_only(
     )
     tables = np.array([[(1 + column) * 8 + device for column, device in enumerate(placed)]], np.int32)
     q, pages, positions = jnp.ones((1, 1, 1, 8)), jnp.ones((65, 1, 16, 8)), jnp.array([[64 * 16 - 1]], jnp.int32)
+    attend = jax.jit(functools.partial(backend("xla").partial_paged_attention, spec=spec))
     found = []
     for rows, columns in zip(*own(tables, 8), strict=True):
-        backend("xla").partial_paged_attention(q, pages, None, *map(jnp.asarray, (rows, columns)), positions, spec=spec)
+        attend(q, pages, None, rows, columns, positions)
         jax.effects_barrier()
         found.append(len(num_blocks))
         num_blocks.clear()

@@ -66,13 +66,18 @@ def test_the_workspace_of_attention():
         ("whole", {}, "", {"max_num_seqs": 32, "max_num_batched_tokens": 16}),
         ("blocks", {"vocab_size": 64_000}, "", {"max_model_len": 64}),
         ("blocks", {"vocab_size": 64_000}, "tensor:2", {"max_model_len": 64}),
+        ("whole", {}, "context:4", {"max_num_seqs": 4, "max_num_batched_tokens": 64}),
+        ("blocks", {}, "context:4", {}),
         ("blocks", {"mlp_dim": 8192}, "", {"max_model_len": 128}),
         ("blocks", {"moe": EXPERTS}, "", {"max_model_len": 128}),
         ("blocks", WIDE, "expert:4", {"max_model_len": 128}),
         *chosen([("blocks", {"moe": EXPERTS}, "expert:4", {"max_model_len": 128, "rules": "expert_sums"})]),
     ],
-    ids=["blocks", "blocks on a mesh", "chunks' scores", "rows' pages", "logits", "logits of a mesh", "mlp", "experts"]
-    + ["experts' rows that travel", *chosen(["one expert on each device"])],
+    ids=(
+        "blocks,blocks on a mesh,chunks' scores,rows' pages,logits,logits of a mesh,parts' scores,parts,mlp,experts,"
+        "experts' rows that travel"
+    ).split(",")
+    + chosen(["one expert on each device"]),
 )
 def test_the_workspace_is_what_compiled_steps_allocate(
     contexts: str, model: dict[str, Any], mesh: str, flags: dict[str, Any], request: pytest.FixtureRequest
@@ -83,7 +88,7 @@ def test_the_workspace_is_what_compiled_steps_allocate(
     wanted = demand(dataclasses.replace(SMALL, **model), mesh, **flags)
     plan, config = wanted.plan(), wanted.config
     assert config.max_model_len is not None
-    rows = plan.num_pages // (config.max_model_len // 16)
+    rows = plan.pages_per_shard // (config.max_model_len // 16)
     shapes = driver.Shapes(
         rows=rows,
         max_len=config.max_model_len,

@@ -53,6 +53,15 @@ def test_spec_names_mesh_axes():
     assert (partitioner.axis_size("tensor"), partitioner.axis_size("context")) == (4, 1)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "axes"),
+    [("data:2,tensor:2", ()), ("data:2,context:2", ("context",)), ("context:1,tensor:2", ()), ("expert:2", ())],
+)
+def test_pages_of_a_sequence_are_over_what_splits_pages_and_not_sequences(mesh: str, axes: tuple[str, ...]):
+    partitioner = Partitioner.create(mesh)
+    assert (partitioner.context_axes, partitioner.context_size) == (axes, 2 ** len(axes))
+
+
 def test_one_axis_over_two_mesh_axes():
     rules = rule_set("wide", vocab=("data", "tensor"))
     partitioner = Partitioner(make_mesh("data:2,tensor:4"), rules)

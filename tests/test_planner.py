@@ -97,6 +97,18 @@ def test_what_does_not_fit_says_how_far_it_is_off(changes: dict[str, Any], messa
         plan(**changes)
 
 
+def test_devices_that_share_a_sequences_pages_hold_them_together():
+    """21 pages over four devices: 6 on each, and a scratch page; a sequence's 7 take two of each."""
+    over_four = plan(context_size=4)
+    assert (over_four.num_pages, over_four.pages_per_shard) == (1 + 6, 4 * 7)
+    assert (over_four.num_cache_tokens, over_four.max_concurrency) == (4 * 6 * 16, 3)
+    assert plan(context_size=4, free_bytes=70_000).num_pages == 3
+    message = r"less than the 3000 bytes that one sequence of --max_model_len=100 needs of each of its 4 devices$"
+    for too_little in ({"free_bytes": 69_000}, {"kv_cache_bytes": 2_999}):
+        with pytest.raises(ValueError, match=message):
+            plan(context_size=4, **too_little)
+
+
 def test_what_just_fits():
     assert plan(free_bytes=80_000, kv_cache_bytes=12_000).cache_bytes == 12_000
     assert plan(free_bytes=80_000, memory_fraction=0.85).num_pages == 8
