@@ -115,7 +115,9 @@ def _with_experts_placed(
         if config.expert_counts:
             raise ValueError(f"--expert_counts: {model.family} has no experts here; leave it out")
         if config.expert_placement is not None:
-            raise ValueError(f"--expert_placement={config.expert_placement}: {model.family} has no experts here")
+            raise ValueError(
+                f"--expert_placement={config.expert_placement}: {model.family} has no experts here; leave it out"
+            )
     elif config.expert_placement is not None:
         path, num_devices = pathlib.Path(config.expert_placement).expanduser(), partitioner.num_shards(ax.EXPERTS)
         placements = expert_placement.read(path, model, num_devices)
