@@ -80,11 +80,13 @@ def test_saving_drops_the_copies(model_dir: pathlib.Path, tmp_path: pathlib.Path
 def test_a_permutation_of_the_experts_is_no_identity(model_dir: pathlib.Path, tmp_path: pathlib.Path):
     """Of the same shape as without, so nothing else would tell."""
     definition = define(model_dir, tuple(reversed(range(8))))
-    arrays = reader.load_weights(model_dir, definition)
-    of_experts = {s.path: a for s, a in zip(definition.params, arrays, strict=True) if "experts/" in s.path}
-    once = dict(zip((s.path for s in definition.params), driver.load(model_dir)[1], strict=True))
-    for path, array in of_experts.items():
-        np.testing.assert_array_equal(array, np.asarray(once[path])[::-1])
+    once = dict(zip((spec.path for spec in definition.params), driver.load(model_dir)[1], strict=True))
+    conversion.convert(conversion.Source.open(model_dir), tmp_path / "orbax", lambda done, total: None)
+    for directory in (tmp_path / "orbax", model_dir):
+        arrays = reader.load_weights(directory, definition)
+        for spec, array in zip(definition.params, arrays, strict=True):
+            if "experts/" in spec.path:
+                np.testing.assert_array_equal(array, np.asarray(once[spec.path])[::-1])
     hf_writer.write_model(tmp_path / "saved", {}, definition, arrays)
     saved, original = (load_file(path / "model.safetensors") for path in (tmp_path / "saved", model_dir))
     assert all(np.array_equal(saved[name], tensor) for name, tensor in original.items())

@@ -46,7 +46,7 @@ def test_without_experts_there_is_nothing_to_count_or_to_place(tmp_path: pathlib
     dense = str(tiny_model.make(tmp_path / "dense"))
     with pytest.raises(ValueError, match=r"--expert_counts: llama has no experts here; leave it out"):
         resolve(EngineConfig(model=dense, expert_counts=True))
-    with pytest.raises(ValueError, match=r"--expert_placement: llama has no experts here; leave it out"):
+    with pytest.raises(ValueError, match=r"--expert_placement=there\.json: llama has no experts here; leave it out"):
         resolve(EngineConfig(model=dense, expert_placement="there.json"))
 
 

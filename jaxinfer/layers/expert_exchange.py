@@ -30,7 +30,10 @@ class _Routes(NamedTuple):
 
 
 def capacity(num_rows: int, num_devices: int) -> int:
-    """Rows that one device sends to each in a round: one round does where all get alike."""
+    """Rows that one device sends to each in a round: one round does where all get alike.
+
+    Rows that are routed at random take two: the fullest of all pairs has a little more than its share.
+    """
     return -(-num_rows // num_devices)
 
 
