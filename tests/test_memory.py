@@ -77,7 +77,7 @@ def test_the_workspace_of_attention():
         "blocks,blocks on a mesh,chunks' scores,rows' pages,logits,logits of a mesh,parts' scores,parts,mlp,experts,"
         "experts' rows that travel"
     ).split(",")
-    + chosen(["one expert on each device"]),
+    + [*chosen(["one expert on each device"])],
 )
 def test_the_workspace_is_what_compiled_steps_allocate(
     contexts: str, model: dict[str, Any], mesh: str, flags: dict[str, Any], request: pytest.FixtureRequest
