@@ -20,12 +20,26 @@ if TYPE_CHECKING:
 
 Prompt = str | list[int]
 
+_NAMES_OF_STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 _OPEN_FILES = ("/dev", "/dev/fd", "/proc/self/fd")  # directories with names of this process's open files
 
 
 def say(text: str) -> None:
     """Prints about the run, beside its output."""
     print(text, file=sys.stderr, flush=True)
+
+
+def give_stdout_to_text() -> None:
+    """From here on what libraries write to file descriptor 1, as Gloo does and NCCL may, goes to stderr."""
+    old = sys.stdout
+    old.flush()
+    sys.stdout = open(os.dup(1), "w", encoding=old.encoding, errors=old.errors)  # noqa: SIM115
+    os.dup2(2, 1)
+
+
+def own_path(name: str) -> pathlib.Path:
+    """Of a file with this name, where stdout is what it was before `give_stdout_to_text`."""
+    return pathlib.Path(f"/dev/fd/{sys.stdout.fileno()}" if name in _NAMES_OF_STDOUT and sys.stdout else name)
 
 
 def run_in_order(

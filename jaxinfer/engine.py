@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from jaxinfer import mesh_layout
 from jaxinfer.beam_search import beam_params, beam_search
 from jaxinfer.checkpoint.reader import load_weights
 from jaxinfer.compilations import num_compilations
+from jaxinfer.distributed import check_same, free_bytes_of, process_group
 from jaxinfer.embedder import POOLINGS, Embedder
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.engine_core import EngineCore
 from jaxinfer.intake import Intake, Prompt, as_prompts, read_each
+from jaxinfer.lockstep import follow, runner_type
 from jaxinfer.metrics import EngineMetrics
 from jaxinfer.outputs import Delta, RequestOutput
 from jaxinfer.progress import Progress
@@ -37,16 +40,23 @@ class Engine:
 
     def __init__(self, model: str | None = None, **fields: Any):
         config = EngineConfig(model=model, **fields)
-        self.progress = Progress(enabled=config.show_progress)
+        self._group = group = process_group()
+        if group is not None:
+            check_same(group, config)
+        self.progress = Progress(enabled=config.show_progress and (group is None or group.leads))
         self.stats = EngineStats()
-        resolved = self._resolved = resolve(config)
+        resolved = self._resolved = resolve(config, free_bytes_of(group))
+        if group is not None:
+            self.progress.line("\n".join(mesh_layout.describe(resolved.definition.partitioner)))
         self.progress.line(str(resolved.memory))
         with self.progress.phase("loading weights", "bytes") as advance, self.stats.timed("load_s"):
             weights = load_weights(resolved.model_dir, resolved.definition, advance)
         if isinstance(resolved, ResolvedEncoder):
+            if group is not None:
+                raise ValueError(f"{resolved.architecture} is an encoder, which runs in one process; start only one")
             self._running = Embedder(resolved, weights, self.stats)
         else:
-            self._running = EngineCore.create(resolved, weights, self.stats)
+            self._running = EngineCore.create(resolved, weights, self.stats, runner_type(group))
             self._intake = Intake(
                 tokenizer=resolved.tokenizer,
                 generation=resolved.generation,
@@ -56,6 +66,8 @@ class Engine:
             )
         with self.progress.phase("compiling", "programs") as advance, self.stats.timed("compile_s"):
             self._running.compile_all(advance)
+        if group is not None:
+            group.all_gather("ready", None)
         self._unfinished: dict[str, list[Request]] = {}  # all outputs of a prompt, by request id
         self._undelivered: dict[str, list[Request]] = {}  # some got on, and nobody has been told yet
         self._is_closed = False
@@ -73,6 +85,16 @@ class Engine:
         self._unfinished.clear()
         self._undelivered.clear()
         self._running.close()
+
+    def follow(self) -> None:
+        """In every process but the first: does its part of what process 0's engine does, until that is closed.
+
+        Where several processes run an engine, each makes it with the same fields, and process 0 uses it as if it were
+        alone. Raises RuntimeError in process 0.
+        """
+        if self._group is None or self._group.leads:
+            raise RuntimeError("process 0 leads, and follows nobody; use Engine.generate")
+        follow(self._core.runner, self._group)
 
     @property
     def resolved(self) -> ResolvedEngine:
@@ -245,6 +267,8 @@ class Engine:
     def _check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError("the engine is closed; make a new one")
+        if self._group is not None and not self._group.leads:
+            raise RuntimeError(f"{self._group.name} follows process 0, which decides; here call Engine.follow")
 
 
 def _is_finished(group: list[Request]) -> bool:

@@ -56,9 +56,15 @@ class EngineCore:
         self._last_commit_time = 0.0
 
     @classmethod
-    def create(cls, resolved: ResolvedEngine, weights: Arrays, stats: EngineStats) -> "EngineCore":
+    def create(
+        cls,
+        resolved: ResolvedEngine,
+        weights: Arrays,
+        stats: EngineStats,
+        make_runner: Callable[..., Runner] = Runner,
+    ) -> "EngineCore":
         """As `resolved` has decided; `compile_all` makes it ready."""
-        runner = Runner(
+        runner = make_runner(
             resolved.definition,
             weights,
             resolved.cache_spec,

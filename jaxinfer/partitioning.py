@@ -54,16 +54,23 @@ def make_mesh(text: str, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh that `text` describes, over the first devices that it needs.
 
     Axes are laid out in the order of `axes.MESH_AXES` whatever the order in `text`, so that `tensor`
-    always joins neighbouring devices. Axis types are Auto: XLA places the collectives.
+    always joins neighbouring devices, those of one process before those of the next. Axis types are Auto: XLA places
+    the collectives. Of several processes each must have a part.
     """
     shape = _mesh_shape(text)
-    devices = jax.devices() if devices is None else devices
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id)) if devices is None else devices
     needed = math.prod(shape.values())
     if needed > len(devices):
         platform = devices[0].platform
         hint = f" or --num_cpu_devices={needed}" if platform == "cpu" else ""
         raise ValueError(
             f"--mesh={text} needs {needed} devices, but there are {len(devices)} ({platform}); use a smaller mesh{hint}"
+        )
+    num_processes = len({device.process_index for device in devices})
+    if num_processes > 1 and needed < len(devices):
+        raise ValueError(
+            f"--mesh={text} uses {needed} of the {len(devices)} devices of {num_processes} processes, and each must "
+            f"have a part; give sizes whose product is {len(devices)}"
         )
     grid = np.array(devices[:needed]).reshape(tuple(shape.values()))
     return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
@@ -103,9 +110,9 @@ class Partitioner:
 
     @property
     def device(self) -> jax.Device:
-        """One of the mesh's devices, which are all of a kind."""
+        """One of the mesh's devices in this process. All of them are of a kind."""
         assert isinstance(self.mesh, Mesh), "there are no devices behind an abstract mesh"
-        return self.mesh.devices.flat[0]
+        return self.mesh.local_devices[0]
 
     def axis_size(self, mesh_axis: str) -> int:
         """Devices along `mesh_axis`; 1 if the mesh lacks it."""
@@ -187,6 +194,16 @@ class Partitioner:
         """The mesh, or inside of a `shard_map` over some of its axes the one that knows of that."""
         inside = jax.sharding.get_abstract_mesh()
         return inside if inside.manual_axes else self.mesh
+
+    def put_rows(self, arrays: T) -> T:
+        """Arrays of a step, on the host, sent to their devices without waiting. Every process has all of them."""
+        shardings = jax.tree.map(lambda a: self.row_sharding(a.shape), arrays)
+        assert isinstance(self.mesh, Mesh)
+        if not self.mesh.is_multi_process:
+            return jax.device_put(arrays, shardings)
+        # device_put first compares the array between all processes, by a collective that waits for what runs.
+        put = lambda a, sharding: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])  # noqa: E731
+        return jax.tree.map(put, arrays, shardings)
 
     @functools.cached_property
     def replicated(self) -> NamedSharding:

@@ -6,7 +6,9 @@ Nothing is allocated here, and nothing downstream changes what is decided here.
 import dataclasses
 import itertools
 import pathlib
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from jaxinfer import devices, expert_placement, models
@@ -65,10 +67,17 @@ class ResolvedEncoder(ResolvedModel):
     pooling: str  # that the directory asks for
 
 
-def resolve(config: EngineConfig) -> ResolvedEngine | ResolvedEncoder:
-    """Reads the directory's small files and decides. Raises ValueError with the flag that would help."""
+FreeBytes = Callable[[jax.Device], int | None]
+
+
+def resolve(config: EngineConfig, free_bytes: FreeBytes = devices.free_bytes) -> ResolvedEngine | ResolvedEncoder:
+    """Reads the directory's small files and decides. Raises ValueError with the flag that would help.
+
+    `free_bytes` says how much memory the devices have left.
+    """
     model = _resolve_model(config)
-    return _resolve_encoder(model) if models.is_encoder(model.definition.family) else _resolve_decoder(model)
+    resolve_as = _resolve_encoder if models.is_encoder(model.definition.family) else _resolve_decoder
+    return resolve_as(model, free_bytes(model.definition.partitioner.device))
 
 
 def check_generates(model: str | None) -> None:
@@ -125,7 +134,7 @@ def _with_experts_placed(
     return model
 
 
-def _resolve_decoder(model: ResolvedModel) -> ResolvedEngine:
+def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEngine:
     config, definition, tokenizer = model.config, model.definition, model.tokenizer
     partitioner, max_model_len = definition.partitioner, model.max_model_len
     generation = read_generation_config(
@@ -153,7 +162,7 @@ def _resolve_decoder(model: ResolvedModel) -> ResolvedEngine:
         config=dataclasses.replace(config, max_model_len=max_model_len),
         definition=definition,
         page_size=page_size,
-        free_bytes=devices.free_bytes(partitioner.device),
+        free_bytes=free_bytes,
     ).plan()
     cache = cache_spec(
         definition.decoder_config,
@@ -173,7 +182,7 @@ def _resolve_decoder(model: ResolvedModel) -> ResolvedEngine:
     )
 
 
-def _resolve_encoder(model: ResolvedModel) -> ResolvedEncoder:
+def _resolve_encoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEncoder:
     config, definition, partitioner = model.config, model.definition, model.definition.partitioner
     for name in ("page_size", "kv_cache_bytes"):
         if (value := getattr(config, name)) is not None:
@@ -200,7 +209,7 @@ def _resolve_encoder(model: ResolvedModel) -> ResolvedEncoder:
     memory = EncoderMemoryPlan(
         weights_bytes=definition.shard_bytes,
         workspace_bytes=workspace_bytes,
-        free_bytes=devices.free_bytes(partitioner.device),
+        free_bytes=free_bytes,
     )
     memory.check_fits(config.memory_fraction)
     return ResolvedEncoder(**vars(model), memory=memory, buckets=buckets, pooling=pooling)

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -17,16 +18,27 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags, logging
 
 from jaxinfer import devices
-from jaxinfer.cli_output import Printer, Prompt, RecordFile, print_summary, run_in_order, say
+from jaxinfer.cli_output import (
+    Printer,
+    Prompt,
+    RecordFile,
+    give_stdout_to_text,
+    own_path,
+    print_summary,
+    run_in_order,
+    say,
+)
 from jaxinfer.config_file import read_config_file
 from jaxinfer.engine_config import DTYPES, NOT_FLAGS, EngineConfig
 from jaxinfer.integers import cdiv
+from jaxinfer.launch import DEFAULT_HEARTBEAT_TIMEOUT_S, find_launch
 from jaxinfer.progress import Progress
 from jaxinfer.prompts import read_prompts_file
 from jaxinfer.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine
+    from jaxinfer.process_group import ProcessGroup
 
 _START = time.perf_counter()
 
@@ -84,6 +96,16 @@ _COMPILATION_CACHE_DIR = flags.DEFINE_string(
     'Where compiled programs are kept; "" for nowhere. Default: JAX_COMPILATION_CACHE_DIR, or ~/.cache/jaxinfer/xla.',
 )
 
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "Several processes: host:port of process 0. A cluster such as SLURM knows it."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this is; 0 does all input and output.")
+_HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
+    "heartbeat_timeout_s", DEFAULT_HEARTBEAT_TIMEOUT_S, "Seconds for which a process may be silent before all end."
+)
+
+_NUM_SEQS = "max_num_seqs"  # which process 0 tells the others, who know of no prompts
 _BROKEN_PIPE, _INTERRUPTED = 141, 130  # exit codes of a shell's command that ends by the signal
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
@@ -97,6 +119,8 @@ def main(argv: list[str]) -> int:
         run()
     except KeyboardInterrupt:
         say("run_inference: interrupted")
+        if group := _joined_group():
+            group.abort(f"{group.name} was interrupted", exit_code=_INTERRUPTED)
         return _INTERRUPTED
     except BrokenPipeError:  # whoever read the output has enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered is flushed at exit
@@ -104,7 +128,10 @@ def main(argv: list[str]) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         if logging.get_verbosity() >= logging.DEBUG:
             raise
-        say(f"run_inference: error: {error}")
+        group = _joined_group()
+        say(f"run_inference: {f'{group.name}: ' if group else ''}error: {error}")
+        if group is not None:
+            group.abort(f"{group.name} ended with an error: {error}")
         return 1
     return 0
 
@@ -116,14 +143,25 @@ def run() -> None:
     """
     config, sampling = _engine_fields(), _sampling_fields()
     EngineConfig(**config)
+    has_others = find_launch(**_launch_flags()) is not None
+    if has_others:  # from now on they are told when this process fails
+        give_stdout_to_text()
+        _set_up_jax()
+    group = _joined_group()
+    if group is not None and not group.leads:
+        _follow(group, config)
+        return
     prompts = _read_prompts()
-    record_file = RecordFile(pathlib.Path(_OUTPUT_FILE.value)) if _OUTPUT_FILE.value else None
-    _set_up_jax()
+    record_file = RecordFile(own_path(_OUTPUT_FILE.value)) if _OUTPUT_FILE.value else None
+    if not has_others:
+        _set_up_jax()
     from jaxinfer.engine import Engine
     from jaxinfer.resolve import check_generates
 
     check_generates(config.get("model"))
     config.setdefault("max_num_seqs", _default_num_seqs(len(prompts)))
+    if group is not None:
+        group.all_gather(_NUM_SEQS, config["max_num_seqs"])
     with Engine(**config, show_progress=True) as engine:
         params = dataclasses.replace(engine.default_sampling_params, **sampling)
         say(f"sampling: {_describe(params)}")
@@ -148,6 +186,28 @@ def run() -> None:
             f'{len(failed)} of {len(prompts)} outputs ended with finish_reason "error": the model produced values that '
             f"are not finite; prompts {', '.join(failed[:10])}{', ...' if failed[10:] else ''}"
         )
+
+
+def _launch_flags() -> dict[str, Any]:
+    own = (_COORDINATOR_ADDRESS, _NUM_PROCESSES, _PROCESS_ID, _HEARTBEAT_TIMEOUT_S)
+    return {flag.name: flag.value for flag in own}
+
+
+def _joined_group() -> "ProcessGroup | None":
+    """Of this process and the others, once they have found each other."""
+    distributed = sys.modules.get("jaxinfer.distributed")
+    return distributed.joined_group() if distributed else None
+
+
+def _follow(group: "ProcessGroup", config: dict[str, Any]) -> None:
+    """What a process other than the first does: no input, no output."""
+    from jaxinfer.engine import Engine
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts all, and process 0 ends all in order
+    say(f"{group.name}: follows process 0")
+    config.setdefault("max_num_seqs", group.all_gather(_NUM_SEQS, None)[0])
+    with Engine(**config) as engine:
+        engine.follow()
 
 
 def _engine_fields() -> dict[str, Any]:
@@ -197,6 +257,10 @@ def _set_up_jax() -> None:
 
     if problem := use_compilation_cache(_COMPILATION_CACHE_DIR.value):
         say(f"run_inference: warning: {problem}")
+    if find_launch(**_launch_flags()) is not None:
+        from jaxinfer import distributed
+
+        distributed.initialize(**_launch_flags())
     devices.check_accelerator(allow_cpu=wants_cpu)
 
 

@@ -69,13 +69,10 @@ class Runner:
 
     def dispatch(self, shape: StepShape, batch: StepBatch, extras: Extras | None = None) -> StepOutput:
         """Starts a step and returns its output, on the devices, without waiting for it."""
-        if shape not in self._programs:
-            raise RuntimeError(f"{shape} is not a compiled shape; compiled: {sorted(self._programs)}")
+        self.check_compiled(shape)
         if extras is not None and extras.rows is not None:  # these draw again, so the step itself need not
             batch = batch._replace(sampling=batch.sampling._replace(draws=np.array(False)))
-        batch, extras = jax.device_put(
-            (batch, extras), jax.tree.map(lambda a: self._partitioner.row_sharding(a.shape), (batch, extras))
-        )
+        batch, extras = self._partitioner.put_rows((batch, extras))
         self._cache, self._slots, output, activations = self._programs[shape](
             self._weights, self._cache, self._slots, batch
         )
@@ -84,6 +81,11 @@ class Runner:
         for array in jax.tree.leaves(output):
             array.copy_to_host_async()
         return output
+
+    def check_compiled(self, shape: StepShape) -> None:
+        """Raises RuntimeError for a shape that is not."""
+        if shape not in self._programs:
+            raise RuntimeError(f"{shape} is not a compiled shape; compiled: {sorted(self._programs)}")
 
     def reset_cache(self) -> None:
         """Makes a new, empty cache after a step that failed, and may have taken the donated one with it."""
@@ -103,4 +105,4 @@ class Runner:
     def _empty_slots(self) -> SlotState:
         shape = self._steps.slot_shape
         empty = SlotState(np.zeros(shape, np.int32), np.zeros(shape, np.bool_))
-        return SlotState(*jax.device_put(tuple(empty), self._partitioner.row_sharding(shape)))
+        return self._partitioner.put_rows(empty)

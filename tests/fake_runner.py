@@ -231,7 +231,7 @@ def make_engine(*, max_model_len: int = 64, **fields: Any) -> Engine:
     )
     engine.progress = Progress(enabled=False)
     engine._unfinished, engine._undelivered = {}, {}
-    engine._is_closed, engine._num_compilations_when_ready = False, 0
+    engine._is_closed, engine._num_compilations_when_ready, engine._group = False, 0, None
     return engine
 
 

@@ -1,0 +1,130 @@
+"""Several processes, on one machine or many, that run one engine: how they start and find each other.
+
+Every process runs the same program. Process 0 decides what to run and does all input and output; the others follow it.
+"""
+
+import contextlib
+import json
+import secrets
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxinfer import rendezvous
+from jaxinfer.devices import free_bytes
+from jaxinfer.engine_config import NOT_FLAGS, EngineConfig
+from jaxinfer.launch import DEFAULT_HEARTBEAT_TIMEOUT_S, find_launch, uses_all_devices
+from jaxinfer.process_group import ProcessGroup
+
+_OFFER_BYTES = 1024  # of what process 0 tells the others at the start
+# jax ends a process that misses another; a little later than we do, who have more to say about it.
+_JAX_HEARTBEAT_EXTRA_S = 2
+
+_groups: list[ProcessGroup] = []  # of this process: one at most, for its whole life
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    heartbeat_timeout_s: int = DEFAULT_HEARTBEAT_TIMEOUT_S,
+) -> ProcessGroup | None:
+    """Joins the other processes of the job; None for a process by itself. Call before jax uses a device.
+
+    `coordinator_address` is host:port of process 0. Without arguments a cluster (SLURM, Open MPI, Kubernetes) is
+    asked. Returns when all processes are there; from then on the end of one, or its silence for
+    `heartbeat_timeout_s` seconds, ends all. Raises ValueError for arguments that contradict each other, RuntimeError
+    for processes that do not come.
+    """
+    launch = find_launch(coordinator_address, num_processes, process_id, heartbeat_timeout_s)
+    if launch is None:
+        return None
+    jax.config.update("jax_enable_preemption_service", False)  # it catches SIGTERM, which must end a process
+    jax.distributed.initialize(
+        *launch,
+        heartbeat_timeout_seconds=heartbeat_timeout_s + _JAX_HEARTBEAT_EXTRA_S,
+    )
+    if uses_all_devices():
+        jax.config.update("jax_cuda_visible_devices", "all")
+    _groups.append(_join(launch.coordinator_address, heartbeat_timeout_s))
+    return _groups[0]
+
+
+def joined_group() -> ProcessGroup | None:
+    """That of `initialize`, if it was called and found other processes."""
+    return _groups[0] if _groups else None
+
+
+def process_group() -> ProcessGroup | None:
+    """This process' own: that of `initialize`, or a new one where only jax.distributed.initialize was called.
+
+    None for a process by itself.
+    """
+    if not _groups and jax.process_count() > 1:
+        _groups.append(_join(None, DEFAULT_HEARTBEAT_TIMEOUT_S))
+    return _groups[0] if _groups else None
+
+
+def check_same(group: ProcessGroup, config: EngineConfig) -> None:
+    """Raises ValueError, in all processes, for a field that one of them has been given another value for."""
+    fields = {name: value for name, value in vars(config).items() if name not in NOT_FLAGS}
+    first, *others = group.all_gather("config", fields)
+    for index, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                values = f"is {value!r} in process 0 and {other[name]!r} in process {index}"
+                raise ValueError(f"--{name} {values}; give all processes the same")
+
+
+def free_bytes_of(group: ProcessGroup | None) -> Callable[[jax.Device], int | None]:
+    """`devices.free_bytes`, or with other processes the least of all, so that they make the same plan."""
+    if group is None:
+        return free_bytes
+
+    def least(device: jax.Device) -> int | None:
+        of_all = group.all_gather("free bytes", free_bytes(device))
+        return min((free for free in of_all if free is not None), default=None)
+
+    return least
+
+
+def _join(coordinator_address: str | None, heartbeat_timeout_s: int) -> ProcessGroup:
+    """Connects the processes. Where to, and the secret that they show there, comes through jax, once."""
+    index, count = jax.process_index(), jax.process_count()
+    if index > 0:
+        offer = _broadcast({})
+        leader = rendezvous.connect(offer["hosts"], offer["port"], index, bytes.fromhex(offer["secret"]))
+        return ProcessGroup(index, count, {0: leader}, heartbeat_timeout_s)
+    host = coordinator_address.rpartition(":")[0].strip("[]") if coordinator_address else ""
+    is_local, secret = host in ("localhost", "127.0.0.1", "::1"), secrets.token_bytes(32)
+    server = rendezvous.listen(only_here=is_local)
+    hosts = ["127.0.0.1"] if is_local else _own_names(host)
+    _broadcast({"hosts": hosts, "port": server.getsockname()[1], "secret": secret.hex()})
+    return ProcessGroup(0, count, rendezvous.accept(server, count, secret, _say), heartbeat_timeout_s)
+
+
+def _broadcast(offer: dict[str, Any]) -> dict[str, Any]:
+    """Process 0's, in every process."""
+    text = json.dumps(offer).encode()
+    assert len(text) <= _OFFER_BYTES
+    padded = np.frombuffer(text.ljust(_OFFER_BYTES), np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def _own_names(host: str) -> list[str]:
+    """By which other machines may reach this one, likeliest first."""
+    names = [host, socket.gethostname()]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing: it asks for the address of the route out
+        names.append(probe.getsockname()[0])
+    return [name for name in dict.fromkeys(names) if name]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
