@@ -11,14 +11,16 @@ from tests import local_processes, tiny_model
 from tests.distributed_worker import load
 from tests.long_campaign import chosen
 
+PAIRS = ("data:2,tensor:2", "stage:2,tensor:2", "data:2,stage:2")
 JOBS = chosen(
     (
-        (2, 1, ("tensor:2", "data:2")),
-        (2, 2, ("data:2,tensor:2", "tensor:4")),
-        (4, 1, ("data:2,tensor:2", "tensor:4", "data:4")),
+        (2, 1, ("tensor:2", "data:2", "stage:2")),
+        (2, 2, (*PAIRS, "tensor:4")),
+        (2, 2, PAIRS[1:]),
+        (4, 1, (*PAIRS, "tensor:4", "data:4")),
     ),
-    (2, 1, ("tensor:2", "data:2")),
-    (2, 2, ("data:2,tensor:2", "tensor:4")),
+    (2, 1, ("tensor:2", "data:2", "stage:2")),
+    (2, 2, PAIRS[1:]),
 )
 
 
