@@ -128,9 +128,17 @@ class Partitioner:
 
     @property
     def context_axes(self) -> tuple[str, ...]:
-        """Mesh axes that spread the pages of one sequence: those that split pages and not sequences."""
-        of_sequences = self.mesh_axes(ax.BATCH)
-        return tuple(m for m in self.mesh_axes(ax.PAGES) if m not in of_sequences and self.axis_size(m) > 1)
+        """Mesh axes that spread the pages of one sequence: those that split pages behind those that split sequences.
+
+        Raises ValueError for a strategy that would put a sequence's pages where the sequence is not.
+        """
+        sequences, pages = self.mesh_axes(ax.BATCH), self.mesh_axes(ax.PAGES)
+        if pages[: len(sequences)] != sequences:
+            raise ValueError(
+                f"strategy {self.rules.name!r} splits batch over {sequences} and pages over {pages}: a sequence's "
+                f"pages are on its own devices; let pages begin with {sequences}"
+            )
+        return tuple(axis for axis in pages[len(sequences) :] if self.axis_size(axis) > 1)
 
     @property
     def context_size(self) -> int:

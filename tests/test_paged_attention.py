@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import pytest
 
 from jaxinfer import kv_cache
 from jaxinfer.attention import causal_attention
+from jaxinfer.context_parallel import own_pages
 from jaxinfer.integers import cdiv
-from pallas_kernels.paged_attention import AttentionSpec, backend, backends
+from pallas_kernels.paged_attention import AttentionSpec, backend, backends, merge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +209,45 @@ def test_what_is_not_finite_stays_in_its_sequence(name: str):
     out = np.asarray(attend(q, arrays["k_pages"], poisoned, **ids))
     assert np.isnan(out[20:30]).all()
     np.testing.assert_array_equal(np.delete(out, slice(20, 30), 0), np.delete(whole, slice(20, 30), 0))
+
+
+@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize(("case", "dtype"), [(CASES[8], "float32"), (CASES[10], "bfloat16")], ids=str)
+def test_parts_over_three_devices_make_up_the_whole(name: str, dtype: str, case: Case):
+    """Rows and ragged sequences over the pages that fall on each device, where the backend has parts."""
+    spec = dataclasses.replace(case.spec, context_size=3)
+    module = backend(name, case.spec)
+    if module.unsupported(spec):
+        return
+    arrays = {k: jnp.array(v) for k, v in make(case).items()}
+    arrays |= {k: arrays[k].astype(dtype) for k in ("q", "k_pages", "v_pages")}
+    q, tables, positions, sinks = (arrays.get(k) for k in ("q", "block_tables", "positions", "sinks"))
+    assert q is not None and tables is not None and positions is not None
+    expected = np.asarray(module.paged_attention(**arrays, spec=case.spec), np.float64)
+    devices = range(3)
+    of_device = functools.partial(own_pages, jnp.where(tables, tables + 2, 0), ("context",))  # 2: scratch pages more
+    rows, columns = jax.vmap(of_device, axis_name="context", axis_size=len(devices))()
+    padded = [jnp.pad(arrays[k], ((2, 3), (0, 0), (0, 0), (0, 0))) for k in ("k_pages", "v_pages")]
+    pools = [[pages[d::3] for pages in padded] for d in devices]
+    merged = jax.vmap(lambda part: merge(part, ("context",), sinks, q.dtype), axis_name="context")
+    asked = (q.reshape(-1, *q.shape[2:]), positions[:, 0], jnp.full(len(q), case.num_queries, jnp.int32))
+    of_rows = jax.jit(functools.partial(module.partial_paged_attention, spec=spec))
+    of_ragged = jax.jit(functools.partial(module.ragged_partial_paged_attention, spec=spec))
+    own = [of_rows(q, *pools[d], rows[d], columns[d], positions) for d in devices]
+    ragged = [of_ragged(asked[0], *pools[d], rows[d], columns[d], *asked[1:]) for d in devices]
+    rtol = TOLERANCES[dtype]
+    for parts in (own, ragged):
+        for out in merged(jax.tree.map(lambda *x: jnp.stack(x), *parts)):
+            out = np.asarray(out, np.float64).reshape(expected.shape)
+            np.testing.assert_allclose(out, expected, rtol=rtol, atol=rtol * np.abs(expected).max() / 8)
+
+
+@pytest.mark.parametrize(("key", "wrong"), [("columns", (3, 4)), ("dtype", "int16")])
+def test_columns_that_do_not_fit_the_block_tables_are_refused(key: str, wrong: Any):
+    case, arrays = CASES[0], {k: jnp.array(v) for k, v in make(CASES[0]).items()}
+    columns = jnp.zeros(wrong, jnp.int32) if key == "columns" else arrays["block_tables"].astype(wrong)
+    with pytest.raises(ValueError, match=r"columns (has shape|is int16)"):
+        backend("xla").partial_paged_attention(**arrays, columns=columns, spec=case.spec)
 
 
 def test_causal_attention_is_paged_attention_over_a_whole_prompt():

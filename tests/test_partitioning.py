@@ -62,6 +62,15 @@ def test_pages_of_a_sequence_are_over_what_splits_pages_and_not_sequences(mesh: 
     assert (partitioner.context_axes, partitioner.context_size) == (axes, 2 ** len(axes))
 
 
+@pytest.mark.parametrize("pages", ["context", ("context", "data"), ()], ids=str)
+def test_a_sequences_pages_on_others_devices_are_refused(pages: str | tuple[str, ...]):
+    partitioner = Partitioner(make_mesh("data:2,context:2"), rule_set("astray", batch="data", pages=pages))
+    with pytest.raises(
+        ValueError, match=r"'astray' splits batch over \('data',\) .*; let pages begin with \('data',\)"
+    ):
+        _ = partitioner.context_size
+
+
 def test_one_axis_over_two_mesh_axes():
     rules = rule_set("wide", vocab=("data", "tensor"))
     partitioner = Partitioner(make_mesh("data:2,tensor:4"), rules)
