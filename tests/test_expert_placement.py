@@ -82,6 +82,11 @@ def test_the_expert_with_the_most_tokens_goes_to_every_device_and_the_others_are
         expert_placement.propose({0: [1, 1, 1, 1]}, num_devices=2, num_further=6)
 
 
+def test_a_device_has_no_expert_twice_while_another_lacks_it():
+    """Though all are as busy."""
+    assert expert_placement.propose({0: [0] * 4}, num_devices=2, num_further=4)[0] == (0, 1, 2, 3) * 2
+
+
 def busiest(counts: list[int], placement: expert_placement.Placement, num_devices: int) -> float:
     """Tokens of the device with the most, in terms of what all would have were they alike."""
     of_slot = [counts[expert] / placement.count(expert) for expert in placement]
