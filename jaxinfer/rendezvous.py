@@ -69,9 +69,8 @@ def _read_hello(connection: socket.socket, count: int, secret: bytes) -> int:
     connection.settimeout(_HELLO_TIMEOUT_S)
     hello = frames.read(frames.reader(connection), max_header_bytes=_HELLO_BYTES, max_array_bytes=0)
     value = hello.value if isinstance(hello.value, dict) else {}
-    if hello.kind is not Kind.HELLO or not hmac.compare_digest(
-        str(value.get("secret")).encode(), secret.hex().encode()
-    ):
+    shown, known = str(value.get("secret")).encode(), secret.hex().encode()
+    if hello.kind is not Kind.HELLO or not hmac.compare_digest(shown, known):
         raise ValueError("it does not know the secret of this job")
     index = value.get("process")
     if type(index) is not int or not 0 < index < count:
