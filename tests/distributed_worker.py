@@ -5,6 +5,7 @@ python -m tests.distributed_worker MODEL MESH;MESH... ADDRESS COUNT INDEX
 
 import hashlib
 import json
+import os
 import sys
 from typing import Any
 
@@ -74,6 +75,8 @@ def fail_once(engine: Engine) -> None:
 
 
 def main(model: str, meshes: str, address: str, count: str, index: str) -> None:
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Gloo writes to stdout, in the middle of others' lines
     group = distributed.initialize(address, int(count), int(index), heartbeat_timeout_s=10)
     assert group is not None
     digest = DispatchDigest()
@@ -86,7 +89,7 @@ def main(model: str, meshes: str, address: str, count: str, index: str) -> None:
             else:
                 engine.follow()
         result = {"mesh": mesh, "tokens": tokens, "digest": str(digest), "num_steps": digest.num_steps}
-        print(json.dumps(result), flush=True)
+        print(json.dumps(result), file=results, flush=True)
 
 
 if __name__ == "__main__":
