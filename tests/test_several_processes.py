@@ -17,7 +17,7 @@ JOBS = chosen(
         (2, 1, ("tensor:2", "data:2", "stage:2")),
         (2, 2, PAIRS[1:]),
         (2, 2, (PAIRS[0], "tensor:4")),
-        *((4, 1, (mesh,)) for mesh in (*PAIRS, "stage:4", "tensor:4", "data:4")),
+        *((4, 1, (mesh,)) for mesh in (*PAIRS, "tensor:4", "data:4")),
     ),
     (2, 1, ("tensor:2", "data:2", "stage:2")),
     (2, 2, PAIRS[1:]),
