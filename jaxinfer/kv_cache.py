@@ -5,7 +5,7 @@ contiguous; or one, where values are part of the keys. Page 0 is the scratch pag
 read there counts for nothing; hence no page id is ever negative or out of range (JAX would scatter at -1 into the last
 page). With `data` in the mesh the pages are divided among its shards, and with `context` those of a shard among its
 devices, each of which has a scratch page; page ids in block tables are local to a data shard, as `page_allocator` has
-them. With `stage` an array is that of a slot for layers, and begins with the stages.
+them. With `stage` an array is that of a slot for layers, and has the pages of each stage.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ class CacheSpec:
 
     Attributes:
       num_slots: how many pairs of arrays: slots for layers, as `stages` has them; without stages, layers.
-      num_stages: of the pipeline; 1: an array does not begin with them.
+      num_stages: of the pipeline; an array has the pages of each, one stage after the other.
       has_values: whether a pair has its second array.
-      num_pages: on all devices together, scratch pages included.
+      num_pages: of one array, on all devices together, scratch pages included.
       num_kv_heads: repetitions over the mesh included.
       page_size: tokens per page.
       head_dim: of keys and values.
@@ -57,13 +57,13 @@ class CacheSpec:
         return tuple((make(), make() if self.has_values else None) for _ in range(self.num_slots))
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        stages = (self.num_stages,) if self.num_stages > 1 else ()
-        return (*stages, self.num_pages, self.num_kv_heads, self.page_size, self.head_dim)
+    def shape(self) -> tuple[int, int, int, int]:
+        return (self.num_pages, self.num_kv_heads, self.page_size, self.head_dim)
 
     @property
     def axes(self) -> ax.LogicalAxes:
-        return (ax.LAYERS, *PAGE_AXES) if self.num_stages > 1 else PAGE_AXES
+        """Not with a dimension for the stages, beside which XLA:CPU was seen to lay a cache out anew in each step."""
+        return ((ax.LAYERS, ax.PAGES), *PAGE_AXES[1:]) if self.num_stages > 1 else PAGE_AXES
 
 
 def cache_spec(
@@ -75,7 +75,7 @@ def cache_spec(
         num_slots=len(plan.slots),
         num_stages=plan.num_stages,
         has_values=config.latent is None,
-        num_pages=pages_per_shard * partitioner.num_shards(ax.BATCH),
+        num_pages=pages_per_shard * partitioner.num_shards(ax.BATCH) * plan.num_stages,
         num_kv_heads=num_sharded_kv_heads(config.num_kv_heads, partitioner),
         page_size=page_size,
         head_dim=config.head_dim,

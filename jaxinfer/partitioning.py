@@ -225,9 +225,10 @@ class Partitioner:
 
     def _mesh_axes(self, axes: ax.LogicalAxes) -> tuple[tuple[str, ...], ...]:
         rules = self.rules.rules
-        if unknown := [axis for axis in axes if axis is not None and axis not in rules]:
+        by_dimension = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
+        if unknown := [axis for names in by_dimension for axis in names if axis not in rules]:
             raise ValueError(f"no sharding rule for logical axis {unknown}; known: {sorted(rules)}")
-        return tuple(tuple(m for m in rules[axis] if m in self.mesh.shape) if axis is not None else () for axis in axes)
+        return tuple(tuple(m for axis in names for m in rules[axis] if m in self.mesh.shape) for names in by_dimension)
 
     def _check_divisible(self, axes: ax.LogicalAxes, shape: tuple[int, ...], name: str) -> None:
         if len(axes) != len(shape):

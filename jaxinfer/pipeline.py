@@ -34,8 +34,9 @@ class Pipeline:
     """`num_rounds` rounds of `num_microbatches` each, at least as many as there are stages.
 
     Attributes:
-      stage: the layers of one stage; with stages the leading axis of weights and cache is gone there. Its `work` is
-        what a stage needs to know of a microbatch, and `mask_work` makes work of it that leaves no trace.
+      stage: the layers of one stage. Weights begin with the stages, and there they do not; of the first dimension of
+        a cache's arrays a stage has its part. Its `work` is what it needs to know of a microbatch, and `mask_work`
+        makes work of it that leaves no trace.
     """
 
     partitioner: Partitioner
@@ -105,7 +106,7 @@ class Pipeline:
         last, spec = self.num_stages - 1, PartitionSpec(ax.STAGE)
 
         def of_stage(weights, cache, ring, entering, works, t):
-            weights, cache, x = jax.tree.map(lambda a: a[0], (weights, cache, ring))
+            weights, x = jax.tree.map(lambda a: a[0], (weights, ring))
             stage = lax.axis_index(ax.STAGE)
             item = t - stage
             is_live = (item >= 0) & (item < self.num_items)
@@ -113,7 +114,7 @@ class Pipeline:
             cache, x = self.stage(weights, cache, x, self.mask_work(self._work(works, item), is_live))
             left = lax.psum(jnp.where(stage == last, x, 0), ax.STAGE)
             x = lax.ppermute(x, ax.STAGE, [(i, (i + 1) % self.num_stages) for i in range(self.num_stages)])
-            return *jax.tree.map(lambda a: a[None], (cache, x)), left
+            return cache, x[None], left
 
         everywhere = PartitionSpec()
         mapped = jax.shard_map(

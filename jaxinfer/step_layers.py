@@ -24,7 +24,7 @@ class StageState(NamedTuple):
     """What stages keep from one microbatch to the next."""
 
     cache: Cache
-    expert_counts: jax.Array | None  # int32 [D, slots for layers, E], with stages before all; None: nobody counts
+    expert_counts: jax.Array | None  # int32 [stages * D, slots for layers, E]; None: nobody counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,7 @@ class StepLayers:
         config, plan = self.definition.decoder_config, self._plan
         if config.moe is None or not self.counts_experts:
             return StageState(cache, None)
-        of_stages = (plan.num_stages,) if plan.num_stages > 1 else ()
-        size = (*of_stages, num_shards, len(plan.slots), config.moe.num_experts)
+        size = (plan.num_stages * num_shards, len(plan.slots), config.moe.num_experts)
         return StageState(cache, jnp.zeros(size, jnp.int32))
 
     def expert_counts(self, state: StageState) -> jax.Array | None:
@@ -59,7 +58,7 @@ class StepLayers:
         counts = state.expert_counts
         if counts is None:
             return None
-        by_stage = counts[None] if self._plan.num_stages == 1 else counts
+        by_stage = counts.reshape(self._plan.num_stages, -1, *counts.shape[1:])
         layers = self.definition.decoder_config.expert_layers
         return jnp.stack([by_stage[stage, :, slot] for stage, slot in map(self._plan.place_of, layers)], axis=1)
 

@@ -45,4 +45,4 @@ TENSOR = "tensor"
 
 MESH_AXES = (DATA, STAGE, EXPERT, CONTEXT, TENSOR)
 
-LogicalAxes = tuple[str | None, ...]
+LogicalAxes = tuple[str | tuple[str, ...] | None, ...]  # of a dimension; several: the first is the slowest
