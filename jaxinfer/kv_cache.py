@@ -61,7 +61,7 @@ class CacheSpec:
         return (self.num_pages, self.num_kv_heads, self.page_size, self.head_dim)
 
     @property
-    def axes(self) -> ax.LogicalAxes:
+    def axes(self) -> ax.Dimensions:
         """Not with a dimension for the stages, beside which XLA:CPU was seen to lay a cache out anew in each step."""
         return ((ax.LAYERS, ax.PAGES), *PAGE_AXES[1:]) if self.num_stages > 1 else PAGE_AXES
 

@@ -7,7 +7,6 @@ for those of a slot (`stages`), and it begins with the stages.
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +56,7 @@ class ParamSpec:
 
     def shape_once(self, num_kv_heads: int) -> tuple[int, ...]:
         """With every KV head and every expert once: the shape of what `repeat` takes."""
-        once: dict[Any, int] = {ax.KV_HEADS: num_kv_heads, ax.EXPERTS: len(set(self.placement))}
+        once: dict[str | None, int] = {ax.KV_HEADS: num_kv_heads, ax.EXPERTS: len(set(self.placement))}
         return tuple(once.get(axis, n) for axis, n in zip(self.axes, self.shape, strict=True))
 
     @property

@@ -149,7 +149,7 @@ class Partitioner:
         """The part of `--mesh` that splits `logical_axis`: "data:2,expert:4"."""
         return mesh_text({axis: self.axis_size(axis) for axis in self.mesh_axes(logical_axis)})
 
-    def spec(self, axes: ax.LogicalAxes) -> PartitionSpec:
+    def spec(self, axes: ax.Dimensions) -> PartitionSpec:
         """`PartitionSpec` for an array whose axes are named `axes`, without trailing Nones dropped.
 
         Raises ValueError for a name with no rule and for a mesh axis that would be used twice.
@@ -164,9 +164,7 @@ class Partitioner:
             )
         return PartitionSpec(*(_spec_entry(mesh_axes) for mesh_axes in split))
 
-    def sharding(
-        self, axes: ax.LogicalAxes, shape: tuple[int, ...] | None = None, name: str = "array"
-    ) -> NamedSharding:
+    def sharding(self, axes: ax.Dimensions, shape: tuple[int, ...] | None = None, name: str = "array") -> NamedSharding:
         """`NamedSharding` for `axes`; with `shape`, also checks that every split dimension divides."""
         spec = self.spec(axes)
         if shape is not None:
@@ -217,20 +215,20 @@ class Partitioner:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def constrain(self, x: jax.Array, axes: ax.LogicalAxes) -> jax.Array:
+    def constrain(self, x: jax.Array, axes: ax.Dimensions) -> jax.Array:
         """Tells XLA how `x` is laid out. For use inside jit; a no-op on one device."""
         if self.mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh_here, self.spec(axes)))
 
-    def _mesh_axes(self, axes: ax.LogicalAxes) -> tuple[tuple[str, ...], ...]:
+    def _mesh_axes(self, axes: ax.Dimensions) -> tuple[tuple[str, ...], ...]:
         rules = self.rules.rules
         by_dimension = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
         if unknown := [axis for names in by_dimension for axis in names if axis not in rules]:
             raise ValueError(f"no sharding rule for logical axis {unknown}; known: {sorted(rules)}")
         return tuple(tuple(m for axis in names for m in rules[axis] if m in self.mesh.shape) for names in by_dimension)
 
-    def _check_divisible(self, axes: ax.LogicalAxes, shape: tuple[int, ...], name: str) -> None:
+    def _check_divisible(self, axes: ax.Dimensions, shape: tuple[int, ...], name: str) -> None:
         if len(axes) != len(shape):
             raise ValueError(f"{name}: {len(shape)} dimensions {shape} but {len(axes)} axis names {axes}")
         for axis, size, mesh_axes in zip(axes, shape, self._mesh_axes(axes), strict=True):

@@ -45,4 +45,5 @@ TENSOR = "tensor"
 
 MESH_AXES = (DATA, STAGE, EXPERT, CONTEXT, TENSOR)
 
-LogicalAxes = tuple[str | tuple[str, ...] | None, ...]  # of a dimension; several: the first is the slowest
+LogicalAxes = tuple[str | None, ...]
+Dimensions = tuple[str | tuple[str, ...] | None, ...]  # where several axes may lie in one, the slowest first

@@ -36,7 +36,7 @@ def mesh_of(config: ModelConfig | EncoderConfig) -> str:
     return ",".join(f"{axis}:{AXIS_SIZES[axis]}" for axis in axes)
 
 
-def describe(name: str, dtype: jnp.dtype, shape: tuple[int, ...], axes: ax.LogicalAxes, sharding) -> str:
+def describe(name: str, dtype: jnp.dtype, shape: tuple[int, ...], axes: ax.Dimensions, sharding) -> str:
     sizes, shard = (",".join(map(str, dims)) for dims in (shape, sharding.shard_shape(shape)))
     names, split = (", ".join(map(str, entries)) for entries in (axes, sharding.spec))
     return f"{name}  {dtype}[{sizes}]  ({names})  ({split})  shard [{shard}]"
