@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer import mesh_layout
+from jaxinfer import meshes
 from jaxinfer.beam_search import beam_params, beam_search
 from jaxinfer.checkpoint.reader import load_weights
 from jaxinfer.compilations import num_compilations
@@ -47,7 +47,7 @@ class Engine:
         self.stats = EngineStats()
         resolved = self._resolved = resolve(config, free_bytes_of(group))
         if group is not None:
-            self.progress.line("\n".join(mesh_layout.describe(resolved.definition.partitioner)))
+            self.progress.line("\n".join(meshes.describe(resolved.definition.partitioner.device_mesh)))
         self.progress.line(str(resolved.memory))
         with self.progress.phase("loading weights", "bytes") as advance, self.stats.timed("load_s"):
             weights = load_weights(resolved.model_dir, resolved.definition, advance)

@@ -14,8 +14,9 @@ from jaxinfer.engine_config import EngineConfig
 from jaxinfer.extras import ExtrasSpec
 from jaxinfer.integers import cdiv
 from jaxinfer.layers.experts import expected_rows, is_exchanged
+from jaxinfer.meshes import mesh_text, parse_mesh
 from jaxinfer.parameters import ModelDefinition
-from jaxinfer.partitioning import Partitioner, mesh_text, parse_mesh
+from jaxinfer.partitioning import Partitioner
 from jaxinfer.planner import MemoryPlan
 from jaxinfer.step_plan import num_chunks
 from pallas_kernels.grouped_map import xla as grouped_map

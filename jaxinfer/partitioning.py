@@ -9,8 +9,7 @@ neither the tensor nor the way out.
 import dataclasses
 import functools
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -18,67 +17,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 import sharding_rules
+from jaxinfer.meshes import make_mesh, mesh_shape, mesh_text
 from sharding_rules import axes as ax
 
 T = TypeVar("T")
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Sizes by mesh axis from `"data:2,tensor:4"`; "" means one device.
-
-    >>> parse_mesh("data:2,tensor:4")
-    {'data': 2, 'tensor': 4}
-    """
-    sizes: dict[str, int] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        match = re.fullmatch(r"([a-z_]+):(\d+)", part)
-        if match is None:
-            raise ValueError(f"--mesh={text}: {part!r} is not axis:size, as in --mesh=data:2,tensor:4")
-        axis, size = match[1], int(match[2])
-        if axis not in ax.MESH_AXES:
-            raise ValueError(f"--mesh={text}: unknown mesh axis {axis!r}; known: {', '.join(ax.MESH_AXES)}")
-        if axis in sizes:
-            raise ValueError(f"--mesh={text}: mesh axis {axis!r} is given twice")
-        if size < 1:
-            raise ValueError(f"--mesh={text}: axis {axis!r} has size {size}; sizes start at 1")
-        sizes[axis] = size
-    return sizes
-
-
-def mesh_text(sizes: Mapping[str, int]) -> str:
-    """The spelling that `parse_mesh` reads."""
-    return ",".join(f"{axis}:{size}" for axis, size in sizes.items())
-
-
-def make_mesh(text: str, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh that `text` describes, over the first devices that it needs.
-
-    Axes are laid out in the order of `axes.MESH_AXES` whatever the order in `text`, so that `tensor`
-    always joins neighbouring devices, those of one process before those of the next. Axis types are Auto: XLA places
-    the collectives. Of several processes each must have a part.
-    """
-    shape = _mesh_shape(text)
-    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id)) if devices is None else devices
-    needed = math.prod(shape.values())
-    if needed > len(devices):
-        platform = devices[0].platform
-        hint = f" or --num_cpu_devices={needed}" if platform == "cpu" else ""
-        raise ValueError(
-            f"--mesh={text} needs {needed} devices, but there are {len(devices)} ({platform}); use a smaller mesh{hint}"
-        )
-    num_processes = len({device.process_index for device in devices})
-    if num_processes > 1 and needed < len(devices):
-        raise ValueError(
-            f"--mesh={text} uses {needed} of the {len(devices)} devices of {num_processes} processes, and each must "
-            f"have a part; give sizes whose product is {len(devices)}"
-        )
-    grid = np.array(devices[:needed]).reshape(tuple(shape.values()))
-    return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
-
-
-def _mesh_shape(text: str) -> dict[str, int]:
-    sizes = parse_mesh(text)
-    return {axis: sizes[axis] for axis in ax.MESH_AXES if axis in sizes} or {ax.DATA: 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +46,20 @@ class Partitioner:
     @classmethod
     def abstract(cls, mesh: str, sharding: str = "auto") -> "Partitioner":
         """As `create`, for devices that need not be there: shardings have shapes and no arrays."""
-        shape = _mesh_shape(mesh)
+        shape = mesh_shape(mesh)
         abstract_mesh = AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
         return cls(abstract_mesh, _rules(mesh, sharding))
 
     @property
+    def device_mesh(self) -> Mesh:
+        """The mesh, of devices that are there."""
+        assert isinstance(self.mesh, Mesh), "there are no devices behind an abstract mesh"
+        return self.mesh
+
+    @property
     def device(self) -> jax.Device:
         """One of the mesh's devices in this process. All of them are of a kind."""
-        assert isinstance(self.mesh, Mesh), "there are no devices behind an abstract mesh"
-        return self.mesh.local_devices[0]
+        return self.device_mesh.local_devices[0]
 
     def axis_size(self, mesh_axis: str) -> int:
         """Devices along `mesh_axis`; 1 if the mesh lacks it."""
@@ -204,8 +151,7 @@ class Partitioner:
     def put_rows(self, arrays: T) -> T:
         """Arrays of a step, on the host, sent to their devices without waiting. Every process has all of them."""
         shardings = jax.tree.map(lambda a: self.row_sharding(a.shape), arrays)
-        assert isinstance(self.mesh, Mesh)
-        if not self.mesh.is_multi_process:
+        if not self.device_mesh.is_multi_process:
             return jax.device_put(arrays, shardings)
         # device_put first compares the array between all processes, by a collective that waits for what runs.
         put = lambda a, sharding: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])  # noqa: E731
@@ -243,7 +189,7 @@ class Partitioner:
 
 
 def _rules(mesh: str, sharding: str) -> sharding_rules.RuleSet:
-    used = tuple(axis for axis, size in _mesh_shape(mesh).items() if size > 1)
+    used = tuple(axis for axis, size in mesh_shape(mesh).items() if size > 1)
     rules = sharding_rules.get(sharding_rules.DEFAULT if sharding == "auto" else sharding)
     if idle := [axis for axis in used if axis not in rules.mesh_axes]:
         raise ValueError(

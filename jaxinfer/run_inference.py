@@ -218,7 +218,7 @@ def _engine_fields() -> dict[str, Any]:
 
 def _default_num_seqs(num_prompts: int) -> int:
     """As many as there are prompts, at most 8, and a multiple of the data axis."""
-    from jaxinfer.partitioning import parse_mesh
+    from jaxinfer.meshes import parse_mesh
 
     data = parse_mesh(_MESH.value).get("data", 1)
     return cdiv(min(num_prompts, max(8, data)), data) * data

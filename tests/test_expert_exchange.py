@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from jaxinfer.layers import expert_exchange
-from jaxinfer.partitioning import make_mesh
+from jaxinfer.meshes import make_mesh
 
 NUM_TOKENS, K, SIZE, NUM_LOCAL = 6, 2, 3, 2  # of a device
 MESHES = {2: "expert:2", 4: "data:2,expert:4", 8: "expert:8"}

@@ -70,7 +70,7 @@ LAYERS = {
     "jaxinfer.kv_cache": 2,
     "jaxinfer.logits_processors": 2,
     "jaxinfer.logprobs": 2,
-    "jaxinfer.mesh_layout": 2,
+    "jaxinfer.meshes": 2,
     "jaxinfer.partitioning": 2,
     "jaxinfer.quantization": 2,
     "jaxinfer.sampling": 2,

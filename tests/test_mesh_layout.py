@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from jaxinfer import mesh_layout
-from jaxinfer.partitioning import Partitioner, make_mesh
+from jaxinfer.meshes import describe, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ def devices(num_processes: int, each: int) -> list[Any]:
     ],
 )
 def test_lines(mesh: str, num_processes: int, each: int, lines: list[str]):
-    assert mesh_layout.describe(Partitioner.create(mesh, devices=devices(num_processes, each))) == lines
+    assert describe(make_mesh(mesh, devices(num_processes, each))) == lines
 
 
 def test_devices_of_a_process_are_neighbours(monkeypatch: pytest.MonkeyPatch):

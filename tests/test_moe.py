@@ -17,8 +17,9 @@ from jaxinfer.config import ModelConfig, MoEConfig
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.layers.experts import GatedExperts
 from jaxinfer.layers.moe import MoE, Router, Routing
+from jaxinfer.meshes import make_mesh
 from jaxinfer.parameters import ModelDefinition
-from jaxinfer.partitioning import Partitioner, make_mesh
+from jaxinfer.partitioning import Partitioner
 from pallas_kernels.grouped_map import xla
 from pallas_kernels.matmul import contract
 from sharding_rules import rule_set
