@@ -59,9 +59,9 @@ def _free_what_others_hold(free: Method) -> Method:
 
 
 def _keep_the_digest_of_an_evicted_page(allocate: Method) -> Method:
-    def mistaken(self: PageAllocator, count: int) -> list[int]:
+    def mistaken(self: PageAllocator, count: int, after: int | None = None) -> list[int]:
         page_of, digest_of = dict(self._page_of), dict(self._digest_of)
-        pages = allocate(self, count)
+        pages = allocate(self, count, after)
         self._page_of, self._digest_of = page_of, digest_of
         return pages
 

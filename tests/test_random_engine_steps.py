@@ -74,7 +74,7 @@ def solo(model_dir: pathlib.Path, scripts: list[Script]) -> list[list[int]]:
 
 def poison_free_pages(core: EngineCore) -> None:
     """NaN into the scratch page and every page whose content nobody may use again."""
-    runner, free = core.runner, core.scheduler.allocators[0]._free
+    runner, (free,) = core.runner, core.scheduler.allocators[0]._free  # on one device
     pages = np.zeros(core.scheduler.allocators[0].num_usable_pages, np.int32)
     pages[: len(free)] = free
     runner._cache = _poison(runner._cache, pages)

@@ -79,7 +79,7 @@ def test_a_traceback_only_with_verbosity_1(model_dir: pathlib.Path):
         (["--mesh=tensor:16"], "--mesh=tensor:16 needs 16 devices, but there are 8 (cpu)"),
         (["--mesh=tensr:2"], "unknown mesh axis 'tensr'; known: data, stage, expert, context, tensor"),
         (["--mesh=tensor:3"], "kv_heads 2 neither divides nor is divided by the 3 devices of --mesh tensor:3"),
-        (["--mesh=stage:2"], "no sharding strategy splits over stage together"),
+        (["--mesh=stage:4"], "--mesh=stage:4: the model has 2 layers; use at most that many stages"),
         (["--max_model_len=999"], "--max_model_len=999 is beyond the 256 positions"),
         (["--max_model_len=3"], "prompt of 4 tokens leaves no room to generate within --max_model_len=3"),
         (["--kv_cache_bytes=1000"], "--kv_cache_bytes=1000 is less than the "),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxinfer import batch
 from jaxinfer.config import ModelConfig
 from jaxinfer.layers import attention_block, decoder, mlp, moe, norm
-from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention import blocks
 from sharding_rules import axes as ax
 from tests.parity.planting import Fault, of_attention, of_config, of_moe, of_rope, of_weights, wrap, zeros_at
 
@@ -131,7 +131,7 @@ FAULTS = [
         lambda patch: patch.setattr(ModelConfig, "softmax_scale", property(lambda config: 1 / config.head_dim)),
     ),
     Fault("weights in bfloat16", of_weights(lambda path, a: _rounded(a))),
-    Fault("softmax in bfloat16", wrap(xla, "_attend_block", _round_softmax)),
+    Fault("softmax in bfloat16", wrap(blocks, "_attend_block", _round_softmax)),
     Fault("decode one position late", wrap(batch, "build", _decode_one_late), decodes=True),
     Fault("later chunks one position late", wrap(batch, "build", _chunks_one_late), needs_long_prompt=True),
     Fault("mask shows the next token", of_attention(lambda attend, q, positions: attend(q, positions + 1))),
