@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxinfer import batch
 from jaxinfer.config import ModelConfig
-from jaxinfer.layers import attention_block, decoder, mlp, moe, norm
+from jaxinfer.layers import attention_block, decoder, experts, mlp, norm
 from pallas_kernels.paged_attention import blocks
 from sharding_rules import axes as ax
 from tests.parity.planting import Fault, of_attention, of_config, of_moe, of_rope, of_weights, wrap, zeros_at
@@ -213,7 +213,7 @@ FAULTS = [
     Fault("yarn's factor ignored in gpt-oss", of_rope(lambda rope: {"attention_factor": 1.0}), family="gpt_oss"),
     Fault("windows in the other layers of gpt-oss", _windows_swapped, family="gpt_oss", needs_long_prompt=True),
     Fault("SwiGLU not clamped", of_moe(lambda moe: {"swiglu_limit": 1e9}), family="gpt_oss"),
-    Fault("up without its one", wrap(moe, "clamped_swiglu", _up_not_raised), family="gpt_oss"),
+    Fault("up without its one", wrap(experts, "clamped_swiglu", _up_not_raised), family="gpt_oss"),
     Fault("first biases of experts dropped", zeros_at("experts/gate_up_bias"), family="gpt_oss"),
     Fault("last biases of experts dropped", zeros_at("experts/down_bias"), family="gpt_oss"),
     Fault("router's bias dropped", zeros_at("router/bias"), family="gpt_oss"),
