@@ -47,13 +47,13 @@ class Engine:
         self.stats = EngineStats()
         resolved = self._resolved = resolve(config, free_bytes_of(group))
         if group is not None:
+            if isinstance(resolved, ResolvedEncoder):
+                raise ValueError(f"{resolved.architecture} is an encoder, which runs in one process; start only one")
             self.progress.line("\n".join(meshes.describe(resolved.definition.partitioner.device_mesh)))
         self.progress.line(str(resolved.memory))
         with self.progress.phase("loading weights", "bytes") as advance, self.stats.timed("load_s"):
             weights = load_weights(resolved.model_dir, resolved.definition, advance)
         if isinstance(resolved, ResolvedEncoder):
-            if group is not None:
-                raise ValueError(f"{resolved.architecture} is an encoder, which runs in one process; start only one")
             self._running = Embedder(resolved, weights, self.stats)
         else:
             self._running = EngineCore.create(resolved, weights, self.stats, runner_type(group))
@@ -217,7 +217,7 @@ class Engine:
         """Bytes that the decode steps so far had to read on one device: weights once a step, and the cache in use."""
         memory = self.resolved.memory
         token_bytes = memory.page_bytes // memory.page_size
-        cache_bytes = self.stats.decode_context_tokens * token_bytes // memory.num_shards
+        cache_bytes = self.stats.decode_context_tokens * token_bytes // (memory.num_shards * memory.context_size)
         return self.stats.decode_steps * self.resolved.definition.step_shard_bytes + cache_bytes
 
     @property

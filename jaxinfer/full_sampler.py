@@ -104,11 +104,8 @@ class FullSampler:
         """In each data shard by itself: XLA would gather the rows of all for a top-k."""
         compute = functools.partial(token_logprobs, num_top=self.num_top)
         partitioner = self.definition.partitioner
-        if partitioner.mesh.size == 1:
-            return compute(logits, token_ids)
         rows = partitioner.spec((ax.BATCH,))
-        local = jax.shard_map(compute, mesh=partitioner.mesh, in_specs=rows, out_specs=rows, check_vma=False)
-        return local(logits, token_ids)
+        return partitioner.shard_map(compute, in_specs=rows, out_specs=rows)(logits, token_ids)
 
 
 def _flat(x: jax.Array) -> jax.Array:

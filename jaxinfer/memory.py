@@ -52,7 +52,8 @@ class Demand:
         config, model, partitioner = self.config, self.definition.decoder_config, self.definition.partitioner
         assert config.max_model_len is not None
         num_shards = partitioner.num_shards(ax.BATCH)
-        (spec, *_), *slots = attention_specs(model, partitioner, self.page_size)
+        specs = attention_specs(model, partitioner, self.page_size)
+        spec = specs[0][0]  # but for windows all are alike
         itemsize = self.definition.dtype.itemsize
         rows = config.max_num_seqs // num_shards
         chunks = num_chunks(rows)
@@ -75,7 +76,7 @@ class Demand:
             weights_bytes=self.definition.shard_bytes,
             workspace_bytes=of_step + sampling.slots_bytes,
             page_bytes=planner.page_bytes(
-                num_layers=1 + len(slots),
+                num_layers=len(specs),
                 token_numbers=spec.token_numbers,
                 page_size=self.page_size,
                 itemsize=itemsize,

@@ -31,8 +31,6 @@ class ParamSpec:
       shape, dtype: of the whole array.
       axes: the logical name of each dimension.
       sharding: over the mesh; divisibility is checked.
-      read_share: of its bytes, what a decode step has to read at least: all, none but the rows of its tokens, or
-        those of the experts of one token.
       placement: the expert in each place of the experts' axis; empty: there is no such axis.
     """
 
@@ -41,7 +39,6 @@ class ParamSpec:
     dtype: jnp.dtype
     axes: ax.LogicalAxes
     sharding: NamedSharding
-    read_share: float
     placement: tuple[int, ...]
 
     def repeat(self, array: jax.Array) -> jax.Array:
@@ -68,11 +65,6 @@ class ParamSpec:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
-    def shard_bytes(self) -> int:
-        """Of one device."""
-        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
-
 
 @dataclasses.dataclass(frozen=True)
 class WeightSpec:
@@ -83,7 +75,8 @@ class WeightSpec:
       shape, dtype: of the whole array, which with stages begins with them.
       axes: the logical name of each dimension.
       sharding: over the mesh.
-      read_share: as of the parameters.
+      read_share: of its bytes, what a decode step has to read at least: all, none but the rows of its tokens, or
+        those of the experts of one token.
       sources: of each stage the parameter's place in `ModelDefinition.params`; None: zeros, for padding and for what
         other stages' layers have; one for a parameter that is of no layer.
       is_stacked: whether the array begins with the stages.
@@ -131,11 +124,10 @@ def param_specs(state: nnx.State, partitioner: Partitioner, plan: StagePlan) -> 
         place, on_stage = tuple(map(str, keys)), partitioner
         if place[0] == _LAYERS:
             on_stage = partitioner.of_stage(plan.stage_of(int(place[1])))
-        names = ("logical_axes", "read_share", "placement")
-        axes, read_share, placement = (variable.get_metadata(name) for name in names)
+        axes, placement = variable.get_metadata("logical_axes"), variable.get_metadata("placement")
         path, shape = "/".join(place), tuple(variable.shape)
         sharding = on_stage.sharding(axes, shape, path)
-        params.append(ParamSpec(path, shape, variable.dtype, axes, sharding, read_share, placement))
+        params.append(ParamSpec(path, shape, variable.dtype, axes, sharding, placement))
     return tuple(params)
 
 

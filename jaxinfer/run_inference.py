@@ -69,7 +69,7 @@ _STOP = flags.DEFINE_multi_string("stop", [], "String that ends the output; may 
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on past the model's end token.")
 
 _MESH = flags.DEFINE_string("mesh", _DEFAULTS.mesh, 'Device mesh, as "data:2,tensor:4".')
-flags.DEFINE_string("sharding", _DEFAULTS.sharding, "Sharding strategy, or auto.")
+_SHARDING = flags.DEFINE_string("sharding", _DEFAULTS.sharding, "Sharding strategy, or auto.")
 _NUM_CPU_DEVICES = flags.DEFINE_integer("num_cpu_devices", None, "Virtual devices on the CPU.", lower_bound=1)
 _ALLOW_CPU = flags.DEFINE_bool("allow_cpu", False, "Run on the CPU, though an NVIDIA GPU may be present.")
 flags.DEFINE_enum("dtype", _DEFAULTS.dtype, DTYPES, "Of weights and cache.")
@@ -217,11 +217,12 @@ def _engine_fields() -> dict[str, Any]:
 
 
 def _default_num_seqs(num_prompts: int) -> int:
-    """As many as there are prompts, at most 8, and a multiple of the data axis."""
-    from jaxinfer.meshes import parse_mesh
+    """As many as there are prompts, at most 8, and a multiple of the data shards."""
+    from jaxinfer.partitioning import Partitioner
+    from sharding_rules.axes import BATCH
 
-    data = parse_mesh(_MESH.value).get("data", 1)
-    return cdiv(min(num_prompts, max(8, data)), data) * data
+    num_shards = Partitioner.abstract(_MESH.value, _SHARDING.value).num_shards(BATCH)
+    return cdiv(min(num_prompts, max(8, num_shards)), num_shards) * num_shards
 
 
 def _read_prompts() -> list[Prompt]:

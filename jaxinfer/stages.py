@@ -8,6 +8,8 @@ The weights of padding are zero, so that it adds nothing; it costs no time, for 
 import dataclasses
 import itertools
 
+Layers = tuple[int, ...]  # of a slot, on each stage; without stages one
+
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
@@ -45,7 +47,7 @@ class StagePlan:
         (place,) = ((layers.index(layer), slot) for slot, layers in enumerate(self.slots) if layer in layers)
         return place
 
-    def like(self, slot: int) -> tuple[int, ...]:
+    def like(self, slot: int) -> Layers:
         """Of each stage the layer that the slot computes there; padding computes as another stage's."""
         layers = [layer for layer in self.slots[slot] if layer is not None]
         return tuple(layers[0] if layer is None else layer for layer in self.slots[slot])

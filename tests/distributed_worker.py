@@ -5,7 +5,6 @@ python -m tests.distributed_worker MODEL MESH;MESH... ADDRESS COUNT INDEX
 
 import hashlib
 import json
-import os
 import sys
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from jaxinfer import Engine, SamplingParams, distributed
 from jaxinfer.batch import StepBatch, StepShape
+from jaxinfer.cli_output import give_stdout_to_text
 from jaxinfer.extras import Extras
 from jaxinfer.runner import Runner
 from jaxinfer.steps import StepOutput
@@ -75,8 +75,7 @@ def fail_once(engine: Engine) -> None:
 
 
 def main(model: str, meshes: str, address: str, count: str, index: str) -> None:
-    results = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # Gloo writes to stdout, in the middle of others' lines
+    give_stdout_to_text()
     group = distributed.initialize(address, int(count), int(index), heartbeat_timeout_s=10)
     assert group is not None
     digest = DispatchDigest()
@@ -89,7 +88,7 @@ def main(model: str, meshes: str, address: str, count: str, index: str) -> None:
             else:
                 engine.follow()
         result = {"mesh": mesh, "tokens": tokens, "digest": str(digest), "num_steps": digest.num_steps}
-        print(json.dumps(result), file=results, flush=True)
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import types
 from collections import Counter
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer import kv_cache
+from jaxinfer import Engine, kv_cache
 from jaxinfer.attention import PagedAttention, Prompts, Rows
 from jaxinfer.context_parallel import own_pages
 from jaxinfer.engine_config import EngineConfig
@@ -262,3 +263,12 @@ def test_what_does_not_fit_is_advised_a_larger_context():
     demand(f"tensor:8,context:{context_size}", **sizes).plan()
     with pytest.raises(ValueError, match=f"needs of each of its {context_size // 2} devices; would fit: "):
         demand(f"tensor:8,context:{context_size // 2}", **sizes).plan()
+
+
+def test_a_device_reads_its_share_of_the_cache():
+    """For the bandwidth in the summary: tokens of 6 bytes, on two data shards of four devices each."""
+    memory = types.SimpleNamespace(page_bytes=96, page_size=16, num_shards=2, context_size=4)
+    resolved = types.SimpleNamespace(memory=memory, definition=types.SimpleNamespace(step_shard_bytes=1000))
+    stats = types.SimpleNamespace(decode_context_tokens=800, decode_steps=3)
+    found = Engine.decode_bytes_per_device.fget(types.SimpleNamespace(resolved=resolved, stats=stats))  # pyright: ignore
+    assert found == 3 * 1000 + 800 * 6 // 8

@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -240,3 +241,13 @@ def test_bfloat16(model_dir: pathlib.Path, engine: Engine):
         vectors = rounded.embed("a text")
     assert vectors.dtype == np.float32
     assert 1e-4 < np.abs(vectors - engine.embed("a text")).max() < 0.05
+
+
+def test_several_processes_are_refused_before_anything_is_loaded(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    group = types.SimpleNamespace(leads=True, all_gather=lambda topic, value: [value, value])
+    monkeypatch.setattr("jaxinfer.engine.process_group", lambda: group)
+    monkeypatch.setattr("jaxinfer.engine.load_weights", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match=r"^BertModel is an encoder, which runs in one process; start only one$"):
+        Engine(str(make(tmp_path / "model")))

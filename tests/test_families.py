@@ -36,13 +36,7 @@ def model_dir(family: str, config: dict[str, Any], tmp_path: pathlib.Path) -> pa
 
 
 def generate(model_dir: pathlib.Path, mesh: str) -> list[list[int]]:
-    runner = driver.make_runner(*driver.load(model_dir, mesh), SHAPES)
-    with driver.greedy_only():
-        runner.compile_all()
-    prompts = [recipe.prompt(length, 128, seed) for seed, length in enumerate(PROMPT_LENGTHS)]
-    tokens = driver.generate(runner, SHAPES, prompts, NUM_TOKENS)
-    runner.close()
-    return tokens
+    return driver.generate_on(model_dir, mesh, SHAPES, PROMPT_LENGTHS, NUM_TOKENS)
 
 
 def test_same_tokens_on_every_mesh(model_dir: pathlib.Path, family: str):

@@ -39,13 +39,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def generate(model_dir: pathlib.Path, mesh: str, shapes: driver.Shapes = SHAPES) -> list[list[int]]:
-    runner = driver.make_runner(*driver.load(model_dir, mesh), shapes)
-    with driver.greedy_only():
-        runner.compile_all()
-    prompts = [recipe.prompt(length, 128, seed) for seed, length in enumerate(PROMPT_LENGTHS)]
-    tokens = driver.generate(runner, shapes, prompts, NUM_TOKENS)
-    runner.close()
-    return tokens
+    return driver.generate_on(model_dir, mesh, shapes, PROMPT_LENGTHS, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +115,12 @@ def test_weights_on_stages_are_written_again(model_dir: pathlib.Path, tmp_path: 
 def test_every_layer_is_on_its_stage_alone(model_dir: pathlib.Path):
     """A slot's array is put together of the parts that lie on the devices already, and zeros."""
     definition, arrays = driver.load(model_dir, "stage:4")
-    by_path = {spec.path: np.asarray(array) for spec, array in zip(definition.params, arrays, strict=True)}
+    by_path = {spec.path: np.array(array) for spec, array in zip(definition.params, arrays, strict=True)}  # copies
+    places = {shard.data.unsafe_buffer_pointer() for array in arrays for shard in array.addressable_shards}
     stacked = dict(zip((weight.path for weight in definition.weights), definition.stack(arrays), strict=True))
     up = np.asarray(stacked["layers/2/mlp/up/weight"])
     assert not up[:3].any()  # the first three stages have two layers, and padding
     np.testing.assert_array_equal(up[3], by_path["layers/8/mlp/up/weight"])
     assert stacked["layers/2/mlp/up/weight"].addressable_shards[0].data.shape == (1, *up.shape[1:])
+    down = stacked["layers/0/mlp/down/weight"]  # of which no stage has padding
+    assert {shard.data.unsafe_buffer_pointer() for shard in down.addressable_shards} <= places, "it was copied"

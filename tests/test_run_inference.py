@@ -13,8 +13,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import safetensors.numpy
+from absl.testing import flagsaver
 
-from jaxinfer import devices
+from jaxinfer import devices, run_inference
 from tests import tiny_model
 from tests.command_line import run, run_here
 
@@ -226,3 +227,12 @@ def test_the_console_scripts_help_shows_the_flags():
     script = "from jaxinfer.run_inference import cli; cli()"
     result = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=False)
     assert "--prompts_file:" in result.stdout and "--memory_fraction:" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sharding", "num_seqs"),
+    [("", "auto", 1), ("tensor:4", "auto", 1), ("data:2,expert:2", "auto", 4), ("data:2,expert:2", "expert_sums", 2)],
+)
+def test_without_a_flag_there_are_sequences_for_every_data_shard(mesh: str, sharding: str, num_seqs: int):
+    with flagsaver.as_parsed(mesh=mesh, sharding=sharding):
+        assert run_inference._default_num_seqs(1) == num_seqs

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from jaxinfer.tools import parallel_matrix, parallel_runs
+
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAMS = [path.stem for path in sorted((ROOT / "tools").glob("*.py")) if "__main__" in path.read_text("utf-8")]
 
@@ -53,3 +55,23 @@ def test_the_card_has_the_facts_that_were_measured():
         "> Once\n>\n",
     ):
         assert text in card
+
+
+def test_the_matrix_has_every_schedule_and_tells_what_was_refused():
+    ways = parallel_matrix.ways()
+    assert tuple(parallel_runs.SCHEDULES) == parallel_matrix.FEATURES
+    assert len({*map(str, ways)}) == len(ways)
+    record = {
+        parallel_matrix.key("llama", way, feature): {"outcome": "equal", "reason": ""}
+        for way in ways[:2]
+        for feature in parallel_matrix.FEATURES
+    }
+    first, *_ = record
+    record[first] = {"outcome": "failed", "reason": "output 0 differs"}
+    for feature in parallel_matrix.FEATURES:
+        refused = {"outcome": "refused", "reason": "--mesh=expert:2: llama has no experts here"}
+        record[parallel_matrix.key("llama", parallel_matrix.Way("expert:2"), feature)] = refused
+    lines = parallel_matrix.table(record, ["llama"]).splitlines()
+    assert lines[0] == "combinations 12, equal 7, refused 4, failed 1"
+    assert {"| one device | 3/4 |", "| data:2 | 4/4 |", "| expert:2 | no [1] |", "| context:2 |  |"} <= set(lines)
+    assert lines[-1] == "[1] --mesh=expert:2: llama has no experts here"

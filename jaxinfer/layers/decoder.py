@@ -18,10 +18,9 @@ from jaxinfer.layers.norm import LayerNorm, RMSNorm
 from jaxinfer.layers.rope import inverse_frequencies, rotation
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.pipeline import on_stage
-from jaxinfer.stages import StagePlan
+from jaxinfer.stages import Layers, StagePlan
 from sharding_rules import axes as ax
 
-Layers = tuple[int, ...]  # of a slot, on each stage; without stages one
 Rope = tuple[jax.Array, jax.Array] | None  # as `rope.rotation` makes it; None: nothing rotates
 
 

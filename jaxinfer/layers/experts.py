@@ -8,12 +8,13 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jaxinfer.config import ModelConfig, MoEConfig
+from jaxinfer.config import ModelConfig
 from jaxinfer.layers import expert_exchange
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.param import Axes, param
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.pipeline import on_stage
+from jaxinfer.stages import Layers
 from pallas_kernels.grouped_map.xla import grouped_map
 from pallas_kernels.matmul import contract
 from sharding_rules import axes as ax
@@ -29,9 +30,10 @@ class Experts(nnx.Module):
     dropped, however many pick the same expert.
     """
 
-    def __init__(self, moe: MoEConfig, layers: tuple[int, ...], partitioner: Partitioner):
+    def __init__(self, config: ModelConfig, layers: Layers, partitioner: Partitioner):
+        assert config.moe is not None
+        self.moe = moe = config.moe
         self.partitioner = partitioner
-        self.num_experts = moe.num_experts
         self.placements = tuple(map(moe.placement, layers))  # on each stage of a pipeline
         self.placement = self.placements[0]
         if len({*map(len, self.placements)}) > 1:
@@ -73,7 +75,7 @@ class Experts(nnx.Module):
 
     def _slots(self, experts: jax.Array) -> jax.Array:
         """int32 [B, T, k] of the same, in turn where an expert has several: by the token's place, not by others'."""
-        return on_stage(lambda placement: _slots_of(experts, placement, self.num_experts), self.placements)
+        return on_stage(lambda placement: _slots_of(experts, placement, self.moe.num_experts), self.placements)
 
     def _compute_local(self, x, slots, weights, params):
         """One device's part of its tokens' sums, each in float32 and in the order of the token's experts."""
@@ -124,17 +126,10 @@ class GatedExperts(Experts):
     """Each down(activation(gate(x)) * up(x))."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        moe: MoEConfig,
-        layers: tuple[int, ...],
-        partitioner: Partitioner,
-        *,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        self, config: ModelConfig, layers: Layers, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        super().__init__(moe, layers, partitioner)
-        embed, mlp = (ax.EMBED, config.embed_dim), (ax.EXPERT_MLP, moe.mlp_dim)
+        super().__init__(config, layers, partitioner)
+        embed, mlp = (ax.EMBED, config.embed_dim), (ax.EXPERT_MLP, self.moe.mlp_dim)
         self.activation = ACTIVATIONS[config.activation]
         self.gate = self._param((mlp, embed), dtype, rngs)
         self.up = self._param((mlp, embed), dtype, rngs)
@@ -155,18 +150,10 @@ class ClampedExperts(Experts):
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        moe: MoEConfig,
-        layers: tuple[int, ...],
-        partitioner: Partitioner,
-        *,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        self, config: ModelConfig, layers: Layers, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        super().__init__(moe, layers, partitioner)
-        embed, mlp = (ax.EMBED, config.embed_dim), (ax.EXPERT_MLP, moe.mlp_dim)
-        self.moe = moe
+        super().__init__(config, layers, partitioner)
+        embed, mlp = (ax.EMBED, config.embed_dim), (ax.EXPERT_MLP, self.moe.mlp_dim)
         self.gate_up = self._param((mlp, (None, 2), embed), dtype, rngs)
         self.gate_up_bias = self._param((mlp, (None, 2)), dtype, rngs, "zeros")
         self.down = self._param((embed, mlp), dtype, rngs)

@@ -10,6 +10,7 @@ from jaxinfer.layers.experts import ClampedExperts, GatedExperts
 from jaxinfer.layers.mlp import MLP
 from jaxinfer.layers.param import param
 from jaxinfer.partitioning import Partitioner
+from jaxinfer.stages import Layers
 from pallas_kernels.matmul import contract
 from sharding_rules import axes as ax
 
@@ -50,19 +51,13 @@ class MoE(nnx.Module):
     """The sum of a token's experts, each by its weight, and of the shared ones, through which every token goes."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        layers: tuple[int, ...],
-        partitioner: Partitioner,
-        *,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        self, config: ModelConfig, layers: Layers, partitioner: Partitioner, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         assert config.moe is not None
         moe = config.moe
         self.router = Router(moe, config.embed_dim, partitioner, dtype=dtype, rngs=rngs)
         kind = GatedExperts if moe.swiglu_limit is None else ClampedExperts
-        self.experts = kind(config, moe, layers, partitioner, dtype=dtype, rngs=rngs)
+        self.experts = kind(config, layers, partitioner, dtype=dtype, rngs=rngs)
         shared = {"activation": config.activation, "is_gated": True, "use_bias": config.mlp_bias}
         sizes = (config.embed_dim, moe.shared_mlp_dim)
         self.shared = MLP(*sizes, partitioner, **shared, dtype=dtype, rngs=rngs) if moe.shared_mlp_dim else None

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jaxinfer.step_plan import StepPlan
 from jaxinfer.step_programs import StepPrograms
 from jaxinfer.steps import Arrays
 from sharding_rules import axes as ax
+from tests.parity import recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +159,20 @@ def generate(
         observe(plan)
         scheduler.commit(plan, result, [])
     return [request.output_token_ids for request in requests]
+
+
+def generate_on(
+    model_dir: pathlib.Path, mesh: str, shapes: Shapes, prompt_lengths: Sequence[int], max_tokens: int
+) -> list[list[int]]:
+    """Greedy tokens after random prompts of these lengths, by programs that can do no more than that."""
+    runner = make_runner(*load(model_dir, mesh), shapes)
+    with greedy_only():
+        runner.compile_all()
+    vocab_size = runner.definition.config.vocab_size
+    prompts = [recipe.prompt(length, vocab_size, seed) for seed, length in enumerate(prompt_lengths)]
+    tokens = generate(runner, shapes, prompts, max_tokens)
+    runner.close()
+    return tokens
 
 
 def _shuffle_pages(allocator) -> None:

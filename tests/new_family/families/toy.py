@@ -8,9 +8,10 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.hf_weight_names import TensorPart, WeightNames
 from jaxinfer.layers.attention_block import Attend, AttentionBlock
-from jaxinfer.layers.decoder import Decoder, Layers, Rope, embed_norm
+from jaxinfer.layers.decoder import Decoder, Rope, embed_norm
 from jaxinfer.layers.linear import Linear
 from jaxinfer.partitioning import Partitioner
+from jaxinfer.stages import Layers
 from sharding_rules import axes as ax
 
 ARCHITECTURES = ("ToyForCausalLM",)
