@@ -10,7 +10,7 @@ import pytest
 from absl.testing import flagsaver
 
 import jaxinfer.engine
-from jaxinfer import Engine, run_inference
+from jaxinfer import Engine, cli_flags, run_inference
 
 COMMAND = [sys.executable, "-m", "jaxinfer.run_inference"]
 
@@ -38,7 +38,7 @@ def run_here(*flags: str) -> int:
     """The exit code of the command in this process, which has eight virtual devices."""
     with flagsaver.flagsaver():
         try:
-            return run_inference.main(run_inference.parse_flags(["run_inference", *flags]))
+            return run_inference.main(cli_flags.parse(["run_inference", *flags]))
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else 1
 

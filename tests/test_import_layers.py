@@ -99,6 +99,7 @@ LAYERS = {
     "jaxinfer.engine_core": 6,
     "jaxinfer.engine_thread": 6,
     # Programs.
+    "jaxinfer.cli_flags": 7,
     "jaxinfer.cli_output": 7,
     "jaxinfer.convert_checkpoint": 7,
     "jaxinfer.run_inference": 7,

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from jaxinfer import kv_cache, run_inference
+from jaxinfer import cli_flags, kv_cache
 from jaxinfer.batch import Buckets
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.memory import Demand
@@ -60,8 +60,8 @@ def mem_fraction(name: str) -> float:
 def engine_config(name: str) -> EngineConfig:
     """As `run_inference` would make it."""
     with flagsaver.flagsaver():
-        run_inference.parse_flags(["run_inference", f"--config={CONFIGS / name}.toml"])
-        fields = run_inference._engine_fields()
+        cli_flags.parse(["run_inference", f"--config={CONFIGS / name}.toml"])
+        fields = cli_flags.engine_fields()
     return EngineConfig(**fields)
 
 

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from absl.testing import flagsaver
 
-from jaxinfer import devices, run_inference
+from jaxinfer import cli_flags, devices
 from tests import tiny_model
 from tests.command_line import run, run_here
 
@@ -235,4 +235,4 @@ def test_the_console_scripts_help_shows_the_flags():
 )
 def test_without_a_flag_there_are_sequences_for_every_data_shard(mesh: str, sharding: str, num_seqs: int):
     with flagsaver.as_parsed(mesh=mesh, sharding=sharding):
-        assert run_inference._default_num_seqs(1) == num_seqs
+        assert cli_flags.default_num_seqs(1) == num_seqs
