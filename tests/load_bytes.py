@@ -26,7 +26,7 @@ from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 
 NUM_PROCESSES = 4
-MESHES = ("tensor:4", "data:2,tensor:2")
+MESHES = ("tensor:4", "data:2,tensor:2", "stage:2,tensor:2", "context:2,tensor:2")
 EXPERT_MESH, EXPERTS = "expert:4", "experts"  # and the name of a directory, in the first of the formats
 FORMATS = (reader.HUGGING_FACE, reader.ORBAX)  # and the names of their directories
 CONFIG = llama.TINY_CONFIGS["gqa"] | {

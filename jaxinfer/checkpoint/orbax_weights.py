@@ -58,9 +58,15 @@ def load(
 
     As `hf_reader.load_weights`. What the mesh repeats is restored to all devices first.
     """
-    num_kv_heads, done, total = definition.config.num_kv_heads, 0, definition.weight_bytes
-    arrays: dict[str, jax.Array] = {}
-    for group in groups(definition.params, lambda spec: spec.num_bytes, _GROUP_BYTES):
+    num_kv_heads, total = definition.config.num_kv_heads, definition.weight_bytes
+    arrays = {
+        spec.path: jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, [], dtype=spec.dtype)
+        for spec in definition.params
+        if not spec.sharding.addressable_devices  # but those of other processes, which have that stage
+    }
+    here = [spec for spec in definition.params if spec.path not in arrays]
+    done = total - sum(spec.num_bytes for spec in here)
+    for group in groups(here, lambda spec: spec.num_bytes, _GROUP_BYTES):
         abstract = {spec.path: _abstract(spec, num_kv_heads) for spec in group}
         restored = _flat(_restore(model_dir, abstract), abstract)
         for spec in group:
@@ -105,8 +111,10 @@ def _chunks(spec: ParamSpec, array: np.ndarray) -> ocp.options.ArrayOptions.Savi
 
 
 def _restore(model_dir: pathlib.Path, abstract: dict[str, Any]) -> Any:
-    context = ocp.Context()
+    """Of several processes each by itself, as not all have a part of every array."""
+    context, process = ocp.Context(), jax.process_index()
     context.pytree.loading.partial_load = True
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = process, {process}
     with context:
         return ocp.load(_path(model_dir), _nested(abstract))
 

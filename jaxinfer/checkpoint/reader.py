@@ -40,11 +40,16 @@ def load_weights(
     check_matches(model_dir, definition)
     arrays = orbax_weights.load(model_dir, definition, progress)
     if definition.dtype == jnp.float16:  # Orbax casts without a word
-        infinite = [s.path for s, a in zip(definition.params, arrays, strict=True) if bool(jnp.isinf(a).any())]
+        infinite = [spec.path for spec, array in zip(definition.params, arrays, strict=True) if _is_infinite(array)]
         if infinite:
             beyond = f"values beyond float16's 65504: {listed(infinite)}"
             raise ValueError(f"{model_dir}: {beyond}; use --dtype=bfloat16 or --dtype=float32")
     return arrays
+
+
+def _is_infinite(array: jax.Array) -> bool:
+    """In a part that this process has."""
+    return any(bool(jnp.isinf(shard.data).any()) for shard in array.addressable_shards)
 
 
 def about_params(definition: ModelDefinition, dtypes: dict[str, np.dtype]) -> dict[str, Any]:
