@@ -134,8 +134,9 @@ def param_specs(state: nnx.State, partitioner: Partitioner, plan: StagePlan) -> 
 def weight_specs(
     state: nnx.State, params: tuple[ParamSpec, ...], partitioner: Partitioner, plan: StagePlan
 ) -> Iterator[WeightSpec]:
-    """Of a state with slots for layers."""
+    """Of a state with slots for layers. Each parameter is a source of one, or a module's path is no layer's."""
     places = {spec.path: i for i, spec in enumerate(params)}
+    left = set(places)
     for keys, variable in nnx.to_flat_state(state):
         place, axes, shape = tuple(map(str, keys)), variable.get_metadata("logical_axes"), tuple(variable.shape)
         path, is_stacked = "/".join(place), place[0] == _LAYERS and plan.num_stages > 1
@@ -144,5 +145,7 @@ def weight_specs(
             rest = "/".join(key for key in place[2:] if key not in _KINDS)
             sources = tuple(places.get(f"{_LAYERS}/{layer}/{rest}") for layer in plan.slots[int(place[1])])
             axes, shape = (ax.LAYERS, *axes), (plan.num_stages, *shape)
+        left -= {params[source].path for source in sources if source is not None}
         read_share, sharding = variable.get_metadata("read_share"), partitioner.sharding(axes, shape, path)
         yield WeightSpec(path, shape, variable.dtype, axes, sharding, read_share, sources, is_stacked)
+    assert not left, f"parameters that no slot takes: {sorted(left)}"

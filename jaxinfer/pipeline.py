@@ -112,7 +112,8 @@ class Pipeline:
             is_live = (item >= 0) & (item < self.num_items)
             x = jnp.where(stage == 0, entering, x)
             cache, x = self.stage(weights, cache, x, self.mask_work(self._work(works, item), is_live))
-            left = lax.psum(jnp.where(stage == last, x, 0), ax.STAGE)
+            # In float32: XLA's CPU compiler aborts on a sum of bfloat16 over one axis of several.
+            left = lax.psum(jnp.where(stage == last, x, 0).astype(jnp.float32), ax.STAGE).astype(x.dtype)
             x = lax.ppermute(x, ax.STAGE, [(i, (i + 1) % self.num_stages) for i in range(self.num_stages)])
             return cache, x[None], left
 

@@ -2,7 +2,8 @@
 
 Every stage runs the same program, over as many slots for layers as the longest stage has layers. Layers 0 to 4 on two
 stages: slot 0 is layer 0 on stage 0 and layer 2 on stage 1, slot 1 is layers 1 and 3, slot 2 is padding and layer 4.
-The weights of padding are zero, so that it adds nothing; it costs no time, for the other stages compute theirs.
+The weights of padding are zero, so that it adds nothing; it costs no time, for the other stages compute theirs, but the
+memory of a layer. Its tokens do not count as real: the router's zeros would send all of them to the first experts.
 """
 
 import dataclasses

@@ -1,9 +1,11 @@
 """Experts in several slots: how a placement is read, refused and proposed, and that a model with one is the same."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 from jaxinfer import expert_placement, models
 from jaxinfer.config import ModelConfig
 from jaxinfer.hf_config import HFConfig
+from jaxinfer.parameters import ModelDefinition
+from jaxinfer.partitioning import Partitioner
 
 DENSE_FIRST = "deepseek"  # its layers 1 and 2 have 16 experts, layer 0 has none
 
@@ -108,3 +112,23 @@ def test_devices_get_about_as_many_tokens_each():
         counts = (10_000 / rng.permutation(np.arange(1, 65))).astype(int).tolist()
         proposed = expert_placement.propose({0: counts}, num_devices=8, num_further=16)[0]
         assert busiest(counts, proposed, 8) < 1.05 and busiest(counts, once, 8) > 1.4
+
+
+def test_stages_where_a_dense_layer_is_beside_one_with_experts_take_it():
+    """Layers 0 and 1 are in one slot, with layer 2 behind; and layers of one slot need as many experts' slots."""
+    partitioner = Partitioner.abstract("stage:2,expert:2")
+    slots = (*range(16), 3, 3)
+
+    def shapes(*placements: expert_placement.Placement) -> dict[str, tuple[int, ...]]:
+        model = config()
+        assert model.moe is not None
+        moe = dataclasses.replace(model.moe, placements=placements)
+        model = dataclasses.replace(model, num_layers=len(placements), moe=moe)
+        params = ModelDefinition.create(model, partitioner, jnp.dtype("float32")).params
+        return {spec.path: spec.shape for spec in params}
+
+    path, placed = "layers/{}/mlp/experts/up", shapes((), slots, slots)
+    assert placed[path.format(1)][0] == placed[path.format(2)][0] == len(slots)
+    assert shapes((), slots, slots, slots)[path.format(3)][0] == len(slots)
+    with pytest.raises(ValueError, match=r"layer 1 has 18, layer 3 has 16 slots; pipeline stages need equally many"):
+        shapes((), slots, slots, tuple(range(16)))

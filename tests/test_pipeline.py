@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 from jaxinfer.checkpoint import orbax_weights
 from jaxinfer.checkpoint.conversion import Source, convert
 from jaxinfer.checkpoint.hf_writer import write_model
+from jaxinfer.layers.experts import Experts
 from jaxinfer.microbatches import Work
 from sharding_rules import axes as ax
 from tests.long_campaign import chosen
@@ -66,6 +68,33 @@ def test_stages_whose_layers_differ(family: str, num_layers: int, tmp_path: path
     shapes = driver.Shapes(rows=4, max_len=128, chunk=64, num_steps=0)
     model_dir = write(tmp_path, family, config)
     assert generate(model_dir, "stage:2", shapes) == generate(model_dir, "", shapes)
+
+
+def test_bfloat16(model_dir: pathlib.Path):
+    """Stages beside another axis: XLA's CPU compiler aborts on the sum of bfloat16 over one axis of several."""
+    definition = driver.load_definition(model_dir, "data:2,stage:2", dtype="bfloat16")
+    shapes = driver.Shapes(rows=4, max_len=128, chunk=64, num_steps=0)
+    programs = driver.step_programs(definition, shapes)
+    (shape,) = shapes.buckets(num_shards=2).shapes()
+    programs.lowered(shape).compile()
+
+
+def test_padding_computes_no_experts(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    """Three layers on two stages: of four layers that are computed one is padding, whose tokens are none."""
+    seen: collections.Counter[tuple[int, bool]] = collections.Counter()
+    compute = Experts.__call__
+
+    def counting(experts: Experts, x: jax.Array, picked: jax.Array, weights: jax.Array, is_valid: jax.Array):
+        record = lambda stage, is_any: seen.update([(int(stage), bool(is_any))])  # noqa: E731
+        jax.debug.callback(record, lax.axis_index(ax.STAGE), jnp.any(is_valid))
+        return compute(experts, x, picked, weights, is_valid)
+
+    monkeypatch.setattr(Experts, "__call__", counting)
+    config = recipe.first_config("mixtral") | {"num_hidden_layers": 3}
+    shapes = driver.Shapes(rows=4, max_len=128, chunk=64, num_steps=0)
+    driver.generate_on(write(tmp_path, "mixtral", config), "stage:2", shapes, (4,), 3)
+    jax.effects_barrier()
+    assert 2 * seen[0, True] == seen[1, True] > 0
 
 
 @pytest.mark.parametrize(("mesh", "num_stages"), [("stage:2", 2), ("stage:4", 4)])

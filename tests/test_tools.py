@@ -75,3 +75,16 @@ def test_the_matrix_has_every_schedule_and_tells_what_was_refused():
     assert lines[0] == "combinations 12, equal 7, refused 4, failed 1"
     assert {"| one device | 3/4 |", "| data:2 | 4/4 |", "| expert:2 | no [1] |", "| context:2 |  |"} <= set(lines)
     assert lines[-1] == "[1] --mesh=expert:2: llama has no experts here"
+
+
+def test_what_is_accepted_and_does_not_compile_has_failed(monkeypatch: pytest.MonkeyPatch):
+    runs = object.__new__(parallel_runs.FamilyRuns)
+
+    def refuse(*_: object) -> None:
+        raise ValueError("no such axis")
+
+    monkeypatch.setattr(runs, "_definition", lambda *_: None)
+    monkeypatch.setattr(runs, "_runner", refuse)
+    assert {*runs.outcomes("tensor:2", "auto").values()} == {("failed", "ValueError: no such axis")}
+    monkeypatch.setattr(runs, "_definition", refuse)
+    assert {*runs.outcomes("tensor:2", "auto").values()} == {("refused", "no such axis")}

@@ -76,9 +76,12 @@ class FamilyRuns:
         """By feature "equal", "refused" or "failed", and why."""
         try:
             definition = self._definition(mesh, sharding)
-            runner = self._runner(definition)
         except ValueError as error:
             return dict.fromkeys(SCHEDULES, ("refused", str(error)))
+        try:
+            runner = self._runner(definition)
+        except Exception as error:  # what is accepted has to compile
+            return dict.fromkeys(SCHEDULES, ("failed", f"{type(error).__name__}: {error}"))
         outcomes = {name: self._outcome(runner, name) for name in SCHEDULES}
         runner.close()
         return outcomes
@@ -91,7 +94,8 @@ class FamilyRuns:
             return "failed", f"{type(error).__name__}: {error}"
         for number, (tokens, wanted) in enumerate(zip(found, self._expected, strict=True)):
             if tokens != wanted:
-                at = next(i for i, (a, b) in enumerate(zip(tokens, wanted, strict=False)) if a != b)
+                pairs = enumerate(zip(tokens, wanted, strict=False))
+                at = next((i for i, (a, b) in pairs if a != b), len(tokens))
                 return "failed", f"output {number} differs from token {at} on: {tokens} and not {wanted}"
         return ("equal", "") if feature in seen else ("failed", f"there was no {feature}")
 

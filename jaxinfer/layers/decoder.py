@@ -94,6 +94,7 @@ class Decoder(nnx.Module):
         self.position_embedding = _position_embedding(config, dtype, rngs)
         plan = StagePlan.create(config.num_layers, partitioner.axis_size(ax.STAGE))
         self.in_slots = tuple(map(plan.like, range(len(plan.slots))))
+        self.is_layer = tuple(tuple(layer is not None for layer in slot) for slot in plan.slots)
         kind = {"dtype": dtype, "rngs": rngs}
         self.layers = nnx.List([self.block_type(config, layers, partitioner, **kind) for layers in self.in_slots])
         self.norm = embed_norm(config, dtype, rngs)
@@ -127,7 +128,7 @@ class Decoder(nnx.Module):
         }
         for slot, block in enumerate(self.layers):
             with jax.named_scope(f"layer_{slot}"):
-                routed = () if routing is None else (routing,)
+                routed = () if routing is None else (routing.where(on_stage(jnp.asarray, self.is_layer[slot])),)
                 x = block(x, on_stage(ropes.__getitem__, configs[slot]), slot, attend, *routed)
         return x
 
@@ -169,10 +170,13 @@ def _mlp(
         kind = {"activation": config.activation, "is_gated": config.gated_mlp, "use_bias": config.mlp_bias}
         return MLP(config.embed_dim, config.mlp_dim, partitioner, **kind, dtype=dtype, rngs=rngs)
 
-    def experts() -> MoE:
-        return MoE(config, layers, partitioner, dtype=dtype, rngs=rngs)
-
     has_experts = tuple(map(config.has_experts, layers))
+
+    def experts() -> MoE:
+        first = layers[has_experts.index(True)]  # stands in where a stage's layer is dense, and does not ask
+        with_experts = tuple(layer if has else first for layer, has in zip(layers, has_experts, strict=True))
+        return MoE(config, with_experts, partitioner, dtype=dtype, rngs=rngs)
+
     if len(set(has_experts)) > 1:
         return DenseOrExperts(has_experts, dense(), experts(), partitioner)
     return experts() if has_experts[0] else dense()

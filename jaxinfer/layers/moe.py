@@ -23,10 +23,10 @@ class Routing:
     An object of the trace: each slot for layers (`stages`) adds its own.
     """
 
-    def __init__(self, is_valid: jax.Array, num_experts: int):
+    def __init__(self, is_valid: jax.Array, num_experts: int, counts: dict[int, jax.Array] | None = None):
         self.is_valid = is_valid  # bool [B, T]
         self._num_experts = num_experts
-        self._counts: dict[int, jax.Array] = {}
+        self._counts: dict[int, jax.Array] = {} if counts is None else counts
 
     def add(self, slot: int, experts: jax.Array) -> None:
         """Those of a slot, int32 [B, T, k], of which the real tokens' count."""
@@ -41,6 +41,10 @@ class Routing:
         """int32 [B, E]; zero of a slot without experts."""
         none = jnp.zeros((len(self.is_valid), self._num_experts), jnp.int32)
         return self._counts.get(slot, none)
+
+    def where(self, condition: jax.Array) -> "Routing":
+        """Of the same tokens, none of which is real unless bool [] `condition` is; counted with them."""
+        return Routing(self.is_valid & condition, self._num_experts, self._counts)
 
     def fresh(self) -> "Routing":
         """Of the same tokens, with nothing counted."""

@@ -82,8 +82,10 @@ def load(model_dir: pathlib.Path, mesh: str = "", sharding: str = "auto") -> tup
     return definition, load_weights(model_dir, definition)
 
 
-def load_definition(model_dir: pathlib.Path, mesh: str = "", sharding: str = "auto") -> ModelDefinition:
-    return ModelDefinition.create(read_config(model_dir), Partitioner.create(mesh, sharding), jnp.dtype("float32"))
+def load_definition(
+    model_dir: pathlib.Path, mesh: str = "", sharding: str = "auto", dtype: str = "float32"
+) -> ModelDefinition:
+    return ModelDefinition.create(read_config(model_dir), Partitioner.create(mesh, sharding), jnp.dtype(dtype))
 
 
 def make_runner(
