@@ -46,6 +46,7 @@ class ModelDefinition:
     ) -> "ModelDefinition":
         """Allocates nothing. Raises ValueError for a mesh, or a parameter, that it cannot split the model over."""
         _check_mesh(config, partitioner)
+        partitioner = partitioner.fitted(ax.VOCAB, config.vocab_size)  # 50,257 of GPT-2 is whole on every device
         family, plan = models.get(config.family), StagePlan.create(config.num_layers, partitioner.axis_size(ax.STAGE))
 
         def split(partitioner: Partitioner) -> tuple[nnx.GraphDef, nnx.State]:

@@ -8,6 +8,7 @@ neither the tensor nor the way out.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -132,6 +133,15 @@ class Partitioner:
             return dataclasses.replace(self, mesh=AbstractMesh(sizes, names, axis_types=types))
         grid = np.take(self.mesh.devices, [stage], axis=names.index(ax.STAGE))
         return dataclasses.replace(self, mesh=Mesh(grid, names, axis_types=types))
+
+    def fitted(self, logical_axis: str, size: int) -> "Partitioner":
+        """One that splits `logical_axis` over those of its mesh axes that `size` divides by, on the most devices."""
+        axes = self.mesh_axes(logical_axis)
+        subsets = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
+        num_devices = {subset: math.prod(map(self.axis_size, subset)) for subset in subsets}
+        best = max((subset for subset in subsets if size % num_devices[subset] == 0), key=num_devices.__getitem__)
+        rules = {**self.rules.rules, logical_axis: best}
+        return dataclasses.replace(self, rules=dataclasses.replace(self.rules, rules=rules))
 
     def shard_map(self, function: Callable[..., T], *, in_specs: Any, out_specs: Any) -> Callable[..., T]:
         """`jax.shard_map` over the mesh, or over what is left of it inside of another; nothing on one device."""

@@ -2,6 +2,7 @@
 
 - `tensor` splits heads and hidden units (Megatron-LM, Shoeybi et al. 2019): two all-reduces a layer.
 - `stage` splits the layers into a pipeline, and the vocabulary, so that the ends of the model are every stage's work.
+  A vocabulary that does not divide over all of its axes is split over those that it divides over.
 - `data` splits sequences and their cache pages. So does `expert`, and where tokens are split a token travels to the
   devices that have its experts and back: two all-to-alls a layer.
 - `context` splits the cache pages of a sequence (DistAttention, Infinite-LLM, arXiv:2401.02669), and beside attention,

@@ -136,3 +136,19 @@ def test_constrain_places_the_array():
     x = jax.jit(lambda: partitioner.constrain(jax.numpy.zeros((2, 8)), (ax.BATCH, ax.MLP)))()
     assert x.sharding.shard_shape(x.shape) == (2, 2)
     assert Partitioner.create("").constrain(x, (ax.BATCH, ax.MLP)) is x
+
+
+@pytest.mark.parametrize(
+    ("mesh", "size", "expected"),
+    [
+        ("stage:2,tensor:4", 32000, ("stage", "tensor")),
+        ("stage:3,tensor:4", 32000, ("tensor",)),
+        ("stage:2,context:3", 32000, ("stage",)),
+        ("stage:4,context:2,tensor:3", 12, ("stage", "tensor")),
+        ("stage:2,tensor:2", 50257, ()),
+    ],
+)
+def test_a_size_is_split_over_the_axes_that_it_divides_over(mesh: str, size: int, expected: tuple[str, ...]):
+    partitioner = Partitioner.abstract(mesh).fitted(ax.VOCAB, size)
+    assert partitioner.mesh_axes(ax.VOCAB) == expected
+    assert partitioner.mesh_axes(ax.MLP) == Partitioner.abstract(mesh).mesh_axes(ax.MLP)
