@@ -14,11 +14,15 @@ def set_num_cpu_devices(count: int) -> None:
     """
     if "jax" in sys.modules:
         raise RuntimeError("set_num_cpu_devices must be called before jax is imported")
-    flag = f"--xla_force_host_platform_device_count={count}"
-    os.environ["XLA_FLAGS"] = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), flag)))
+    add_xla_flag(f"--xla_force_host_platform_device_count={count}")
     # XLA's CPU client sizes its thread pool by this. With fewer threads than devices a collective waits for ever
     # for participants that have no thread to run on.
     os.environ.setdefault("PJRT_NPROC", str(max(32, 4 * count)))
+
+
+def add_xla_flag(flag: str) -> None:
+    """As if XLA_FLAGS had it, at the end, where it counts. Call before jax uses a device."""
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), flag)))
 
 
 def prefer_cpu() -> None:

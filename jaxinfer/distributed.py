@@ -8,22 +8,27 @@ import json
 import secrets
 import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxinfer import rendezvous
-from jaxinfer.devices import free_bytes
+from jaxinfer import rendezvous, roll_call
+from jaxinfer.devices import add_xla_flag, free_bytes
 from jaxinfer.engine_config import NOT_FLAGS, EngineConfig
-from jaxinfer.launch import DEFAULT_HEARTBEAT_TIMEOUT_S, find_launch, uses_all_devices
+from jaxinfer.launch import DEFAULT_HEARTBEAT_TIMEOUT_S, find_launch
 from jaxinfer.process_group import ProcessGroup
 
 _OFFER_BYTES = 1024  # of what process 0 tells the others at the start
 # jax ends a process that misses another; a little later than we do, who have more to say about it.
 _JAX_HEARTBEAT_EXTRA_S = 2
+_JAX_TIMEOUT_S = 60  # for its processes to connect, all of which are there
+_PATIENCE_S = 5.0  # before a process says that it waits
+# jax keeps compiled programs in process 0 only, which would have no part in sharing out what others still compile.
+_EACH_AUTOTUNES = "--xla_gpu_shard_autotuning=false"
 
 _groups: list[ProcessGroup] = []  # of this process: one at most, for its whole life
 
@@ -37,21 +42,29 @@ def initialize(
 ) -> ProcessGroup | None:
     """Joins the other processes of the job; None for a process by itself. Call before jax uses a device.
 
-    `coordinator_address` is host:port of process 0. Without arguments a cluster (SLURM, Open MPI, Kubernetes) is
-    asked. Returns when all processes are there; from then on the end of one, or its silence for
-    `heartbeat_timeout_s` seconds, ends all. Raises ValueError for arguments that contradict each other, RuntimeError
-    for processes that do not come.
+    `coordinator_address` is host:port of process 0. Without arguments a cluster (SLURM, Open MPI 4) is asked. Returns
+    when all processes are there; from then on the end of one, or its silence for `heartbeat_timeout_s` seconds, ends
+    all. Raises ValueError for arguments that contradict each other, RuntimeError for processes that have not come
+    after five minutes, and for a port that another job has.
     """
     launch = find_launch(coordinator_address, num_processes, process_id, heartbeat_timeout_s)
     if launch is None:
         return None
+    name = f"process {launch.process_id} of {launch.num_processes}"
+    with _said_if_long(f"{name}: waits for the others at {launch.coordinator_address}"):
+        roll_call.meet(launch)
     jax.config.update("jax_enable_preemption_service", False)  # it catches SIGTERM, which must end a process
+    add_xla_flag(_EACH_AUTOTUNES)
     jax.distributed.initialize(
-        *launch,
+        launch.coordinator_address,
+        launch.num_processes,
+        launch.process_id,
+        local_device_ids=launch.local_device_ids,
+        cluster_detection_method="deactivate",  # or what it finds takes all but one device of each process
+        initialization_timeout=_JAX_TIMEOUT_S,
+        coordinator_bind_address=launch.bind_address,
         heartbeat_timeout_seconds=heartbeat_timeout_s + _JAX_HEARTBEAT_EXTRA_S,
     )
-    if uses_all_devices():
-        jax.config.update("jax_cuda_visible_devices", "all")
     _groups.append(_join(launch.coordinator_address, heartbeat_timeout_s))
     return _groups[0]
 
@@ -124,6 +137,17 @@ def _own_names(host: str) -> list[str]:
         probe.connect(("192.0.2.1", 9))  # sends nothing: it asks for the address of the route out
         names.append(probe.getsockname()[0])
     return [name for name in dict.fromkeys(names) if name]
+
+
+@contextlib.contextmanager
+def _said_if_long(text: str) -> Iterator[None]:
+    timer = threading.Timer(_PATIENCE_S, _say, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _say(text: str) -> None:

@@ -45,6 +45,7 @@ LAYERS = {
     "jaxinfer.progress": 1,
     "jaxinfer.prompts": 1,
     "jaxinfer.rendezvous": 1,
+    "jaxinfer.roll_call": 1,
     "jaxinfer.request": 1,
     "jaxinfer.request_stats": 1,
     "jaxinfer.request_stream": 1,

@@ -2,7 +2,6 @@
 
 import pytest
 
-from jaxinfer import launch
 from jaxinfer.launch import Launch, find_launch
 from tests import command_line
 
@@ -12,18 +11,19 @@ SLURM = {
     "SLURM_NTASKS": "2",
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
 }
+OF_SLURM = Launch("node01:61441", 2, 1)
 OPEN_MPI = {
     "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911",
     "OMPI_COMM_WORLD_SIZE": "4",
     "OMPI_COMM_WORLD_RANK": "3",
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
+OF_OPEN_MPI = Launch("10.96.0.1:64330", 4, 3, (1,))
+OPEN_MPI_5 = {key: value for key, value in OPEN_MPI.items() if key != "OMPI_MCA_orte_hnp_uri"}
 KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
-
-
-def of_cluster(env: dict[str, str]) -> Launch | None:
-    return find_launch(None, None, None, env=env)
 
 
 def test_flags_say_it():
@@ -67,45 +67,84 @@ def test_the_command_refuses_them_in_a_line_before_anything_starts(capfd: pytest
     ("env", "expected"),
     [
         ({}, None),
-        (SLURM, Launch(None, 2, 1)),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "2"}, Launch(None, 2, 1)),
+        (SLURM, OF_SLURM),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "2"}, OF_SLURM),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # the shell of an allocation
         (SLURM | {"SLURM_NTASKS": "1"}, None),
         ({key: value for key, value in SLURM.items() if key != "SLURM_STEP_NODELIST"}, None),  # a batch script itself
-        (OPEN_MPI, Launch(None, 4, 3)),
+        (OPEN_MPI, OF_OPEN_MPI),
         (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
-        (KUBERNETES, None),  # without the package by which jax asks there
+        (SLURM | OPEN_MPI, OF_OPEN_MPI),  # mpirun in a SLURM job
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"} | OPEN_MPI, OF_OPEN_MPI),  # and in the shell of an allocation
+        (KUBERNETES, None),  # where an indexed job may be anything
     ],
 )
 def test_a_cluster_says_it(env: dict[str, str], expected: Launch | None):
-    assert of_cluster(env) == expected
+    assert find_launch(None, None, None, env=env) == expected
 
 
-def test_kubernetes_is_asked_by_jax(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: name == "kubernetes")
-    assert of_cluster(KUBERNETES) == Launch(None, None, None)
-    assert of_cluster({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None  # any other pod
+@pytest.mark.parametrize(
+    ("env", "address"),
+    [
+        (SLURM | {"SLURM_STEP_NODELIST": "gpu7"}, "gpu7:61441"),
+        (SLURM | {"SLURM_STEP_NODELIST": "gpu7,cpu[1-2]"}, "gpu7:61441"),
+        (SLURM | {"SLURM_STEP_NODELIST": "gpu[007,009-12],cpu1"}, "gpu007:61441"),
+        (SLURM | {"SLURM_JOB_ID": "4097"}, "node01:61441"),
+        (SLURM | {"SLURM_STEP_ID": "1"}, "node01:61950"),  # not that of the step before
+        (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "65536.0;tcp6://[fe80::b9b,2620:10d::2]:43370"}, "[fe80::b9b]:61441"),
+        (SLURM | {"JAX_COORDINATOR_PORT": "4000"}, "node01:4000"),
+        (SLURM | {"JAX_COORDINATOR_ADDRESS": "10.0.0.9:4000"}, "10.0.0.9:4000"),
+    ],
+)
+def test_where_process_0_of_a_cluster_is(env: dict[str, str], address: str):
+    launch = find_launch(None, None, None, env=env)
+    assert launch is not None
+    assert launch.coordinator_address == address
+
+
+def test_an_address_from_the_environment_is_checked():
+    with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS=node0: must be host:port"):
+        find_launch(None, None, None, env=SLURM | {"JAX_COORDINATOR_ADDRESS": "node0"})
 
 
 def test_an_open_mpi_that_does_not_say_where_process_0_is():
-    env = {key: value for key, value in OPEN_MPI.items() if key != "OMPI_MCA_orte_hnp_uri"}
-    with pytest.raises(ValueError, match="Open MPI started 4 processes and does not say where process 0 is; give -"):
-        of_cluster(env)
+    with pytest.raises(ValueError, match="Open MPI started 4 processes and does not say where process 0 is, as versio"):
+        find_launch(None, None, None, env=OPEN_MPI_5)
+    assert find_launch("node0:1234", 4, 3, env=OPEN_MPI_5) == Launch("node0:1234", 4, 3)
 
 
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        ({}, False),  # jax leaves all devices to it
-        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, True),
-        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, True),
-        ({"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, False),
-        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, False),
-        ({"SLURM_STEP_TASKS_PER_NODE": "11(x2)"}, False),
-        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
-        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, False),
-        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "JAX_LOCAL_DEVICE_IDS": "0,1"}, False),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, (3,)),
+        ({"SLURM_STEP_TASKS_PER_NODE": "11(x2)"}, (3,)),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, (3,)),  # all of the machine
+        ({"CUDA_VISIBLE_DEVICES": "3"}, None),  # srun --gpus-per-task=1, or --gpu-bind
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_PER_TASK": "4"}, None),
+        ({"JAX_LOCAL_DEVICE_IDS": "0,1"}, None),  # which jax reads itself
+        (OPEN_MPI, (1,)),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, None),
+        (OPEN_MPI | {"CUDA_VISIBLE_DEVICES": "1"}, None),
     ],
 )
-def test_a_process_alone_on_its_machine_has_all_devices(env: dict[str, str], expected: bool):
-    assert launch.uses_all_devices(env) == expected
+def test_the_gpus_of_a_process(env: dict[str, str], expected: tuple[int, ...] | None):
+    """All that it sees; but one by one those that several processes of a machine see."""
+    four_each = {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_LOCALID": "3"}
+    launch = find_launch(None, None, None, env=SLURM | four_each | env)
+    assert launch is not None
+    assert launch.local_device_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("localhost:80", ("localhost", 80, "127.0.0.1:80")),
+        ("[::1]:80", ("::1", 80, "[::1]:80")),
+        ("node0:80", ("node0", 80, None)),
+    ],
+)
+def test_a_job_on_one_machine_is_not_reachable_from_others(address: str, expected: tuple[str, int, str | None]):
+    launch = Launch(address, 2, 0)
+    assert (launch.host, launch.port, launch.bind_address) == expected
