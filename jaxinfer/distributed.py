@@ -9,7 +9,7 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,8 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxinfer import rendezvous, roll_call
-from jaxinfer.devices import add_xla_flag, free_bytes
-from jaxinfer.engine_config import NOT_FLAGS, EngineConfig
+from jaxinfer.devices import add_xla_flag
 from jaxinfer.launch import DEFAULT_HEARTBEAT_TIMEOUT_S, find_launch
 from jaxinfer.process_group import ProcessGroup
 
@@ -82,29 +81,6 @@ def process_group() -> ProcessGroup | None:
     if not _groups and jax.process_count() > 1:
         _groups.append(_join(None, DEFAULT_HEARTBEAT_TIMEOUT_S))
     return _groups[0] if _groups else None
-
-
-def check_same(group: ProcessGroup, config: EngineConfig) -> None:
-    """Raises ValueError, in all processes, for a field that one of them has been given another value for."""
-    fields = {name: value for name, value in vars(config).items() if name not in NOT_FLAGS}
-    first, *others = group.all_gather("config", fields)
-    for index, other in enumerate(others, 1):
-        for name, value in first.items():
-            if other[name] != value:
-                values = f"is {value!r} in process 0 and {other[name]!r} in process {index}"
-                raise ValueError(f"--{name} {values}; give all processes the same")
-
-
-def free_bytes_of(group: ProcessGroup | None) -> Callable[[jax.Device], int | None]:
-    """`devices.free_bytes`, or with other processes the least of all, so that they make the same plan."""
-    if group is None:
-        return free_bytes
-
-    def least(device: jax.Device) -> int | None:
-        of_all = group.all_gather("free bytes", free_bytes(device))
-        return min((free for free in of_all if free is not None), default=None)
-
-    return least
 
 
 def _join(coordinator_address: str | None, heartbeat_timeout_s: int) -> ProcessGroup:

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer import meshes
 from jaxinfer.beam_search import beam_params, beam_search
 from jaxinfer.checkpoint.reader import load_weights
 from jaxinfer.compilations import num_compilations
-from jaxinfer.distributed import check_same, free_bytes_of, process_group
+from jaxinfer.distributed import process_group
 from jaxinfer.embedder import POOLINGS, Embedder
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.engine_core import EngineCore
@@ -26,6 +25,7 @@ from jaxinfer.outputs import Delta, RequestOutput
 from jaxinfer.progress import Progress
 from jaxinfer.request import Reached, Request, output_of
 from jaxinfer.resolve import ResolvedEncoder, ResolvedEngine, generates_nothing, resolve
+from jaxinfer.resolve_together import resolve_together
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.stats import EngineStats
 
@@ -41,15 +41,14 @@ class Engine:
     def __init__(self, model: str | None = None, **fields: Any):
         config = EngineConfig(model=model, **fields)
         self._group = group = process_group()
-        if group is not None:
-            check_same(group, config)
         self.progress = Progress(enabled=config.show_progress and (group is None or group.leads))
         self.stats = EngineStats()
-        resolved = self._resolved = resolve(config, free_bytes_of(group))
-        if group is not None:
-            if isinstance(resolved, ResolvedEncoder):
-                raise ValueError(f"{resolved.architecture} is an encoder, which runs in one process; start only one")
-            self.progress.line("\n".join(meshes.describe(resolved.definition.partitioner.device_mesh)))
+        if group is None:
+            resolved = resolve(config)
+        else:
+            resolved, mesh_lines = resolve_together(config, group)
+            self.progress.line("\n".join(mesh_lines))
+        self._resolved = resolved
         self.progress.line(str(resolved.memory))
         with self.progress.phase("loading weights", "bytes") as advance, self.stats.timed("load_s"):
             weights = load_weights(resolved.model_dir, resolved.definition, advance)

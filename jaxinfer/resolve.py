@@ -70,12 +70,14 @@ class ResolvedEncoder(ResolvedModel):
 FreeBytes = Callable[[jax.Device], int | None]
 
 
-def resolve(config: EngineConfig, free_bytes: FreeBytes = devices.free_bytes) -> ResolvedEngine | ResolvedEncoder:
+def resolve(
+    config: EngineConfig, free_bytes: FreeBytes = devices.free_bytes, mesh_devices: list[jax.Device] | None = None
+) -> ResolvedEngine | ResolvedEncoder:
     """Reads the directory's small files and decides. Raises ValueError with the flag that would help.
 
-    `free_bytes` says how much memory the devices have left.
+    `free_bytes` says how much memory the devices have left. The mesh is over the first of `mesh_devices`, or of all.
     """
-    model = _resolve_model(config)
+    model = _resolve_model(config, mesh_devices)
     resolve_as = _resolve_encoder if models.is_encoder(model.definition.family) else _resolve_decoder
     return resolve_as(model, free_bytes(model.definition.partitioner.device))
 
@@ -92,11 +94,11 @@ def generates_nothing(architecture: str) -> str:
     return f"{architecture} is an encoder: it has embeddings and generates nothing; use Engine.embed"
 
 
-def _resolve_model(config: EngineConfig) -> ResolvedModel:
+def _resolve_model(config: EngineConfig, mesh_devices: list[jax.Device] | None) -> ResolvedModel:
     model_dir = find_model_dir(config.model)
     hf = HFConfig.read(model_dir)
     model = models.for_architecture(hf.architecture).parse_config(hf)
-    partitioner = Partitioner.create(config.mesh, config.sharding)
+    partitioner = Partitioner.create(config.mesh, config.sharding, mesh_devices)
     model = _with_experts_placed(model, config, partitioner)
     tokenizer = load_tokenizer(model_dir)
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:

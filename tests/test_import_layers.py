@@ -88,6 +88,7 @@ LAYERS = {
     "jaxinfer.parameters": 5,
     "jaxinfer.lockstep": 5,
     "jaxinfer.resolve": 5,
+    "jaxinfer.resolve_together": 5,
     "jaxinfer.runner": 5,
     "jaxinfer.sampler_programs": 5,
     "jaxinfer.step_programs": 5,

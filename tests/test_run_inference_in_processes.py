@@ -28,7 +28,7 @@ def test_process_0_speaks_for_all(model_dir: pathlib.Path, capfd: pytest.Capture
         local_processes.wait([leader, follower], local_processes.START_S)
         assert [leader.process.returncode, follower.process.returncode] == [0, 0], leader.stderr
         assert [json.loads(line) for line in leader.stdout.splitlines()] == [*map(json.loads, alone.splitlines())]
-        assert "mesh data:2 over 2 processes of 1 device: data crosses processes\n" in leader.stderr
+        assert "mesh data:2 over 2 processes of 1 device on 1 machine\n" in leader.stderr
         assert (follower.stdout, follower.stderr) == ("", "process 1 of 2: follows process 0\n")
 
 
