@@ -15,6 +15,7 @@ from tests.command_line import environment
 ROOT = pathlib.Path(__file__).parents[1]
 START_S = 240  # for all of a job's processes to import jax, compile and begin, on a busy machine
 _POLL_S = 0.02
+HERE, AS_IF_FAR = "127.0.0.1", "127.0.0.2"  # the second is an address of this machine that we take for any other
 
 
 @dataclasses.dataclass
@@ -43,10 +44,9 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def launch_flags(count: int) -> list[list[str]]:
+def launch_flags(count: int, host: str = HERE) -> list[list[str]]:
     """Of each of `count` processes, as run_inference takes them."""
-    port = free_port()
-    job = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}"]
+    job = [f"--coordinator_address={host}:{free_port()}", f"--num_processes={count}"]
     return [[*job, f"--process_id={index}"] for index in range(count)]
 
 

@@ -16,7 +16,7 @@ from jaxinfer.launch import Launch
 from tests import local_processes
 
 
-def launches(count: int, host: str = "127.0.0.1") -> list[Launch]:
+def launches(count: int, host: str = local_processes.HERE) -> list[Launch]:
     port = local_processes.free_port()
     return [Launch(f"{host}:{port}", count, index) for index in range(count)]
 
@@ -34,7 +34,7 @@ def ask(launch: Launch, text: bytes) -> bytes:
         return connection.recv(200)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", socket.gethostname()])
+@pytest.mark.parametrize("host", [local_processes.HERE, "localhost", local_processes.AS_IF_FAR])
 def test_all_meet_and_leave_the_port(host: str):
     job = launches(3, host)
     with meeting(*reversed(job)) as results:
@@ -77,7 +77,7 @@ def test_another_number_of_processes():
         leader.result()
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", socket.gethostname()])
+@pytest.mark.parametrize("host", [local_processes.HERE, local_processes.AS_IF_FAR])
 def test_a_second_job_at_the_port(host: str):
     """As jax's service has it, which would share the port, and would be broken by another's process 1."""
     job = launches(2, host)

@@ -17,13 +17,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_process_0_speaks_for_all(model_dir: pathlib.Path, capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path):
-    """With its own output only: what Gloo writes to stdout must not be between the records."""
+    """With its own output only: what Gloo writes to stdout must not be between the records. As on several machines."""
     (tmp_path / "prompts.txt").write_text("abc\nde\nfgh\n", encoding="utf-8")
     flags = [f"--model={model_dir}", f"--prompts_file={tmp_path / 'prompts.txt'}", *SMALL]
     flags += ["--output_file=/dev/stdout"]
     assert run_here(*flags, "--mesh=") == 0
     alone = capfd.readouterr().out
-    commands = [[*COMMAND, *flags, "--mesh=data:2", *launch] for launch in local_processes.launch_flags(2)]
+    launches = local_processes.launch_flags(2, local_processes.AS_IF_FAR)
+    commands = [[*COMMAND, *flags, "--mesh=data:2", *launch] for launch in launches]
     with local_processes.started(commands) as (leader, follower):
         local_processes.wait([leader, follower], local_processes.START_S)
         assert [leader.process.returncode, follower.process.returncode] == [0, 0], leader.stderr
