@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from jaxinfer.kubernetes_job import find_pods
+
 DEFAULT_HEARTBEAT_TIMEOUT_S = 20
 MIN_HEARTBEAT_TIMEOUT_S = 2
 LOOPBACK = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
@@ -77,10 +79,9 @@ def find_launch(
 
 
 def _of_cluster(env: Mapping[str, str]) -> Launch | None:
-    """What Open MPI or SLURM says, where it started more than this process.
+    """What Open MPI, SLURM or Kubernetes says, where it started more than this process.
 
-    Open MPI first, for what `mpirun` starts within a SLURM job has variables of both. Not Kubernetes, where the pods
-    of an indexed job may as well have nothing to do with each other: there flags say it.
+    Open MPI first, for what `mpirun` starts within a SLURM job has variables of both.
     """
     if (count := int(env.get("OMPI_COMM_WORLD_SIZE", "1"))) > 1:
         return _of_open_mpi(env, count)
@@ -88,7 +89,8 @@ def _of_cluster(env: Mapping[str, str]) -> Launch | None:
         # Of the step, where it says so: in an allocation's own shell SLURM_NTASKS is of what could be started.
         count = int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"]))
         return _of_slurm(env, count) if count > 1 else None
-    return None
+    pods = find_pods(env)
+    return Launch(_address(env, pods.first_host, 0), pods.count, pods.own_index) if pods else None
 
 
 def _of_open_mpi(env: Mapping[str, str], count: int) -> Launch:

@@ -34,6 +34,7 @@ LAYERS = {
     "jaxinfer.host_memory": 1,
     "jaxinfer.intake": 1,
     "jaxinfer.integers": 1,
+    "jaxinfer.kubernetes_job": 1,
     "jaxinfer.launch": 1,
     "jaxinfer.metrics": 1,
     "jaxinfer.model_files": 1,

@@ -1,5 +1,11 @@
 """Which process of a job this is: from flags, from a cluster, or by itself; and what contradicts itself is refused."""
 
+import importlib.machinery
+import pathlib
+import sys
+import types
+from typing import Any
+
 import pytest
 
 from jaxinfer.launch import Launch, find_launch
@@ -76,7 +82,7 @@ def test_the_command_refuses_them_in_a_line_before_anything_starts(capfd: pytest
         (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
         (SLURM | OPEN_MPI, OF_OPEN_MPI),  # mpirun in a SLURM job
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"} | OPEN_MPI, OF_OPEN_MPI),  # and in the shell of an allocation
-        (KUBERNETES, None),  # where an indexed job may be anything
+        (KUBERNETES, None),  # without its package
     ],
 )
 def test_a_cluster_says_it(env: dict[str, str], expected: Launch | None):
@@ -148,3 +154,60 @@ def test_the_gpus_of_a_process(env: dict[str, str], expected: tuple[int, ...] | 
 def test_a_job_on_one_machine_is_not_reachable_from_others(address: str, expected: tuple[str, int, str | None]):
     launch = Launch(address, 2, 0)
     assert (launch.host, launch.port, launch.bind_address) == expected
+
+
+def kubernetes(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, **spec: Any) -> None:
+    """Its package, for a job of this specification, or which refuses to tell."""
+
+    class ApiException(Exception):
+        status, reason = 403, "Forbidden"
+
+    def read_namespaced_job(name: str, namespace: str) -> types.SimpleNamespace:
+        assert (name, namespace) == ("story-2", "lab")
+        if not spec:
+            raise ApiException
+        return types.SimpleNamespace(spec=types.SimpleNamespace(**spec))
+
+    batch = types.SimpleNamespace(read_namespaced_job=read_namespaced_job)
+    client = types.SimpleNamespace(
+        BatchV1Api=lambda: batch, exceptions=types.SimpleNamespace(ApiException=ApiException)
+    )
+    package = types.ModuleType("kubernetes")
+    package.__spec__ = importlib.machinery.ModuleSpec("kubernetes", None)
+    vars(package).update(client=client, config=types.SimpleNamespace(load_incluster_config=lambda: None))
+    monkeypatch.setitem(sys.modules, "kubernetes", package)
+    (tmp_path / "namespace").write_text("lab\n")
+    monkeypatch.setattr("jaxinfer.kubernetes_job._NAMESPACE", tmp_path / "namespace")
+
+
+POD = {"JOB_COMPLETION_INDEX": "2", "HOSTNAME": "story-2-2"}
+
+
+@pytest.mark.parametrize(
+    ("subdomain", "completions", "parallelism", "expected"),
+    [
+        ("pods", 4, 4, Launch("story-2-0.pods:61440", 4, 2)),
+        ("pods", 10, 4, None),  # a queue of work, of which four are at it
+        ("pods", None, 4, None),
+        ("pods", 1, 1, None),
+        (None, 4, 4, None),  # they do not find each other
+    ],
+)
+def test_the_pods_of_a_job(
+    subdomain: str | None,
+    completions: int | None,
+    parallelism: int,
+    expected: Launch | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+):
+    template = types.SimpleNamespace(spec=types.SimpleNamespace(subdomain=subdomain))
+    kubernetes(monkeypatch, tmp_path, template=template, completions=completions, parallelism=parallelism)
+    assert find_launch(None, None, None, env=POD) == expected
+
+
+def test_a_job_that_must_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path):
+    kubernetes(monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match="does not let this pod read its job story-2: 403 Forbidden; let its service"):
+        find_launch(None, None, None, env=POD)
+    assert find_launch("node0:1234", 1, 0, env=POD) is None
