@@ -88,14 +88,16 @@ def _join(coordinator_address: str | None, heartbeat_timeout_s: int) -> ProcessG
     index, count = jax.process_index(), jax.process_count()
     if index > 0:
         offer = _broadcast({})
-        leader = rendezvous.connect(offer["hosts"], offer["port"], index, bytes.fromhex(offer["secret"]))
+        secret = bytes.fromhex(offer["secret"])
+        leader = rendezvous.connect(offer["hosts"], offer["port"], index, secret, heartbeat_timeout_s)
         return ProcessGroup(index, count, {0: leader}, heartbeat_timeout_s)
     host = coordinator_address.rpartition(":")[0].strip("[]") if coordinator_address else ""
     is_local, secret = host in ("localhost", "127.0.0.1", "::1"), secrets.token_bytes(32)
     server = rendezvous.listen(only_here=is_local)
     hosts = ["127.0.0.1"] if is_local else _own_names(host)
     _broadcast({"hosts": hosts, "port": server.getsockname()[1], "secret": secret.hex()})
-    return ProcessGroup(0, count, rendezvous.accept(server, count, secret, _say), heartbeat_timeout_s)
+    followers = rendezvous.accept(server, count, secret, heartbeat_timeout_s, _say)
+    return ProcessGroup(0, count, followers, heartbeat_timeout_s)
 
 
 def _broadcast(offer: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import os
 import queue
+import select
 import socket
 import sys
 import threading
@@ -24,6 +25,7 @@ from jaxinfer.frames import Frame, Kind
 
 _FAREWELL_S = 1.0  # for the others to be told why all ends
 _HEARTBEATS_PER_TIMEOUT = 4
+_WHY_CHARS = 1000  # of a reason; in a line it is less than a pipe takes at once
 
 
 class ProcessGroup:
@@ -44,12 +46,13 @@ class ProcessGroup:
         self._ending = threading.Lock()
         self._needs_others = True
         self._lost = ""  # who has left, and how
-        for peer, connection in self._connections.items():
+        for connection in self._connections.values():
             connection.settimeout(heartbeat_timeout_s)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=self._listen, args=(peer, connection), daemon=True).start()
         self._sender = threading.Thread(target=self._send_all, daemon=True)
         self._sender.start()
+        for peer, connection in self._connections.items():  # last, for what is heard may end this process at once
+            threading.Thread(target=self._listen, args=(peer, connection), daemon=True).start()
         atexit.register(self._leave)
 
     @property
@@ -92,8 +95,7 @@ class ProcessGroup:
     def abort(self, why: str, exit_code: int = 1) -> None:
         """Ends this process at once and tells the others why, unless its work is done: then it does nothing."""
         if self._needs_others:
-            sys.stdout.flush()
-            self._end(why, exit_code)
+            self._end(why, exit_code, sys.stdout.flush)
 
     def die(self, why: str, *, unless_told_s: float = 0.0) -> NoReturn:
         """Says why the job ends, here and in the other processes, and ends this one. From any thread.
@@ -101,16 +103,19 @@ class ProcessGroup:
         `unless_told_s`: so long another thread may say a better reason, for the end of a process lets much else fail.
         """
         time.sleep(unless_told_s)
-        # Not by way of sys.stderr, whose lock the main thread may hold.
-        self._end(why, 1, lambda: os.write(2, f"{self.name}: {why}; the job ends\n".encode()))
+        self._end(why, 1, lambda: _write_to_stderr(f"{self.name}: {why[:_WHY_CHARS]}; the job ends\n"))
 
-    def _end(self, why: str, exit_code: int, say: Callable[[], object] = lambda: None) -> NoReturn:
+    def _end(self, why: str, exit_code: int, say: Callable[[], object]) -> NoReturn:
+        """Whatever fails here, this process ends; and the others are told though nobody reads what it says."""
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # another thread is at it
-        say()
-        self.announce(frames.encode(Kind.FATAL, why[:1000]))
-        self._flush()
-        os._exit(exit_code)
+        try:
+            self.announce(frames.encode(Kind.FATAL, why[:_WHY_CHARS]))
+            with contextlib.suppress(OSError, ValueError):  # a full disk, a reader that has gone, a closed file
+                say()
+            self._flush()
+        finally:
+            os._exit(exit_code)
 
     def _answer(self, peer: int, topic: str, timeout_s: float | None) -> Any:
         try:
@@ -174,3 +179,9 @@ class ProcessGroup:
 
 def _name(index: int, count: int) -> str:
     return f"process {index} of {count}"
+
+
+def _write_to_stderr(text: str) -> None:
+    """Not by way of sys.stderr, whose lock the main thread may hold; nothing if its reader has stalled."""
+    if select.select([], [2], [], _FAREWELL_S)[1]:
+        os.write(2, text.encode(errors="backslashreplace"))

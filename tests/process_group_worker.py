@@ -3,6 +3,7 @@
 python -m tests.process_group_worker PORT COUNT INDEX TIMEOUT_S DEED
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,15 +14,17 @@ from jaxinfer import frames, rendezvous
 from jaxinfer.process_group import ProcessGroup
 
 SECRET = b"of a test"
+LATE_S = 3.0
 
 
 def join(port: int, count: int, index: int, timeout_s: float) -> ProcessGroup:
     if index == 0:
         server = socket.create_server(("127.0.0.1", port))
-        return ProcessGroup(0, count, rendezvous.accept(server, count, SECRET, print), timeout_s)
+        return ProcessGroup(0, count, rendezvous.accept(server, count, SECRET, timeout_s, print), timeout_s)
     while True:  # process 0 may be slower to start
         try:
-            return ProcessGroup(index, count, {0: rendezvous.connect(["127.0.0.1"], port, index, SECRET)}, timeout_s)
+            leader = rendezvous.connect(["127.0.0.1"], port, index, SECRET, timeout_s)
+            return ProcessGroup(index, count, {0: leader}, timeout_s)
         except RuntimeError:
             time.sleep(0.02)
 
@@ -36,6 +39,18 @@ def do(group: ProcessGroup, deed: str) -> None:
     elif deed.startswith("leave"):
         time.sleep(3 if deed == "leave after 3 s" else 0)
         return
+    elif deed == "die, and nobody can be told":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+        group.die("the model is broken")
+    elif deed == "die, and nobody listens":
+        _, writing_end = os.pipe()  # whose other end stays open
+        os.set_blocking(writing_end, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing_end, bytes(4096))
+        os.set_blocking(writing_end, True)
+        os.dup2(writing_end, 2)
+        group.die("the model is broken")
     elif deed == "abort":
         group.abort("the model is broken", exit_code=3)
     elif deed == "garble":
@@ -51,7 +66,7 @@ def do(group: ProcessGroup, deed: str) -> None:
         group.close()
         time.sleep(1)
         group.all_gather("again", None)
-    elif deed == "follow":
+    elif deed.endswith("follow"):
         assert group.next_announcement().kind is frames.Kind.CLOSE
         return
     time.sleep(60)  # with the interpreter's lock released, as in a collective
@@ -59,4 +74,5 @@ def do(group: ProcessGroup, deed: str) -> None:
 
 if __name__ == "__main__":
     port, count, index, timeout_s, deed = sys.argv[1:]
+    time.sleep(LATE_S if deed.startswith("come late") else 0)
     do(join(int(port), int(count), int(index), float(timeout_s)), deed)

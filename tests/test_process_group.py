@@ -1,11 +1,12 @@
 """Whoever ends, ends all: by real processes and connections, without devices."""
 
 import sys
+import textwrap
 import time
 
 import pytest
 
-from tests import local_processes
+from tests import local_processes, process_group_worker
 
 GONE_S = 5.0  # generous: a busy machine; nothing here waits for a limit but silence
 SILENCE_S = 1.5
@@ -74,6 +75,44 @@ def test_who_fails_tells_the_others_why():
     assert [stderr[index] for index in (0, 2)] == [
         f"process {index} of 3: the model is broken; the job ends\n" for index in (0, 2)
     ]
+
+
+@pytest.mark.parametrize("deed", ["die, and nobody can be told", "die, and nobody listens"])
+def test_who_cannot_write_why_it_ends_tells_the_others_and_ends(deed: str):
+    """Its stderr is a file on a full disk, or a pipe whose reader has stalled."""
+    codes, stderr, seconds = run("wait", deed)
+    assert codes == [1, 1] and seconds < GONE_S
+    assert stderr[0] == "process 0 of 2: the model is broken; the job ends\n"
+
+
+def test_who_is_told_of_the_end_before_it_is_ready_ends():
+    """The word is there before the first thread listens, and the constructor goes on slowly after each it starts."""
+    code = """
+        import socket, threading, time
+        from jaxinfer import frames
+        from jaxinfer.process_group import ProcessGroup
+
+        server = socket.create_server(("127.0.0.1", 0))
+        connection = socket.create_connection(server.getsockname())
+        server.accept()[0].sendall(frames.encode(frames.Kind.FATAL, "the model is broken"))
+        start = threading.Thread.start
+        threading.Thread.start = lambda self: (start(self), time.sleep(0.5))
+        print(flush=True)
+        ProcessGroup(1, 2, {0: connection}, 30.0)
+        time.sleep(60)
+    """
+    with local_processes.started([[sys.executable, "-c", textwrap.dedent(code)]]) as [process]:
+        local_processes.wait_until(lambda: process.stdout != "", [process], 30.0)
+        local_processes.wait([process], GONE_S)
+        assert process.process.returncode == 1
+        assert process.stderr == "process 1 of 2: the model is broken; the job ends\n"
+
+
+def test_who_comes_late_finds_the_others_together():
+    """Later than they may be silent, once they are a group."""
+    assert process_group_worker.LATE_S > 1.5 * SILENCE_S
+    codes, stderr, _ = run("close", "follow", "come late, follow", timeout_s=SILENCE_S)
+    assert codes == [0, 0, 0] and stderr == ["", "", ""]
 
 
 def test_what_is_no_frame_ends_all():
