@@ -4,6 +4,7 @@ What travels is what a step is given, small arrays on the host, never what it co
 part of weights and cache and has the same programs, needs no scheduler.
 """
 
+import contextlib
 import functools
 import queue
 import threading
@@ -37,6 +38,7 @@ class LeadingRunner(Runner):
         super().__init__(*args, **kwargs)
         self._group = group
         self._thread = ThreadPoolExecutor(1)
+        self._last_output: StepOutput | None = None
 
     def dispatch(self, shape: StepShape, batch: StepBatch, extras: Extras | None = None) -> StepOutput:
         """As `Runner.dispatch`. Ends the job if it cannot start what the others start."""
@@ -45,9 +47,10 @@ class LeadingRunner(Runner):
             self.check_compiled(shape)
             self._group.announce(encode_step(shape, batch, extras))
             try:
-                return super(LeadingRunner, self).dispatch(shape, batch, extras)
+                self._last_output = super(LeadingRunner, self).dispatch(shape, batch, extras)
             except Exception as error:
                 self._group.die(f"could not start a step: {error!r}", unless_told_s=_GRACE_S)
+            return self._last_output
 
         return self._thread.submit(start).result()
 
@@ -56,6 +59,10 @@ class LeadingRunner(Runner):
 
         def reset() -> None:
             self._group.announce(frames.encode(Kind.RESET_CACHE))
+            # The others answer once their steps are done, and one may take longer than the limit for their answer. Its
+            # output is gathered from all of them: when it is here they are done as well, or else it failed.
+            with contextlib.suppress(Exception):
+                jax.block_until_ready(self._last_output)
             super(LeadingRunner, self).reset_cache()
             self._group.all_gather("reset", None, timeout_s=self._group.timeout_s)
 
@@ -65,6 +72,7 @@ class LeadingRunner(Runner):
         """As `Runner.close`; the others stop following."""
         self._thread.submit(super().close).result()
         self._thread.shutdown()
+        self._last_output = None
         self._group.close()
 
 
@@ -75,7 +83,7 @@ def runner_type(group: ProcessGroup | None) -> Callable[..., Runner]:
 
 def follow(runner: Runner, group: ProcessGroup) -> None:
     """Runs what process 0 announces until it closes its engine. Ends the job if a step fails."""
-    under_way: queue.SimpleQueue[StepOutput | threading.Event] = queue.SimpleQueue()
+    under_way: queue.SimpleQueue[StepOutput | threading.Event | None] = queue.SimpleQueue()
     threading.Thread(target=_watch, args=(under_way, group), daemon=True).start()
     while (frame := group.next_announcement()).kind is not Kind.CLOSE:
         try:
@@ -90,12 +98,12 @@ def follow(runner: Runner, group: ProcessGroup) -> None:
                 raise ValueError(f"{frame.kind.name} is nothing to follow")
         except Exception as error:
             group.die(f"could not follow: {error!r}", unless_told_s=_GRACE_S)
+    under_way.put(None)
 
 
-def _watch(under_way: queue.SimpleQueue[StepOutput | threading.Event], group: ProcessGroup) -> None:
+def _watch(under_way: queue.SimpleQueue[StepOutput | threading.Event | None], group: ProcessGroup) -> None:
     """Waits for each step, for nobody else does: one that fails here may let the others wait for ever."""
-    while True:
-        item = under_way.get()
+    while (item := under_way.get()) is not None:
         if isinstance(item, threading.Event):
             item.set()
             continue

@@ -12,7 +12,7 @@ import io
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 from jaxinfer import frames
@@ -127,7 +127,7 @@ class _Arrival:
         return read_exactly
 
 
-def _arrivals(server: socket.socket, deadline: float) -> Iterator[tuple[_Arrival, Frame | Exception]]:
+def _arrivals(server: socket.socket, deadline: float) -> Generator[tuple[_Arrival, Frame | Exception]]:
     """Who connects until the deadline, each as soon as it has said its hello: nobody waits for who is slow to."""
     waiting: list[_Arrival] = []
     with contextlib.ExitStack() as closing, selectors.DefaultSelector() as selector:

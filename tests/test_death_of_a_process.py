@@ -43,7 +43,7 @@ def start(flags: list[str], directory: pathlib.Path) -> contextlib.AbstractConte
     ("victim", "how"),
     chosen(
         [(victim, how) for victim in (VICTIM, 0) for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)],
-        (VICTIM, signal.SIGKILL),
+        (VICTIM, signal.SIGTERM),
         (0, signal.SIGKILL),
     ),
 )

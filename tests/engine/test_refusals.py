@@ -1,10 +1,14 @@
 """What an engine refuses, in a line that says why, before anything runs."""
 
+import pathlib
+import types
+
 import pytest
 
 from jaxinfer import Engine, SamplingParams
 from jaxinfer.batch import StepShape
-from tests import fake_runner
+from jaxinfer.engine_core import EngineCore
+from tests import fake_runner, tiny_model
 from tests.engine.prompts import GREEDY
 
 
@@ -72,3 +76,33 @@ def test_a_prompt_that_no_pool_holds_is_named_before_any_runs():
     with pytest.raises(ValueError, match=r"^prompt 1: prompt of 50 tokens plus max_tokens 9 needs 15 cache pages and"):
         small.generate([[1], [1] * 50], SamplingParams(max_tokens=9))
     assert not small.has_unfinished_requests and not small._core.stats.steps
+
+
+def test_process_0_leads_and_the_others_follow(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    group = types.SimpleNamespace(leads=True, name="process 1 of 2")
+    monkeypatch.setattr(engine, "_group", group)
+    with pytest.raises(RuntimeError, match=r"process 0 leads, and follows nobody; use Engine\.generate"):
+        engine.follow()
+    group.leads = False
+    with pytest.raises(
+        RuntimeError, match=r"process 1 of 2 follows process 0, which decides; here call Engine\.follow"
+    ):
+        engine.generate("a", GREEDY)
+
+
+def test_no_process_begins_before_all_have_compiled(model_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    """A process that still compiles hears no steps, and the others would wait in their collectives."""
+    done: list[str] = []
+
+    def all_gather(topic: str, value: object) -> list[object]:
+        done.append(topic)
+        return [value]
+
+    def compile_all(self: EngineCore, progress: object) -> None:
+        done.append("compiled")
+
+    group = types.SimpleNamespace(leads=True, all_gather=all_gather, close=lambda: done.append("closed"))
+    monkeypatch.setattr("jaxinfer.engine.process_group", lambda: group)
+    monkeypatch.setattr(EngineCore, "compile_all", compile_all)
+    Engine(str(model_dir), **tiny_model.ONE_SLOT).close()
+    assert done[0] == "config" and done[-3:] == ["compiled", "ready", "closed"]
