@@ -95,7 +95,7 @@ class ProcessGroup:
     def abort(self, why: str, exit_code: int = 1) -> None:
         """Ends this process at once and tells the others why, unless its work is done: then it does nothing."""
         if self._needs_others:
-            self._end(why, exit_code, sys.stdout.flush)
+            self._end(why, exit_code, lambda: sys.stdout.flush())
 
     def die(self, why: str, *, unless_told_s: float = 0.0) -> NoReturn:
         """Says why the job ends, here and in the other processes, and ends this one. From any thread.
@@ -111,7 +111,7 @@ class ProcessGroup:
             threading.Event().wait()  # another thread is at it
         try:
             self.announce(frames.encode(Kind.FATAL, why[:_WHY_CHARS]))
-            with contextlib.suppress(OSError, ValueError):  # a full disk, a reader that has gone, a closed file
+            with contextlib.suppress(Exception):  # a full disk, a reader that has gone, no file at all
                 say()
             self._flush()
         finally:

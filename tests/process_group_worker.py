@@ -8,7 +8,9 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
+import types
 
 from jaxinfer import frames, rendezvous
 from jaxinfer.process_group import ProcessGroup
@@ -41,7 +43,7 @@ def do(group: ProcessGroup, deed: str) -> None:
         return
     elif deed == "die, and nobody can be told":
         os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
-        group.die("the model is broken")
+        threading.Thread(target=group.die, args=("the model is broken",)).start()
     elif deed == "die, and nobody listens":
         _, writing_end = os.pipe()  # whose other end stays open
         os.set_blocking(writing_end, False)
@@ -50,7 +52,13 @@ def do(group: ProcessGroup, deed: str) -> None:
                 os.write(writing_end, bytes(4096))
         os.set_blocking(writing_end, True)
         os.dup2(writing_end, 2)
-        group.die("the model is broken")
+        threading.Thread(target=group.die, args=("the model is broken",)).start()
+    elif deed == "abort, without stdout":
+        sys.stdout = None
+        group.abort("the model is broken", exit_code=3)
+    elif deed == "abort, interrupted":
+        sys.stdout = types.SimpleNamespace(flush=lambda: signal.raise_signal(signal.SIGINT))
+        group.abort("the model is broken", exit_code=3)
     elif deed == "abort":
         group.abort("the model is broken", exit_code=3)
     elif deed == "garble":

@@ -1,11 +1,13 @@
 """Whoever ends, ends all: by real processes and connections, without devices."""
 
+import socket
 import sys
 import textwrap
 import time
 
 import pytest
 
+from jaxinfer import frames
 from tests import local_processes, process_group_worker
 
 GONE_S = 5.0  # generous: a busy machine; nothing here waits for a limit but silence
@@ -85,27 +87,41 @@ def test_who_cannot_write_why_it_ends_tells_the_others_and_ends(deed: str):
     assert stderr[0] == "process 0 of 2: the model is broken; the job ends\n"
 
 
-def test_who_is_told_of_the_end_before_it_is_ready_ends():
+def test_who_has_no_stdout_tells_the_others_and_ends():
+    codes, stderr, seconds = run("wait", "abort, without stdout")
+    assert codes == [1, 3] and seconds < GONE_S
+    assert stderr == ["process 0 of 2: the model is broken; the job ends\n", ""]
+
+
+def test_nothing_keeps_a_process_from_its_end():
+    """An interrupt on the way, neither."""
+    codes, stderr, seconds = run("wait", "abort, interrupted")
+    assert codes == [1, 3] and seconds < GONE_S
+    assert stderr[1] == ""
+
+
+def test_who_is_told_of_the_end_before_it_is_ready_passes_it_on():
     """The word is there before the first thread listens, and the constructor goes on slowly after each it starts."""
     code = """
-        import socket, threading, time
-        from jaxinfer import frames
+        import select, socket, sys, threading, time
         from jaxinfer.process_group import ProcessGroup
 
-        server = socket.create_server(("127.0.0.1", 0))
-        connection = socket.create_connection(server.getsockname())
-        server.accept()[0].sendall(frames.encode(frames.Kind.FATAL, "the model is broken"))
+        connections = {peer: socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for peer in (1, 2)}
+        select.select([connections[1]], [], [])
         start = threading.Thread.start
         threading.Thread.start = lambda self: (start(self), time.sleep(0.5))
-        print(flush=True)
-        ProcessGroup(1, 2, {0: connection}, 30.0)
+        ProcessGroup(0, 3, connections, 30.0)
         time.sleep(60)
     """
-    with local_processes.started([[sys.executable, "-c", textwrap.dedent(code)]]) as [process]:
-        local_processes.wait_until(lambda: process.stdout != "", [process], 30.0)
-        local_processes.wait([process], GONE_S)
-        assert process.process.returncode == 1
-        assert process.stderr == "process 1 of 2: the model is broken; the job ends\n"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        command = [sys.executable, "-c", textwrap.dedent(code), str(server.getsockname()[1])]
+        with local_processes.started([command]) as [process], server.accept()[0] as first, server.accept()[0] as second:
+            first.sendall(frames.encode(frames.Kind.FATAL, "the model is broken"))
+            second.settimeout(30)
+            assert frames.read(frames.reader(second)) == (frames.Kind.FATAL, "the model is broken", [])
+            local_processes.wait([process], GONE_S)
+            assert process.process.returncode == 1
+            assert process.stderr == "process 0 of 3: the model is broken; the job ends\n"
 
 
 def test_who_comes_late_finds_the_others_together():
