@@ -69,7 +69,7 @@ COMPILATION_CACHE_DIR = flags.DEFINE_string(
 )
 
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "Several processes: host:port of process 0. SLURM and Open MPI 4 know it."
+    "coordinator_address", None, "Several processes: host:port of process 0. A cluster such as SLURM knows it."
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this is; 0 does all input and output.")

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from jaxinfer import rendezvous, roll_call
 from jaxinfer.devices import add_xla_flag
-from jaxinfer.launch import DEFAULT_HEARTBEAT_TIMEOUT_S, find_launch
+from jaxinfer.launch import DEFAULT_HEARTBEAT_TIMEOUT_S, LOOPBACK, find_launch
 from jaxinfer.process_group import ProcessGroup
 
 _OFFER_BYTES = 1024  # of what process 0 tells the others at the start
@@ -41,10 +41,10 @@ def initialize(
 ) -> ProcessGroup | None:
     """Joins the other processes of the job; None for a process by itself. Call before jax uses a device.
 
-    `coordinator_address` is host:port of process 0. Without arguments a cluster (SLURM, Open MPI 4) is asked. Returns
-    when all processes are there; from then on the end of one, or its silence for `heartbeat_timeout_s` seconds, ends
-    all. Raises ValueError for arguments that contradict each other, RuntimeError for processes that have not come
-    after five minutes, and for a port that another job has.
+    `coordinator_address` is host:port of process 0. Without arguments a cluster (SLURM, Open MPI 4, Kubernetes) is
+    asked. Returns when all processes are there; from then on the end of one, or its silence for `heartbeat_timeout_s`
+    seconds, which must be the same in all, ends all. Raises ValueError for arguments that contradict each other,
+    RuntimeError for processes that have not come after five minutes, and for a port that another job has.
     """
     launch = find_launch(coordinator_address, num_processes, process_id, heartbeat_timeout_s)
     if launch is None:
@@ -92,7 +92,7 @@ def _join(coordinator_address: str | None, heartbeat_timeout_s: int) -> ProcessG
         leader = rendezvous.connect(offer["hosts"], offer["port"], index, secret, heartbeat_timeout_s)
         return ProcessGroup(index, count, {0: leader}, heartbeat_timeout_s)
     host = coordinator_address.rpartition(":")[0].strip("[]") if coordinator_address else ""
-    is_local, secret = host in ("localhost", "127.0.0.1", "::1"), secrets.token_bytes(32)
+    is_local, secret = host in LOOPBACK, secrets.token_bytes(32)
     server = rendezvous.listen(only_here=is_local)
     hosts = ["127.0.0.1"] if is_local else _own_names(host)
     _broadcast({"hosts": hosts, "port": server.getsockname()[1], "secret": secret.hex()})

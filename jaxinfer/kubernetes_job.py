@@ -12,7 +12,7 @@ class Pods(NamedTuple):
     """Of a job whose pods run together."""
 
     first_host: str
-    count: int
+    num_pods: int
     own_index: int
 
 

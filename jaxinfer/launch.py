@@ -90,7 +90,7 @@ def _of_cluster(env: Mapping[str, str]) -> Launch | None:
         count = int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"]))
         return _of_slurm(env, count) if count > 1 else None
     pods = find_pods(env)
-    return Launch(_address(env, pods.first_host, 0), pods.count, pods.own_index) if pods else None
+    return Launch(_address(env, pods.first_host, 0), pods.num_pods, pods.own_index) if pods else None
 
 
 def _of_open_mpi(env: Mapping[str, str], count: int) -> Launch:

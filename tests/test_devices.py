@@ -2,12 +2,11 @@
 
 import os
 import pathlib
-import types
 
 import jax
 import pytest
 
-from jaxinfer import bandwidth, devices, distributed
+from jaxinfer import bandwidth, devices
 
 
 def pretend_nvidia_gpu(monkeypatch: pytest.MonkeyPatch, is_here: bool) -> None:
@@ -78,15 +77,3 @@ def test_cpu_devices_share_what_the_host_has(monkeypatch: pytest.MonkeyPatch):
     for available, each in ((8003, 1000), (None, None)):
         monkeypatch.setattr(devices.host_memory, "available_bytes", lambda available=available: available)
         assert devices.free_bytes(device) == each
-
-
-def test_processes_plan_with_what_the_poorest_has(monkeypatch: pytest.MonkeyPatch):
-    device = jax.devices()[0]
-    monkeypatch.setattr(distributed, "free_bytes", lambda of: 300 if of is device else None)
-    assert distributed.free_bytes_of(None)(device) == 300
-    for others, least in (([200, 400], 200), ([None, 400], 300)):
-        group = types.SimpleNamespace(all_gather=lambda topic, value, others=others: [value, *others])
-        assert distributed.free_bytes_of(group)(device) == least  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(distributed, "free_bytes", lambda of: None)
-    group = types.SimpleNamespace(all_gather=lambda topic, value: [value, None])
-    assert distributed.free_bytes_of(group)(device) is None  # pyright: ignore[reportArgumentType]

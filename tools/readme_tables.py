@@ -46,7 +46,9 @@ def support() -> str:
     rows.append(f"| weights | safetensors: `{SINGLE_FILE}`, or `{INDEX_FILE}` and shards | `tests/hf_reader` |")
     rows.append("| weights | MXFP4 in gpt-oss' files, unpacked to bfloat16 | `tests/test_mxfp4.py` |")
     rows.append("| weights | Orbax, both ways, as `convert_checkpoint` writes it | `tests/test_conversion.py` |")
-    rows.append("| several processes | by flags, SLURM, Open MPI 4; decoders | `tests/test_several_processes.py` |")
+    rows.append(
+        "| several processes | by flags, SLURM, Open MPI 4, Kubernetes; decoders | `tests/test_several_processes.py` |"
+    )
     presets = ", ".join(f"`{path.stem}`" for path in sorted((ROOT / "configs").glob("*.toml")))
     rows.append(f"| preset in `configs/` | {presets} | `tests/test_presets.py`, `tests/test_config_file.py` |")
     parameters = ", ".join(f"`{field.name}`" for field in dataclasses.fields(SamplingParams))
