@@ -14,13 +14,15 @@ from tests.long_campaign import chosen
 PAIRS = ("data:2,tensor:2", "stage:2,tensor:2", "data:2,stage:2")
 JOBS = chosen(
     (
-        (2, 1, ("tensor:2", "data:2", "stage:2")),
-        (2, 2, PAIRS[1:]),
-        (2, 2, (PAIRS[0], "tensor:4")),
+        (2, 1, ("tensor:2",)),
+        (2, 1, ("data:2", "stage:2")),
+        (2, 2, PAIRS[2:]),
+        (2, 2, PAIRS[:2]),
+        (2, 2, ("tensor:4",)),
         *((4, 1, (mesh,)) for mesh in (*PAIRS, "tensor:4", "data:4")),
     ),
-    (2, 1, ("tensor:2", "data:2", "stage:2")),
-    (2, 2, PAIRS[1:]),
+    (2, 1, ("tensor:2",)),
+    (2, 2, PAIRS[2:]),
 )
 
 
@@ -44,7 +46,7 @@ def test_the_same_tokens_from_the_same_steps(
     model_dir: pathlib.Path,
     alone: list[list[list[int]]],
 ):
-    """After a step that failed, too, on every mesh, in one job: so engines also follow each other."""
+    """After a step that failed, too, on every mesh, in one job: so in some engines follow each other."""
     worker = [sys.executable, "-m", "tests.distributed_worker", str(model_dir), ";".join(meshes)]
     address = f"127.0.0.1:{local_processes.free_port()}"
     commands = [[*worker, address, str(count), str(index)] for index in range(count)]
