@@ -97,7 +97,8 @@ def inspect(source_dir: pathlib.Path) -> None:
         size = format_bytes(math.prod(param.shape) * dtype.itemsize)
         print(f"{_named(param.tensors)}  {spec.path}  {dtype.name}[{shape}]  ({names}) -> ({split})  {size}")
     whole, per_device = source.num_bytes, source.definition.shard_bytes
-    scale = whole / source.definition.weight_bytes  # the definition counts float32
+    once = sum(math.prod(param.shape) * param.spec.dtype.itemsize for param in source.params)
+    scale = whole / once  # the definition counts float32
     print(
         f"{source.definition.config.family}, {source.format}: {len(source.definition.params)} parameters, "
         f"{format_bytes(whole)}, {format_bytes(int(per_device * scale))} on each device"

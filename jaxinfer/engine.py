@@ -213,7 +213,7 @@ class Engine:
 
     @property
     def decode_bytes_per_device(self) -> int:
-        """Bytes that the decode steps so far had to read on one device: weights once a step, and the cache in use."""
+        """Bytes that the decode steps so far had to read on one device: weights, and the cache in use."""
         memory = self.resolved.memory
         token_bytes = memory.page_bytes // memory.page_size
         cache_bytes = self.stats.decode_context_tokens * token_bytes // (memory.num_shards * memory.context_size)

@@ -58,7 +58,11 @@ class Demand:
         rows = config.max_num_seqs // num_shards
         chunks = num_chunks(rows)
         chunk_tokens = max_chunk_tokens(config.max_num_batched_tokens, config.max_model_len, rows)
+        num_tokens = rows + chunk_tokens
+        of_heads = num_tokens * (spec.num_q_heads + spec.num_kv_heads) * spec.head_dim * itemsize
         of_step = planner.workspace_bytes(
+            residual_bytes=num_tokens * model.embed_dim * itemsize,
+            projections_bytes=3 * of_heads,  # 3: before they are rotated, in halves, and together again
             attention_bytes=xla.workspace_bytes(
                 spec,
                 rows=rows,
@@ -67,7 +71,7 @@ class Demand:
                 context_tokens=config.max_model_len,
                 itemsize=itemsize,
             ),
-            mlp_bytes=self._mlp_bytes(rows + chunk_tokens),
+            mlp_bytes=self._mlp_bytes(num_tokens),
             num_drawn=rows + chunks,
             vocab_size=model.vocab_size,
         )

@@ -96,6 +96,10 @@ class WeightSpec:
         """Of one device."""
         return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
 
+    def is_on(self, stage: int) -> bool:
+        """Whether it is a parameter there, and not zeros."""
+        return not self.is_stacked or self.sources[stage] is not None
+
     def stack(self, params: tuple[jax.Array, ...]) -> jax.Array:
         """Each device's part stays where it is, and what it is part of gets a new name."""
         if not self.is_stacked:

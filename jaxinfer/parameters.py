@@ -14,6 +14,7 @@ from flax import nnx
 
 from jaxinfer import models
 from jaxinfer.config import EncoderConfig, ModelConfig
+from jaxinfer.microbatches import num_microbatches
 from jaxinfer.param_specs import ParamSpec, WeightSpec, param_specs, weight_specs
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.stages import StagePlan
@@ -114,7 +115,7 @@ class ModelDefinition:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters, counted once whatever the mesh."""
+        """Bytes of all parameters as the mesh has them: with every repetition of KV heads, every copy of experts."""
         return sum(spec.num_bytes for spec in self.params)
 
     @property
@@ -124,8 +125,16 @@ class ModelDefinition:
 
     @property
     def step_shard_bytes(self) -> int:
-        """Bytes of the weights that a decode step has to read on one device at least."""
-        return sum(int(weight.shard_bytes * weight.read_share) for weight in self.weights)
+        """Bytes of weights that a decode step has to read on one device at least, of the stage that reads the most.
+
+        A stage reads its layers, and every device its part of the head, once for each microbatch.
+        """
+        num_stages = self.partitioner.axis_size(ax.STAGE)
+        of_stages = [
+            sum(int(weight.shard_bytes * weight.read_share) for weight in self.weights if weight.is_on(stage))
+            for stage in range(num_stages)
+        ]
+        return num_microbatches(num_stages, num_tokens=0) * max(of_stages)
 
 
 def _as_stored(config: ModelConfig | EncoderConfig) -> ModelConfig | EncoderConfig:

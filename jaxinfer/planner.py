@@ -24,15 +24,26 @@ def page_bytes(*, num_layers: int, token_numbers: int, page_size: int, itemsize:
     return num_layers * token_numbers * page_size * itemsize
 
 
-def workspace_bytes(*, attention_bytes: int, mlp_bytes: int, num_drawn: int, vocab_size: int) -> int:
+def workspace_bytes(
+    *,
+    residual_bytes: int,
+    projections_bytes: int,
+    attention_bytes: int,
+    mlp_bytes: int,
+    num_drawn: int,
+    vocab_size: int,
+) -> int:
     """Most bytes that a step needs on one device beside weights and cache: an estimate.
 
-    For a step that draws `num_drawn` tokens. Attention, MLP and sampling follow each other and use the same memory, so
-    the largest counts. XLA was seen to allocate as much, or up to a third less, in float32 on a CPU, where bfloat16
-    takes more, because it is computed in float32.
+    For a step that draws `num_drawn` tokens. Projections to heads, attention, MLP and sampling follow each other and
+    use the same memory, so the largest counts; all but sampling beside the residual stream and at least two more of its
+    size: normalised, and what is added to it. XLA was seen to allocate as much, or up to a third less, in float32 on a
+    CPU, where bfloat16 takes more, because it is computed in float32; and with stages, of which each works on a part of
+    the tokens at a time, less than half.
     """
+    of_layer = residual_bytes + max(2 * residual_bytes, projections_bytes, attention_bytes, mlp_bytes)
     sampling = 7 * 4 * num_drawn * vocab_size  # 7: logits, noise, and what the search for top-k and top-p keeps
-    return max(attention_bytes, mlp_bytes, sampling)
+    return max(of_layer, sampling)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,8 @@ def demand(
 
 
 EXPERTS = MoEConfig(num_experts=4, num_experts_per_token=2, mlp_dim=4096)
+HEADS = {"head_dim": 128, "embed_dim": 256}
+RESIDUAL = {"embed_dim": 2048}
 WIDE = {"moe": MoEConfig(num_experts=8, num_experts_per_token=2, mlp_dim=64), "embed_dim": 512, "vocab_size": 64}
 
 
@@ -53,8 +55,12 @@ def test_the_workspace_of_attention():
     """Four rows and three tiles of 32: their keys and values, their tokens' scores, and their queries."""
     spec = AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=8, page_size=4, scale=1.0)
     sizes = {"rows": 4, "chunks": 3, "chunk_tokens": 32, "context_tokens": 100, "itemsize": 2}
-    scores, queries = (4 + 3 * 32) * (2 * 4 * 100 * 6), (4 + 3 * 32) * (4 * 6 * 8 * 2)
-    assert xla.workspace_bytes(spec, **sizes) == 7 * (2 * 100 * 2 * 8 * 2) + scores + queries
+    scores, query_numbers = (4 + 3 * 32) * (2 * 4 * 100 * 6), (4 + 3 * 32) * 6 * 8
+    of_pages = 7 * (2 * 100 * 2 * 8 * 2)
+    assert xla.workspace_bytes(spec, **sizes) == of_pages + scores + query_numbers * (2 + 2 + 4)
+    of_one_page = 7 * (2 * 4 * 2 * 8 * 2) + scores // 25
+    spread = dataclasses.replace(spec, context_size=25)
+    assert xla.workspace_bytes(spread, **sizes) == of_one_page + query_numbers * (4 + 4 + 4)
 
 
 @pytest.mark.parametrize(
@@ -69,12 +75,18 @@ def test_the_workspace_of_attention():
         ("whole", {}, "context:4", {"max_num_seqs": 4, "max_num_batched_tokens": 64}),
         ("blocks", {}, "context:4", {}),
         ("blocks", {"mlp_dim": 8192}, "", {"max_model_len": 128}),
+        ("blocks", HEADS | {"num_layers": 4}, "", {"max_num_batched_tokens": 256, "max_model_len": 128}),
+        ("blocks", HEADS | {"num_kv_heads": 8}, "", {"max_num_batched_tokens": 256, "max_model_len": 128}),
+        ("blocks", HEADS, "context:4", {"max_num_batched_tokens": 256, "max_model_len": 128}),
+        ("blocks", RESIDUAL, "", {"max_num_batched_tokens": 256, "max_model_len": 128}),
+        ("blocks", {"embed_dim": 512, "mlp_dim": 1024}, "", {"max_model_len": 128}),
         ("blocks", {"moe": EXPERTS}, "", {"max_model_len": 128}),
         ("blocks", WIDE, "expert:4", {"max_model_len": 128}),
         *chosen([("blocks", {"moe": EXPERTS}, "expert:4", {"max_model_len": 128, "rules": "expert_sums"})]),
     ],
     ids=(
-        "blocks,blocks on a mesh,chunks' scores,rows' pages,logits,logits of a mesh,parts' scores,parts,mlp,experts,"
+        "blocks,blocks on a mesh,chunks' scores,rows' pages,logits,logits of a mesh,parts' scores,parts,mlp,"
+        "heads,heads of their own keys,parts of heads,residual stream,residual stream and mlp,experts,"
         "experts' rows that travel"
     ).split(",")
     + [*chosen(["one expert on each device"])],

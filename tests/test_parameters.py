@@ -1,9 +1,12 @@
 """What a model's parameters weigh."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
 
 from jaxinfer import models
+from jaxinfer.config import MoEConfig
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.models import llama
 from jaxinfer.parameters import ModelDefinition
@@ -35,6 +38,20 @@ def test_a_mesh_divides_all_but_the_norms_and_repeats_kv_heads(mesh: str, shards
     layers = 2 * ((HEADS + repeats * KV_HEADS + MLP) // shards + NORMS) + 64
     assert definition.shard_bytes == 4 * (layers + 2 * TABLE // shards)
     assert definition.step_shard_bytes == 4 * (layers + TABLE // shards)
+
+
+def test_a_stage_reads_its_layers_and_the_head_for_each_microbatch():
+    definition = define("gqa", "stage:2")  # each a layer, and half of the head
+    assert definition.step_shard_bytes == 2 * 4 * (HEADS + KV_HEADS + MLP + NORMS + 64 + TABLE // 2)
+
+
+def test_a_stage_reads_the_mlp_or_the_experts_of_a_slot_and_no_padding():
+    config = llama.parse_config(HFConfig(llama.TINY_CONFIGS["gqa"]))
+    moe = MoEConfig(num_experts=4, num_experts_per_token=4, mlp_dim=96, dense_layers=frozenset({0}))
+    config = dataclasses.replace(config, num_layers=3, moe=moe)  # a dense layer, and two of experts
+    definition = ModelDefinition.create(config, Partitioner.create("stage:2"), jnp.dtype("float32"))
+    layers = 2 * (HEADS + KV_HEADS + 4 * MLP + 4 * 64 + NORMS)
+    assert definition.step_shard_bytes == 2 * 4 * (layers + 64 + TABLE // 2)
 
 
 @pytest.mark.parametrize(

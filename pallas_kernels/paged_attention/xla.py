@@ -70,7 +70,8 @@ def workspace_bytes(
     gathered = block * spec.token_numbers * itemsize  # of one sequence
     scores = 2 * 4 * block * spec.num_q_heads  # of one token; 2: before and after softmax; 4: float32
     query_tokens = rows + -(-tiles // tiles_at_once) * tiles_at_once * tile
-    queries = 4 * query_tokens * spec.num_q_heads * spec.head_dim * itemsize  # 4: with outputs, each in two orders
+    kept = 4 if spec.context_size > 1 else itemsize  # what is merged is float32
+    queries = query_tokens * spec.num_q_heads * spec.head_dim * (2 * kept + 4)  # with outputs, before in float32
     return queries + rows_at_once * (gathered + scores) + tiles_at_once * (gathered + tile * scores)
 
 
@@ -190,7 +191,9 @@ def _by_length(attend: Callable[..., T], length: Callable[..., jax.Array], *arra
         return jax.tree.map(lambda out, x: lax.dynamic_update_slice_in_dim(out, x, i * rows, axis=0), outs, new)
 
     shapes = jax.eval_shape(attend, *arrays)
-    outs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    # All of it is overwritten. Constants would be made for all layers at the start of a step, and be there together.
+    filling = arrays[0].ravel()[0]
+    outs = jax.tree.map(lambda x: jnp.full(x.shape, filling, x.dtype), shapes)
     outs = lax.fori_loop(0, len(order) // rows, attend_group, outs)
     back = -b % rows + jnp.argsort(by_length)
     return jax.tree.map(lambda out: out[back], outs)
