@@ -24,6 +24,7 @@ from jaxinfer import Engine, SamplingParams, models
 from jaxinfer.checkpoint import conversion, hf_writer, manifest, reader
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
+from jaxinfer.planner import format_bytes
 from tests import tiny_model
 from tests.command_line import environment
 from tests.parity import driver, recipe
@@ -394,6 +395,15 @@ def test_what_threads_write_after_an_error_goes_too(
     with pytest.raises(OSError, match="full"):
         convert(source, tmp_path / "target")
     assert not late and not list(tmp_path.iterdir())
+
+
+def test_what_is_inspected_counts_repeated_kv_heads_on_each_device(source: pathlib.Path):
+    mesh = "tensor:8"  # of 2 KV heads
+    args = (f"--source={source}", "--inspect", f"--mesh={mesh}")
+    command = [sys.executable, "-m", "jaxinfer.convert_checkpoint", *args]
+    shown = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment(), check=True).stdout
+    shard_bytes = conversion.Source.open(source, mesh=mesh).definition.shard_bytes
+    assert f", {format_bytes(shard_bytes)} on each device" in shown
 
 
 def test_the_command_line(source: pathlib.Path, tmp_path: pathlib.Path):
