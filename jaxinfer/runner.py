@@ -53,14 +53,18 @@ class Runner:
         self.extras_spec = self._steps.extras_spec
         self._sampler = SamplerPrograms(definition, self.extras_spec)
 
-    def compile_all(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles every program in `buckets`, calling `progress(done, total)` after each."""
+    def compile_all(self, progress: Callable[[int, int], None] | None = None, *, extras: bool = True) -> None:
+        """Compiles every program in `buckets`, calling `progress(done, total)` after each.
+
+        Without `extras` no step can have any, and much less is compiled.
+        """
         shapes = self.buckets.shapes()
         one_token = [self._steps.batch(shape) for shape in shapes if shape.num_steps == 1]
         jobs: dict[StepShape | Key, Callable[[], jax.stages.Lowered]] = {
             shape: lambda shape=shape: self._steps.lowered(shape) for shape in shapes
         }
-        jobs |= self._sampler.lowerings(one_token, self.definition.abstract_arrays)
+        if extras:
+            jobs |= self._sampler.lowerings(one_token, self.definition.abstract_arrays)
         for key, program in compile_all(jobs, progress).items():
             if isinstance(key, StepShape):
                 self._programs[key] = program

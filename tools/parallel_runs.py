@@ -137,7 +137,7 @@ class FamilyRuns:
         )
         buckets = batch.Buckets(*sizes, _PAGE_SIZE, _DECODE_STEPS, num_shards)
         runner = Runner(definition, weights, spec, buckets, backend="xla")
-        runner.compile_all()
+        runner.compile_all(extras=False)
         return runner
 
 
