@@ -1,4 +1,4 @@
-"""Which pod of an indexed job of Kubernetes this is, as its interface says; needs `pip install kubernetes`."""
+"""Which pod of an indexed job of Kubernetes this is, as its interface says; needs the package `kubernetes`."""
 
 import importlib.util
 import pathlib
@@ -23,7 +23,7 @@ def find_pods(env: Mapping[str, str]) -> Pods | None:
     each is by itself. Raises ValueError if the job must not be read.
     """
     index, hostname = env.get("JOB_COMPLETION_INDEX"), env.get("HOSTNAME", "")
-    if index is None or importlib.util.find_spec("kubernetes") is None:
+    if index is None or "KUBERNETES_SERVICE_HOST" not in env or importlib.util.find_spec("kubernetes") is None:
         return None
     job = _read_job(hostname.removesuffix(f"-{index}")).spec
     subdomain, count = job.template.spec.subdomain, job.completions or 1

@@ -180,7 +180,7 @@ def kubernetes(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, **spec: 
     monkeypatch.setattr("jaxinfer.kubernetes_job._NAMESPACE", tmp_path / "namespace")
 
 
-POD = {"JOB_COMPLETION_INDEX": "2", "HOSTNAME": "story-2-2"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2", "HOSTNAME": "story-2-2"}
 
 
 @pytest.mark.parametrize(
