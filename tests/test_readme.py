@@ -1,8 +1,10 @@
 """The README keeps its promises: its tables are current and its Python runs."""
 
+import dataclasses
 import pathlib
 import re
 
+from jaxinfer.engine_config import EngineConfig
 from tools import readme_tables
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
@@ -44,3 +46,11 @@ def test_the_first_screen_has_the_two_commands():
     first_screen = README.read_text(encoding="utf-8").splitlines()[:12]
     assert 'pip install -e . && run_inference --prompt="Once upon a time"' in first_screen
     assert 'pip install -e ".[test]" && pytest -n 2' in first_screen
+
+
+def test_processes_of_a_job_are_given_the_same_engine():
+    """Or they refuse to start: what only one of the commands has is no field of the engine's."""
+    commands = re.findall(r"^run_inference \$job (.*?)&?$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    flags = {flag for command in commands for flag in re.findall(r"--(\w+)", command)}
+    assert len(commands) == 2 and "process_id" in flags
+    assert not flags & {field.name for field in dataclasses.fields(EngineConfig)}
