@@ -144,6 +144,7 @@ def test_weights_on_stages_are_written_again(model_dir: pathlib.Path, tmp_path: 
 def test_every_layer_is_on_its_stage_alone(model_dir: pathlib.Path):
     """A slot's array is put together of the parts that lie on the devices already, and zeros."""
     definition, arrays = driver.load(model_dir, "stage:4")
+    arrays = tuple(map(jax.jit(jnp.copy), arrays))  # for what was loaded may lie in NumPy's memory, and cannot be given
     by_path = {spec.path: np.array(array) for spec, array in zip(definition.params, arrays, strict=True)}  # copies
     places = {shard.data.unsafe_buffer_pointer() for array in arrays for shard in array.addressable_shards}
     stacked = dict(zip((weight.path for weight in definition.weights), definition.stack(arrays), strict=True))
