@@ -72,10 +72,13 @@ def table(record: dict[str, dict[str, str]], families: list[str]) -> str:
             else:
                 cells.append(f"{outcomes[EQUAL]}/{len(FEATURES)}")
         rows.append(f"| {way} | {' | '.join(cells)} |")
-    total = Counter(entry["outcome"] for entry in record.values())
-    counts = {"combinations": sum(total.values()), "equal": total[EQUAL], "refused": total[REFUSED]}
-    text = ", ".join(f"{name} {count}" for name, count in (counts | {"failed": total[FAILED]}).items())
-    return f"{text}\n\n" + "\n".join(rows) + "\n" + "".join(f"\n[{n}] {reason}\n" for reason, n in notes.items())
+    return "\n".join(rows) + "\n" + "".join(f"\n[{n}] {reason}\n" for reason, n in notes.items())
+
+
+def counts(record: dict[str, dict[str, str]]) -> str:
+    """Of its outcomes, in words."""
+    of = Counter(entry["outcome"] for entry in record.values())
+    return f"{of.total()} combinations, {of[EQUAL]} equal, {of[REFUSED]} refused, {of[FAILED]} failed"
 
 
 def document(record: dict[str, dict[str, str]], families: list[str]) -> str:
@@ -83,7 +86,7 @@ def document(record: dict[str, dict[str, str]], families: list[str]) -> str:
         "# Every way to split every family\n\n"
         "Written by tools/parallel_matrix.py, which runs a tiny model of each family on eight virtual devices. A cell\n"
         f"says with how many of {', '.join(FEATURES)} all greedy\n"
-        f"tokens were those of one device, each request by itself.\n\n{table(record, families)}"
+        f"tokens were those of one device, each request by itself.\n\n{counts(record)}\n\n{table(record, families)}"
     )
 
 
