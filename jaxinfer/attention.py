@@ -130,21 +130,16 @@ class PagedAttention:
         pages, sequences, of_heads = spec(kv_cache.PAGE_AXES), spec((ax.BATCH,)), spec((ax.HEADS,))
         attend = self._partitioner.shard_map(
             functools.partial(self._attend_local, self._specs[slot]),
-            in_specs=(heads, kv_heads, kv_heads, pages, pages, sequences, sequences, of_heads),
-            out_specs=(heads, pages, pages),
+            in_specs=(heads, kv_heads, pages, sequences, of_heads),
+            out_specs=(heads, pages),
         )
-        k_pages, v_pages = self._cache[slot]
-        out, k_pages, v_pages = attend(q, k, v, k_pages, v_pages, self._rows, self._prompts, sinks)
-        self._cache[slot] = (k_pages, v_pages)
+        out, self._cache[slot] = attend(q, (k, v), self._cache[slot], (self._rows, self._prompts), sinks)
         return out
 
-    def _attend_local(
-        self, specs: SlotSpecs, q, k, v, k_pages, v_pages, rows: Rows | None, prompts: Prompts | None, sinks
-    ):
+    def _attend_local(self, specs: SlotSpecs, q, new, pages, sequences: tuple[Rows | None, Prompts | None], sinks):
         """Of one shard: the first dimension is 1. All is written before anything is read: pages stay in place."""
-        q, new, rows, prompts = jax.tree.map(lambda x: x[0], (q, (k, v), rows, prompts))
-        num_rows = 0 if rows is None else rows.positions.size
-        pages, page_size = (k_pages, v_pages), k_pages.shape[2]
+        q, new, (rows, prompts) = jax.tree.map(lambda x: x[0], (q, new, sequences))
+        num_rows, page_size = 0 if rows is None else rows.positions.size, pages[0].shape[2]
         with jax.named_scope("cache_write"):
             if rows is not None:
                 columns = rows.positions[:, None] // page_size
@@ -163,7 +158,7 @@ class PagedAttention:
             of_context = self._read if spec.context_size == 1 else self._read_parts
             return of_context(spec, q, pages, rows, prompts, sinks)[None]
 
-        return on_stage(read, specs), *pages
+        return on_stage(read, specs), pages
 
     def _read(self, spec: AttentionSpec, q, pages, rows: Rows | None, prompts: Prompts | None, sinks) -> jax.Array:
         """q [S, N, H] -> [S, N, H]."""

@@ -18,6 +18,7 @@ import numpy as np
 from jaxinfer import batch as batches
 from jaxinfer import extras
 from jaxinfer.batch import StepBatch, StepShape
+from jaxinfer.chunk_policy import ChunkPolicy
 from jaxinfer.logprobs import Logprobs
 from jaxinfer.metrics import EngineMetrics
 from jaxinfer.outputs import TokenLogprobs
@@ -25,6 +26,7 @@ from jaxinfer.request import FinishReason, Request
 from jaxinfer.resolve import ResolvedEngine
 from jaxinfer.runner import Runner
 from jaxinfer.scheduler import Scheduler
+from jaxinfer.shard import ShardSizes
 from jaxinfer.stats import EngineStats
 from jaxinfer.step_plan import StepPlan, StepResult
 from jaxinfer.steps import Arrays, StepOutput
@@ -72,17 +74,19 @@ class EngineCore:
             backend=resolved.attention_backend,
             counts_experts=resolved.config.expert_counts,
         )
-        scheduler = Scheduler(
+        sizes = ShardSizes(
             num_shards=resolved.definition.partitioner.num_shards(ax.BATCH),
+            slots_per_shard=resolved.slots_per_shard,
             pages_per_shard=resolved.memory.pages_per_shard,
             page_size=resolved.memory.page_size,
-            slots_per_shard=resolved.slots_per_shard,
             max_model_len=resolved.max_model_len,
-            max_num_batched_tokens=resolved.config.max_num_batched_tokens,
-            chunk_sizes=resolved.buckets.chunk_tokens,
+            context_size=resolved.memory.context_size,
+        )
+        scheduler = Scheduler(
+            sizes,
+            ChunkPolicy(resolved.config.max_num_batched_tokens, resolved.buckets.chunk_tokens),
             decode_steps=resolved.config.decode_steps,
             enable_prefix_caching=resolved.config.enable_prefix_caching,
-            context_size=resolved.memory.context_size,
         )
         return cls(scheduler, runner, stats)
 

@@ -35,11 +35,12 @@ def find_pods(env: Mapping[str, str]) -> Pods | None:
 def _read_job(name: str) -> Any:
     import kubernetes  # pyright: ignore[reportMissingImports]
 
-    kubernetes.config.load_incluster_config()
     try:
+        kubernetes.config.load_incluster_config()
         return kubernetes.client.BatchV1Api().read_namespaced_job(name, _NAMESPACE.read_text().strip())
-    except kubernetes.client.exceptions.ApiException as error:
+    except Exception as error:  # forbidden, without a token, out of reach: each has a type of its own
+        why = " ".join(str(getattr(error, part)) for part in ("status", "reason") if hasattr(error, part)) or error
         raise ValueError(
-            f"Kubernetes does not let this pod read its job {name}: {error.status} {error.reason}; let its service "
-            f"account get jobs, or give --coordinator_address, --num_processes and --process_id"
-        ) from None
+            f"Kubernetes does not let this pod read its job {name}: {why}; let its service account get jobs, or give "
+            f"--coordinator_address, --num_processes and --process_id"
+        ) from error

@@ -76,7 +76,7 @@ class Demand:
             vocab_size=model.vocab_size,
         )
         sampling = ExtrasSpec(rows, config.max_model_len, model.vocab_size, chunk_tokens)
-        return planner.plan_memory(
+        needs = planner.MemoryNeeds(
             weights_bytes=self.definition.shard_bytes,
             workspace_bytes=of_step + sampling.slots_bytes,
             page_bytes=planner.page_bytes(
@@ -87,10 +87,13 @@ class Demand:
             ),
             page_size=self.page_size,
             max_model_len=config.max_model_len,
-            sequences_per_shard=rows,
             num_shards=num_shards,
             context_size=partitioner.context_size,
             free_bytes=self.free_bytes,
+        )
+        return planner.plan_memory(
+            needs,
+            sequences_per_shard=rows,
             memory_fraction=config.memory_fraction,
             kv_cache_bytes=config.kv_cache_bytes,
         )

@@ -47,14 +47,13 @@ def workspace_bytes(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
-    """What one device holds.
+class MemoryNeeds:
+    """What one device has to hold, but for the number of pages.
 
     Attributes:
       weights_bytes: parameters on the device.
       workspace_bytes: estimate of what steps need beside weights and cache, what sampling keeps of each slot included.
       page_bytes: one cache page over all layers.
-      num_pages: pages on the device, the scratch page included.
       page_size: tokens per page.
       max_model_len: tokens of the longest sequence.
       num_shards: data shards.
@@ -65,12 +64,22 @@ class MemoryPlan:
     weights_bytes: int
     workspace_bytes: int
     page_bytes: int
-    num_pages: int
     page_size: int
     max_model_len: int
     num_shards: int
     context_size: int
     free_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan(MemoryNeeds):
+    """What one device holds.
+
+    Attributes:
+      num_pages: on the device, the scratch page included.
+    """
+
+    num_pages: int
 
     @property
     def cache_bytes(self) -> int:
@@ -107,54 +116,34 @@ class MemoryPlan:
 
 
 def plan_memory(
-    *,
-    weights_bytes: int,
-    workspace_bytes: int,
-    page_bytes: int,
-    page_size: int,
-    max_model_len: int,
-    sequences_per_shard: int,
-    num_shards: int,
-    context_size: int,
-    free_bytes: int | None,
-    memory_fraction: float,
-    kv_cache_bytes: int | None,
+    needs: MemoryNeeds, *, sequences_per_shard: int, memory_fraction: float, kv_cache_bytes: int | None
 ) -> MemoryPlan:
     """Sizes a device's cache: `kv_cache_bytes` if given, else what the sequences can use as far as memory goes.
 
     Raises ValueError when the pages that memory or `kv_cache_bytes` allows cannot hold one longest sequence.
     """
-    per_sequence = cdiv(max_model_len, page_size)
+    page_bytes, context_size, free_bytes = needs.page_bytes, needs.context_size, needs.free_bytes
+    per_sequence = cdiv(needs.max_model_len, needs.page_size)
     num_pages = 1 + cdiv(sequences_per_shard * per_sequence, context_size)  # 1: the scratch page
     needed = (1 + cdiv(per_sequence, context_size)) * page_bytes
     share = f" of each of its {context_size} devices" if context_size > 1 else ""
-    of_sequence = f"the {needed} bytes that one sequence of --max_model_len={max_model_len} needs{share}"
+    of_sequence = f"the {needed} bytes that one sequence of --max_model_len={needs.max_model_len} needs{share}"
     if kv_cache_bytes is not None:
         num_pages = min(num_pages, kv_cache_bytes // page_bytes)
         if kv_cache_bytes < needed:
             raise ValueError(f"--kv_cache_bytes={kv_cache_bytes} is less than {of_sequence}")
     if free_bytes is not None:
-        room = max(0, int(free_bytes * memory_fraction) - weights_bytes - workspace_bytes)
+        room = max(0, int(free_bytes * memory_fraction) - needs.weights_bytes - needs.workspace_bytes)
         if kv_cache_bytes is None:
             num_pages = min(num_pages, room // page_bytes)
         if room < max(needed, num_pages * page_bytes):
-            weights, workspace, free = map(format_bytes, (weights_bytes, workspace_bytes, free_bytes))
+            weights, workspace, free = map(format_bytes, (needs.weights_bytes, needs.workspace_bytes, free_bytes))
             wanted = of_sequence if room < needed else f"--kv_cache_bytes={kv_cache_bytes}"
             raise ValueError(
                 f"{weights} of weights and {workspace} of workspace leave {room} bytes for the cache of {free} free on "
                 f"a device (--memory_fraction={memory_fraction}), less than {wanted}"
             )
-    return MemoryPlan(
-        weights_bytes=weights_bytes,
-        workspace_bytes=workspace_bytes,
-        page_bytes=page_bytes,
-        num_pages=num_pages,
-        page_size=page_size,
-        max_model_len=max_model_len,
-        num_shards=num_shards,
-        context_size=context_size,
-        free_bytes=free_bytes,
-    )
+    return MemoryPlan(**vars(needs), num_pages=num_pages)
 
 
 def encoder_workspace_bytes(

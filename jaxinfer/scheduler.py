@@ -27,7 +27,7 @@ from jaxinfer.outputs import TokenLogprobs
 from jaxinfer.page_allocator import PageAllocator
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.request_stats import RequestStats
-from jaxinfer.shard import Shard
+from jaxinfer.shard import Shard, ShardSizes
 from jaxinfer.slot_table import SlotTable
 from jaxinfer.step_plan import StepPlan, StepResult, chunk_outcomes, prompt_logprobs
 
@@ -35,8 +35,7 @@ from jaxinfer.step_plan import StepPlan, StepResult, chunk_outcomes, prompt_logp
 class Scheduler:
     """Waiting and running requests, and who holds which slots and pages.
 
-    `max_num_batched_tokens` and `chunk_sizes` are those of `ChunkPolicy`. `decode_steps` is how many tokens a row
-    generates in a step when nobody waits. `pages_per_shard` are on `context_size` devices, scratch pages included.
+    `decode_steps` is how many tokens a row generates in a step when nobody waits.
 
     Attributes:
       table: what steps are built from.
@@ -45,30 +44,19 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        *,
-        num_shards: int,
-        pages_per_shard: int,
-        page_size: int,
-        slots_per_shard: int,
-        max_model_len: int,
-        max_num_batched_tokens: int,
-        chunk_sizes: Sequence[int] = (),
-        decode_steps: int,
-        enable_prefix_caching: bool = True,
-        context_size: int = 1,
+        self, sizes: ShardSizes, chunk_policy: ChunkPolicy, *, decode_steps: int, enable_prefix_caching: bool = True
     ):
-        self.page_size = page_size
-        self.chunk_policy = ChunkPolicy(max_num_batched_tokens, chunk_sizes)
+        self.page_size = page_size = sizes.page_size
+        self.chunk_policy = chunk_policy
         self.decode_steps = decode_steps
         self.enable_prefix_caching = enable_prefix_caching
-        self.table = SlotTable(num_shards, slots_per_shard, cdiv(max_model_len, page_size))
-        allocators = [PageAllocator(pages_per_shard, context_size) for _ in range(num_shards)]
+        self.table = SlotTable(sizes.num_shards, sizes.slots_per_shard, cdiv(sizes.max_model_len, page_size))
+        allocators = [PageAllocator(sizes.pages_per_shard, sizes.context_size) for _ in range(sizes.num_shards)]
         self.shards = [Shard(i, allocator, page_size, self.table) for i, allocator in enumerate(allocators)]
         self.waiting: list[Request] = []
         self.num_preemptions = 0
         self.stats = RequestStats()
-        self._is_alone = num_shards * slots_per_shard == 1  # nobody can join who runs
+        self._is_alone = sizes.num_shards * sizes.slots_per_shard == 1  # nobody can join who runs
         self._num_full = 0  # of those that run, who need the full sampler
         self._num_planned = self._num_committed = 0  # steps
 

@@ -3,6 +3,7 @@
 It does what the scheduler decides, and knows nothing of other shards.
 """
 
+import dataclasses
 from bisect import insort
 from collections.abc import Sequence
 
@@ -13,6 +14,27 @@ from jaxinfer.page_allocator import PageAllocator
 from jaxinfer.request import Request
 from jaxinfer.slot_table import SlotTable
 from jaxinfer.step_plan import MAX_CHUNKS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardSizes:
+    """What data shards have.
+
+    Attributes:
+      num_shards: how many there are.
+      slots_per_shard: sequences that run at once.
+      pages_per_shard: on all `context_size` devices of a shard, scratch pages included.
+      page_size: tokens per page.
+      max_model_len: tokens of the longest sequence.
+      context_size: devices over which the pages of a sequence are spread.
+    """
+
+    num_shards: int
+    slots_per_shard: int
+    pages_per_shard: int
+    page_size: int
+    max_model_len: int
+    context_size: int = 1
 
 
 class Shard:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.batch import Buckets, StepBatch, StepShape
+from jaxinfer.chunk_policy import ChunkPolicy
 from jaxinfer.engine import Engine
 from jaxinfer.engine_core import EngineCore
 from jaxinfer.extras import Extras, ExtrasSpec
@@ -23,6 +24,7 @@ from jaxinfer.progress import Progress
 from jaxinfer.request import Request
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler
+from jaxinfer.shard import ShardSizes
 from jaxinfer.stats import EngineStats
 from jaxinfer.steps import StepOutput
 
@@ -208,14 +210,16 @@ def make_core(
         num_shards=num_shards,
         min_chunk=min_chunk,
     )
-    scheduler = Scheduler(
+    sizes = ShardSizes(
         num_shards=num_shards,
+        slots_per_shard=slots_per_shard,
         pages_per_shard=pages_per_shard,
         page_size=page_size,
-        slots_per_shard=slots_per_shard,
         max_model_len=max_model_len,
-        max_num_batched_tokens=max_num_batched_tokens,
-        chunk_sizes=buckets.chunk_tokens,
+    )
+    scheduler = Scheduler(
+        sizes,
+        ChunkPolicy(max_num_batched_tokens, buckets.chunk_tokens),
         decode_steps=decode_steps,
         enable_prefix_caching=enable_prefix_caching,
     )

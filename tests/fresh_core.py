@@ -1,8 +1,10 @@
 """Another scheduler over an engine's compiled programs: to schedule otherwise without compiling again."""
 
 from jaxinfer import Engine
+from jaxinfer.chunk_policy import ChunkPolicy
 from jaxinfer.engine_core import EngineCore
 from jaxinfer.scheduler import Scheduler
+from jaxinfer.shard import ShardSizes
 from jaxinfer.stats import EngineStats
 
 
@@ -11,16 +13,15 @@ def fresh_core(
 ) -> EngineCore:
     """`chunk` is the budget of tokens per step, `prefix` whether pages are shared; None: as many pages as there are."""
     runner, resolved = engine._core.runner, engine.resolved
-    scheduler = Scheduler(
+    sizes = ShardSizes(
         num_shards=runner.buckets.num_shards,
+        slots_per_shard=resolved.slots_per_shard,
         pages_per_shard=pages_per_shard or resolved.memory.pages_per_shard,
         page_size=resolved.memory.page_size,
-        slots_per_shard=resolved.slots_per_shard,
         max_model_len=resolved.max_model_len,
-        max_num_batched_tokens=chunk,
-        chunk_sizes=runner.buckets.chunk_tokens,
-        decode_steps=decode_steps,
-        enable_prefix_caching=prefix,
         context_size=resolved.memory.context_size,
+    )
+    scheduler = Scheduler(
+        sizes, ChunkPolicy(chunk, runner.buckets.chunk_tokens), decode_steps=decode_steps, enable_prefix_caching=prefix
     )
     return EngineCore(scheduler, runner, EngineStats())

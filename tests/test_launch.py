@@ -211,3 +211,10 @@ def test_a_job_that_must_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(ValueError, match="does not let this pod read its job story-2: 403 Forbidden; let its service"):
         find_launch(None, None, None, env=POD)
     assert find_launch("node0:1234", 1, 0, env=POD) is None
+
+    def load_incluster_config() -> None:
+        raise LookupError("Service token file does not exist.")  # where the account's is not mounted
+
+    monkeypatch.setattr(sys.modules["kubernetes"].config, "load_incluster_config", load_incluster_config)
+    with pytest.raises(ValueError, match=r"read its job story-2: Service token file does not exist\.; let its service"):
+        find_launch(None, None, None, env=POD)

@@ -1,5 +1,6 @@
 """What fits on a device, in bytes worked out by hand."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from jaxinfer.planner import (
     MIB,
     EncoderMemoryPlan,
+    MemoryNeeds,
     MemoryPlan,
     encoder_workspace_bytes,
     page_bytes,
@@ -31,7 +33,9 @@ ASKED: dict[str, Any] = {
 
 
 def plan(**changes: Any) -> MemoryPlan:
-    return plan_memory(**ASKED | changes)
+    asked = ASKED | changes
+    needs = MemoryNeeds(**{field.name: asked.pop(field.name) for field in dataclasses.fields(MemoryNeeds)})
+    return plan_memory(needs, **asked)
 
 
 def test_a_page_holds_keys_and_values_of_every_layer():

@@ -33,6 +33,7 @@ from jaxinfer.attention import attention_specs
 from jaxinfer.bandwidth import measure_read_bandwidth
 from jaxinfer.batch import Buckets
 from jaxinfer.checkpoint.hf_reader import load_weights
+from jaxinfer.chunk_policy import ChunkPolicy
 from jaxinfer.engine_core import EngineCore
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.output_text import OutputText
@@ -41,6 +42,7 @@ from jaxinfer.request import Request
 from jaxinfer.runner import Runner
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler
+from jaxinfer.shard import ShardSizes
 from jaxinfer.stats import EngineStats
 from jaxinfer.tools import bench_models, bench_peer, bench_record
 from jaxinfer.tools.bench_peer import Generate
@@ -79,14 +81,16 @@ def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch
     params = SamplingParams(temperature=0.0, ignore_eos=True)
 
     def generate(prompts: list[list[int]]) -> tuple[list[list[int]], float]:
-        scheduler = Scheduler(
+        sizes = ShardSizes(
             num_shards=1,
+            slots_per_shard=batch_size,
             pages_per_shard=pages_per_shard,
             page_size=page_size,
-            slots_per_shard=batch_size,
             max_model_len=context,
-            max_num_batched_tokens=_PROMPT_TOKENS.value + batch_size,
-            chunk_sizes=buckets.chunk_tokens,
+        )
+        scheduler = Scheduler(
+            sizes,
+            ChunkPolicy(_PROMPT_TOKENS.value + batch_size, buckets.chunk_tokens),
             decode_steps=num_steps,
             enable_prefix_caching=False,
         )

@@ -21,6 +21,7 @@ import numpy as np
 from absl import app, flags
 
 from jaxinfer.batch import Buckets, StepBatch, StepShape
+from jaxinfer.chunk_policy import ChunkPolicy
 from jaxinfer.engine_core import EngineCore
 from jaxinfer.extras import Extras, ExtrasSpec
 from jaxinfer.integers import cdiv
@@ -28,6 +29,7 @@ from jaxinfer.output_text import OutputText
 from jaxinfer.request import Request
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler
+from jaxinfer.shard import ShardSizes
 from jaxinfer.stats import EngineStats
 from jaxinfer.steps import StepOutput
 from jaxinfer.tools.bench_record import describe_run, print_record
@@ -69,16 +71,14 @@ def make_core(num_running: int, page_size: int, decode_steps: int) -> EngineCore
         decode_steps=decode_steps,
         num_shards=1,
     )
-    scheduler = Scheduler(
+    sizes = ShardSizes(
         num_shards=1,
+        slots_per_shard=num_running,
         pages_per_shard=1 + num_running * cdiv(_MAX_MODEL_LEN, page_size),
         page_size=page_size,
-        slots_per_shard=num_running,
         max_model_len=_MAX_MODEL_LEN,
-        max_num_batched_tokens=budget,
-        chunk_sizes=buckets.chunk_tokens,
-        decode_steps=decode_steps,
     )
+    scheduler = Scheduler(sizes, ChunkPolicy(budget, buckets.chunk_tokens), decode_steps=decode_steps)
     return EngineCore(scheduler, NoModel(buckets), EngineStats())  # pyright: ignore[reportArgumentType]
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import batch, kv_cache, models
+from jaxinfer.chunk_policy import ChunkPolicy
 from jaxinfer.config import ModelConfig
 from jaxinfer.engine_core import EngineCore
 from jaxinfer.hf_config import HFConfig
@@ -19,6 +20,7 @@ from jaxinfer.request import Request
 from jaxinfer.runner import Runner
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler
+from jaxinfer.shard import ShardSizes
 from jaxinfer.stats import EngineStats
 from jaxinfer.step_plan import StepPlan
 from sharding_rules import axes as ax
@@ -149,17 +151,19 @@ def _pages_per_shard(partitioner: Partitioner, num_usable: int) -> int:
 def _core(runner: Runner, schedule: Schedule) -> EngineCore:
     partitioner, rows = runner.definition.partitioner, runner.buckets.rows[-1]
     num_pages = runner.buckets.pages[-1] * (1 if schedule.is_starved else rows)
-    scheduler = Scheduler(
+    sizes = ShardSizes(
         num_shards=runner.buckets.num_shards,
+        slots_per_shard=rows,
         pages_per_shard=_pages_per_shard(partitioner, num_pages),
         page_size=_PAGE_SIZE,
-        slots_per_shard=rows,
         max_model_len=_MAX_LEN,
-        max_num_batched_tokens=schedule.chunk,
-        chunk_sizes=runner.buckets.chunk_tokens,
+        context_size=partitioner.context_size,
+    )
+    scheduler = Scheduler(
+        sizes,
+        ChunkPolicy(schedule.chunk, runner.buckets.chunk_tokens),
         decode_steps=schedule.decode_steps,
         enable_prefix_caching=schedule.prefix,
-        context_size=partitioner.context_size,
     )
     return EngineCore(scheduler, runner, EngineStats())
 

@@ -12,6 +12,7 @@ import pytest
 
 from jaxinfer import batch, kv_cache, models, steps
 from jaxinfer.checkpoint.hf_reader import load_weights
+from jaxinfer.chunk_policy import ChunkPolicy
 from jaxinfer.config import ModelConfig
 from jaxinfer.engine_core import step_result
 from jaxinfer.hf_config import HFConfig
@@ -24,6 +25,7 @@ from jaxinfer.runner import Runner
 from jaxinfer.sampler_programs import SamplerPrograms
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler
+from jaxinfer.shard import ShardSizes
 from jaxinfer.step_plan import StepPlan
 from jaxinfer.step_programs import StepPrograms
 from jaxinfer.steps import Arrays
@@ -125,16 +127,16 @@ def generate(
 ) -> list[list[int]]:
     """Greedy tokens after each prompt, all prompts together. `observe` is called after each step, before its commit."""
     partitioner = runner.definition.partitioner
-    scheduler = Scheduler(
+    sizes = ShardSizes(
         num_shards=partitioner.num_shards(ax.BATCH),
+        slots_per_shard=shapes.rows,
         pages_per_shard=shapes.pages_per_shard(partitioner.context_size),
         page_size=shapes.page_size,
-        slots_per_shard=shapes.rows,
         max_model_len=shapes.max_len,
-        max_num_batched_tokens=shapes.chunk,
-        decode_steps=shapes.num_steps or 1,
-        enable_prefix_caching=False,
         context_size=partitioner.context_size,
+    )
+    scheduler = Scheduler(
+        sizes, ChunkPolicy(shapes.chunk), decode_steps=shapes.num_steps or 1, enable_prefix_caching=False
     )
     for allocator in scheduler.allocators:
         _shuffle_pages(allocator)
