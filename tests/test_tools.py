@@ -1,5 +1,6 @@
 """The tools start, from a checkout and as modules of the installed package, and their parts do what they say."""
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from jaxinfer import models
 from jaxinfer.tools import parallel_matrix, parallel_runs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -75,6 +77,15 @@ def test_the_matrix_has_every_schedule_and_tells_what_was_refused():
     lines = parallel_matrix.table(record, ["llama"]).splitlines()
     assert {"| one device | 3/4 |", "| data:2 | 4/4 |", "| expert:2 | no [1] |", "| context:2 |  |"} <= set(lines)
     assert lines[-1] == "[1] --mesh=expert:2: llama has no experts here"
+
+
+def test_the_published_matrix_is_whole_and_its_table_is_of_its_record():
+    record = parallel_matrix.read_record(ROOT / "docs" / "parallel_matrix.json")
+    everything = itertools.product(models.decoders(), parallel_matrix.ways(), parallel_matrix.FEATURES)
+    assert set(record) == {parallel_matrix.key(*combination) for combination in everything}
+    assert {entry["outcome"] for entry in record.values()} == {parallel_matrix.EQUAL, parallel_matrix.REFUSED}
+    document = (ROOT / "docs" / "parallel_matrix.md").read_text("utf-8")
+    assert document == parallel_matrix.document(record, models.decoders())
 
 
 def test_what_is_accepted_and_does_not_compile_has_failed(monkeypatch: pytest.MonkeyPatch):

@@ -7,7 +7,6 @@ python tools/readme_tables.py --first_run  # runs the first command and puts its
 """
 
 import argparse
-import ast
 import dataclasses
 import json
 import os
@@ -21,10 +20,12 @@ import textwrap
 import sharding_rules
 from jaxinfer import Engine, SamplingParams, models
 from jaxinfer.checkpoint.hf_index import INDEX_FILE, SINGLE_FILE
+from jaxinfer.tools import parallel_matrix
 from pallas_kernels import paged_attention
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+MATRIX = ROOT / "docs" / "parallel_matrix.md"
 COMMAND = "python tools/readme_tables.py --update"
 FIRST_RUN_COMMAND = "python tools/readme_tables.py --first_run"
 _WIDTH = 118  # of the lines of the first command's output
@@ -41,7 +42,10 @@ def support() -> str:
         kind, shown_by = ("embedding model", "encoders") if models.is_encoder(family) else ("model family", "families")
         rows.append(f"| {kind} | {which} ({configs}) | `tests/parity`, `tests/test_{shown_by}.py` |")
     rows += [f"| sharding | `{name}` | `tests/test_sharding_rules.py` |" for name in sharding_rules.strategies()]
-    rows.append(f"| mesh | {', '.join(f'`{mesh}`' for mesh in tested_meshes())} | `tests/test_meshes.py` |")
+    axes = ", ".join(f"`{axis}`" for axis in parallel_matrix.AXES)
+    found = parallel_matrix.counts(parallel_matrix.read_record(MATRIX.with_suffix(".json")))
+    document = MATRIX.relative_to(ROOT).as_posix()
+    rows.append(f"| mesh | {axes}, pairs and triples of them, all decoders: {found} | [{document}]({document}) |")
     rows += [f"| paged attention | `{name}` | `tests/test_paged_attention.py` |" for name in paged_attention.backends()]
     rows.append(f"| weights | safetensors: `{SINGLE_FILE}`, or `{INDEX_FILE}` and shards | `tests/hf_reader` |")
     rows.append("| weights | MXFP4 in gpt-oss' files, unpacked to bfloat16 | `tests/test_mxfp4.py` |")
@@ -56,14 +60,6 @@ def support() -> str:
     methods = ", ".join(f"`{name}`" for name, value in vars(Engine).items() if name[0] != "_" and callable(value))
     rows.append(f"| engine | {methods} | `tests/engine`, `tests/test_beam_search.py` |")
     return "\n".join(rows)
-
-
-def tested_meshes() -> list[str]:
-    """Those of tests/test_meshes.py, which are compared with one device."""
-    tree = ast.parse((ROOT / "tests" / "test_meshes.py").read_text(encoding="utf-8"))
-    assignments = [node for node in tree.body if isinstance(node, ast.Assign)]
-    (meshes,) = (node.value for node in assignments if ast.unparse(node.targets[0]) == "MESHES")
-    return list(ast.literal_eval(meshes))
 
 
 def speed() -> str:
