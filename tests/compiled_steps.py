@@ -81,8 +81,12 @@ def compile_step(
 
 
 def collectives(hlo: str) -> list[tuple[str, int]]:
-    """(operation, elements of its result on one device) of each."""
-    return [(op, num_elements(result)) for result, op in COLLECTIVE.findall(hlo)]
+    """(operation, elements of its result on one device) of each; of sums that XLA made one operation, of each sum."""
+    found = []
+    for result, op in COLLECTIVE.findall(hlo):
+        shapes = re.findall(r"\[[\d,]*\]", result) if op == "all-reduce" else [result]
+        found += [(op, num_elements(shape)) for shape in shapes]
+    return found
 
 
 def only_in_branches(hlo: str, shape: str) -> bool:
