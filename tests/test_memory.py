@@ -63,44 +63,41 @@ def test_the_workspace_of_attention():
     assert xla.workspace_bytes(spread, **sizes) == of_one_page + query_numbers * (4 + 4 + 4)
 
 
-@pytest.mark.parametrize(
-    ("contexts", "model", "mesh", "flags"),
-    [
-        ("blocks", {}, "", {"max_num_batched_tokens": 256}),
-        ("blocks", {}, "data:2,tensor:2", {"max_num_batched_tokens": 256}),
-        ("whole", {}, "", {"max_num_batched_tokens": 256}),
-        ("whole", {}, "", {"max_num_seqs": 32, "max_num_batched_tokens": 16}),
-        ("blocks", {"vocab_size": 64_000}, "", {"max_model_len": 64}),
-        ("blocks", {"vocab_size": 64_000}, "tensor:2", {"max_model_len": 64}),
-        ("whole", {}, "context:4", {"max_num_seqs": 4, "max_num_batched_tokens": 64}),
-        ("blocks", {}, "context:4", {}),
-        ("blocks", {"mlp_dim": 8192}, "", {"max_model_len": 128}),
-        ("blocks", HEADS | {"num_layers": 4}, "", {"max_num_batched_tokens": 256, "max_model_len": 128}),
-        ("blocks", HEADS | {"num_kv_heads": 8}, "", {"max_num_batched_tokens": 256, "max_model_len": 128}),
-        ("blocks", HEADS, "context:4", {"max_num_batched_tokens": 256, "max_model_len": 128}),
-        ("blocks", RESIDUAL, "", {"max_num_batched_tokens": 256, "max_model_len": 128}),
-        ("blocks", {"embed_dim": 512, "mlp_dim": 1024}, "", {"max_model_len": 128}),
-        ("blocks", {"moe": EXPERTS}, "", {"max_model_len": 128}),
-        ("blocks", WIDE, "expert:4", {"max_model_len": 128}),
-        *chosen([("blocks", {"moe": EXPERTS}, "expert:4", {"max_model_len": 128, "rules": "expert_sums"})]),
-    ],
-    ids=(
-        "blocks,blocks on a mesh,chunks' scores,rows' pages,logits,logits of a mesh,parts' scores,parts,mlp,"
-        "heads,heads of their own keys,parts of heads,residual stream,residual stream and mlp,experts,"
-        "experts' rows that travel"
-    ).split(",")
-    + [*chosen(["one expert on each device"])],
-)
+CHUNKED = {"max_num_batched_tokens": 256, "max_model_len": 128}
+WORKSPACES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    "blocks": ("blocks", {}, "", {"max_num_batched_tokens": 256}),
+    "blocks on a mesh": ("blocks", {}, "data:2,tensor:2", {"max_num_batched_tokens": 256}),
+    "chunks' scores": ("whole", {}, "", {"max_num_batched_tokens": 256}),
+    "rows' pages": ("whole", {}, "", {"max_num_seqs": 32, "max_num_batched_tokens": 16}),
+    "logits": ("blocks", {"vocab_size": 64_000}, "", {"max_model_len": 64}),
+    "logits of a mesh": ("blocks", {"vocab_size": 64_000}, "tensor:2", {"max_model_len": 64}),
+    "parts' scores": ("whole", {}, "context:4", {"max_num_seqs": 4, "max_num_batched_tokens": 64}),
+    "parts": ("blocks", {}, "context:4", {}),
+    "mlp": ("blocks", {"mlp_dim": 8192}, "", {"max_model_len": 128}),
+    "heads": ("blocks", HEADS | {"num_layers": 4}, "", CHUNKED),
+    "as many kv heads": (
+        "blocks",
+        HEADS | {"num_kv_heads": 8},
+        "",
+        {"max_num_batched_tokens": 256, "max_model_len": 128},
+    ),
+    "parts of heads": ("blocks", HEADS, "context:4", CHUNKED),
+    "residual stream": ("blocks", RESIDUAL, "", CHUNKED),
+    "residual stream and mlp": ("blocks", {"embed_dim": 512, "mlp_dim": 1024}, "", {"max_model_len": 128}),
+    "experts": ("blocks", {"moe": EXPERTS}, "", {"max_model_len": 128}),
+    "one expert each": ("blocks", {"moe": EXPERTS}, "expert:4", {"max_model_len": 128, "rules": "expert_sums"}),
+    "experts' rows that travel": ("blocks", WIDE, "expert:4", {"max_model_len": 128}),
+}
+PLAIN = ("blocks on a mesh", "chunks' scores", "logits of a mesh", "parts", "heads", "residual stream", "experts")
+
+
+@pytest.mark.parametrize("name", chosen([*WORKSPACES], *PLAIN, "experts' rows that travel"))
 def test_the_workspace_is_what_compiled_steps_allocate(
-    contexts: str,
-    model: dict[str, Any],
-    mesh: str,
-    flags: dict[str, Any],
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ):
     """The estimate is at least that, and at most half as much again, but for what is kept from step to step."""
     monkeypatch.setattr(ExtrasSpec, "slots_bytes", 0)
+    contexts, model, mesh, flags = WORKSPACES[name]
     if contexts == "whole":
         request.getfixturevalue("whole_contexts")
     wanted = demand(dataclasses.replace(SMALL, **model), mesh, **flags)

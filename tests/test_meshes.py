@@ -14,9 +14,12 @@ from jaxinfer.sampler_programs import SamplerPrograms
 from jaxinfer.sampling_params import MAX_LOGPROBS
 from sharding_rules import axes as ax
 from tests.compiled_steps import CONFIG, SHAPES, Step, collectives, compile_step, only_in_branches
+from tests.long_campaign import chosen
 from tests.parity import driver, recipe
 
-MESHES = ("data:2", "data:8", "tensor:2", "tensor:4", "tensor:8", "data:2,tensor:4")
+MESHES = chosen(
+    ("data:2", "data:8", "tensor:2", "tensor:4", "tensor:8", "data:2,tensor:4"), "data:8", "tensor:8", "data:2,tensor:4"
+)
 PROMPT_LENGTHS = (1, 4, 15, 17, 33, 64, 70, 100, 5)  # more than the slots of some meshes: requests also queue
 NUM_TOKENS = 20
 

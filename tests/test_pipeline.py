@@ -56,10 +56,13 @@ def test_same_tokens_as_on_one_device(mesh: str, model_dir: pathlib.Path, on_one
 
 @pytest.mark.parametrize(
     ("family", "num_layers"),
-    [
-        ("deepseek", 3),  # a dense layer is in a slot with one of experts, whose parameters differ
-        ("gemma3", 3),  # a layer with a window and its own rotation is in a slot with one without
-    ],
+    chosen(
+        [
+            ("deepseek", 3),  # a dense layer is in a slot with one of experts, whose parameters differ
+            ("gemma3", 3),  # a layer with a window and its own rotation is in a slot with one without
+        ],
+        ("deepseek", 3),
+    ),
 )
 def test_stages_whose_layers_differ(family: str, num_layers: int, tmp_path: pathlib.Path):
     config = recipe.first_config(family) | {"num_hidden_layers": num_layers, "vocab_size": 131}  # does not divide
@@ -97,7 +100,7 @@ def test_padding_computes_no_experts(tmp_path: pathlib.Path, monkeypatch: pytest
     assert 2 * seen[0, True] == seen[1, True] > 0
 
 
-@pytest.mark.parametrize(("mesh", "num_stages"), [("stage:2", 2), ("stage:4", 4)])
+@pytest.mark.parametrize(("mesh", "num_stages"), chosen([("stage:2", 2), ("stage:4", 4)], ("stage:4", 4)))
 def test_ticks(mesh: str, num_stages: int, model_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     """N steps of a dispatch take N * m + p - 1 ticks, in N * m of which a stage works; and not N * (m + p - 1).
 

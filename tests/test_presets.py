@@ -22,6 +22,7 @@ from jaxinfer.partitioning import Partitioner
 from jaxinfer.step_programs import StepPrograms
 from sharding_rules import axes as ax
 from tests import published
+from tests.long_campaign import chosen
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 # By file: the model's published config, and bytes of a GPU. Vendors count at least so many; drivers take some of it,
@@ -39,6 +40,7 @@ PAGE_SIZE, MIN_CHUNK = 64, 128  # on a GPU
 DOES_NOT_FIT = r"leave \d+ bytes for the cache of .* would fit: "
 
 every_preset = pytest.mark.parametrize("name", PRESETS)
+some_presets = pytest.mark.parametrize("name", chosen([*PRESETS], "llama_3_1_70b_8xh100", "mixtral_8x7b_2xh100"))
 pytestmark = pytest.mark.usefixtures("whole_contexts")
 
 
@@ -140,7 +142,7 @@ def test_what_it_says_of_jaxs_default_is_true(name: str):
         demand(name, DEFAULT_MEM_FRACTION).plan()
 
 
-@every_preset
+@some_presets
 def test_a_flag_that_is_too_large_is_refused_with_one_that_fits(name: str):
     """And the preset's own is no larger than that."""
     with pytest.raises(ValueError, match=DOES_NOT_FIT) as caught:
@@ -149,7 +151,7 @@ def test_a_flag_that_is_too_large_is_refused_with_one_that_fits(name: str):
     assert engine_config(name).max_num_seqs <= int(advised) < 2**16
 
 
-@every_preset
+@some_presets
 def test_its_programs_compile(name: str):
     """Their first two layers, which all others are like. They take what the plan says that a device holds."""
     programs = step_programs(name, num_layers=2)
@@ -167,7 +169,7 @@ def test_its_programs_compile(name: str):
         assert held < memory.argument_size_in_bytes < 1.01 * held
 
 
-@every_preset
+@some_presets
 def test_all_its_layers_lower(name: str):
     programs = step_programs(name)
     shape = max(shape for shape in programs.buckets.shapes() if not shape.chunk_tokens)
