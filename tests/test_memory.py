@@ -75,12 +75,7 @@ WORKSPACES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "parts": ("blocks", {}, "context:4", {}),
     "mlp": ("blocks", {"mlp_dim": 8192}, "", {"max_model_len": 128}),
     "heads": ("blocks", HEADS | {"num_layers": 4}, "", CHUNKED),
-    "as many kv heads": (
-        "blocks",
-        HEADS | {"num_kv_heads": 8},
-        "",
-        {"max_num_batched_tokens": 256, "max_model_len": 128},
-    ),
+    "as many kv heads": ("blocks", HEADS | {"num_kv_heads": 8}, "", CHUNKED),
     "parts of heads": ("blocks", HEADS, "context:4", CHUNKED),
     "residual stream": ("blocks", RESIDUAL, "", CHUNKED),
     "residual stream and mlp": ("blocks", {"embed_dim": 512, "mlp_dim": 1024}, "", {"max_model_len": 128}),
