@@ -49,7 +49,7 @@ class Engine:
             resolved, mesh_lines = resolve_together(config, group)
             self.progress.line("\n".join(mesh_lines))
         self._resolved = resolved
-        self.progress.line(str(resolved.memory))
+        self.progress.line(resolved.summary)
         with self.progress.phase("loading weights", "bytes") as advance, self.stats.timed("load_s"):
             weights = load_weights(resolved.model_dir, resolved.definition, advance)
         if isinstance(resolved, ResolvedEncoder):

@@ -71,7 +71,7 @@ class EngineCore:
             weights,
             resolved.cache_spec,
             resolved.buckets,
-            backend=resolved.attention_backend,
+            backend=resolved.attention.name,
             counts_experts=resolved.config.expert_counts,
         )
         sizes = ShardSizes(

@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import jax.numpy as jnp
 
@@ -20,7 +21,6 @@ from jaxinfer.partitioning import Partitioner
 from jaxinfer.planner import MemoryPlan
 from jaxinfer.step_plan import num_chunks
 from pallas_kernels.grouped_map import xla as grouped_map
-from pallas_kernels.paged_attention import xla
 from sharding_rules import axes as ax
 
 
@@ -32,12 +32,14 @@ class Demand:
       config: as the user gave it, but for `max_model_len`, which is decided.
       definition: the model on its mesh.
       page_size: tokens per page.
+      attention: a backend in `pallas_kernels/paged_attention/`.
       free_bytes: of a device; None if it does not say.
     """
 
     config: EngineConfig
     definition: ModelDefinition
     page_size: int
+    attention: ModuleType
     free_bytes: int | None
 
     def plan(self) -> MemoryPlan:
@@ -63,7 +65,7 @@ class Demand:
         of_step = planner.workspace_bytes(
             residual_bytes=num_tokens * model.embed_dim * itemsize,
             projections_bytes=3 * of_heads,  # 3: before they are rotated, in halves, and together again
-            attention_bytes=xla.workspace_bytes(
+            attention_bytes=self.attention.workspace_bytes(
                 spec,
                 rows=rows,
                 chunks=chunks,

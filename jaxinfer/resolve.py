@@ -55,7 +55,11 @@ class ResolvedEngine(ResolvedModel):
     cache_spec: CacheSpec
     memory: MemoryPlan
     buckets: Buckets
-    attention_backend: str
+    attention: paged_attention.Choice
+
+    @property
+    def summary(self) -> str:
+        return f"attention: {self.attention}\n{self.memory}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,10 @@ class ResolvedEncoder(ResolvedModel):
     memory: EncoderMemoryPlan
     buckets: EncoderBuckets
     pooling: str  # that the directory asks for
+
+    @property
+    def summary(self) -> str:
+        return str(self.memory)
 
 
 FreeBytes = Callable[[jax.Device], int | None]
@@ -148,9 +156,7 @@ def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEn
     on_cpu = partitioner.device.platform == "cpu"
     page_size = config.page_size or (16 if on_cpu else 64)
     slots_per_shard = _rows_per_shard(config, partitioner)
-    backend = "xla" if config.attention_backend == "auto" else config.attention_backend
-    specs = attention_specs(definition.decoder_config, partitioner, page_size)
-    paged_attention.backend(backend, *itertools.chain.from_iterable(specs))
+    attention = _choose_attention(config.attention_backend, definition, page_size)
     buckets = Buckets.create(
         max_rows=slots_per_shard,
         max_model_len=max_model_len,
@@ -164,6 +170,7 @@ def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEn
         config=dataclasses.replace(config, max_model_len=max_model_len),
         definition=definition,
         page_size=page_size,
+        attention=paged_attention.backend(attention.name),
         free_bytes=free_bytes,
     ).plan()
     cache = cache_spec(
@@ -180,8 +187,18 @@ def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEn
         cache_spec=cache,
         memory=memory,
         buckets=buckets,
-        attention_backend=backend,
+        attention=attention,
     )
+
+
+def _choose_attention(name: str, definition: ModelDefinition, page_size: int) -> paged_attention.Choice:
+    """Raises ValueError where the backend that is asked for cannot."""
+    of_slots = attention_specs(definition.decoder_config, definition.partitioner, page_size)
+    specs, device = {*itertools.chain.from_iterable(of_slots)}, definition.partitioner.device
+    if name == "auto":
+        return paged_attention.choose(specs, device)
+    paged_attention.backend(name, *specs, device=device)
+    return paged_attention.Choice(name, {})
 
 
 def _resolve_encoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEncoder:

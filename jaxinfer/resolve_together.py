@@ -52,7 +52,7 @@ def _facts(resolved: ResolvedEngine) -> dict[str, str]:
     """What programs and steps are made of, and the weights."""
     decided = ("architecture", "max_model_len", "slots_per_shard", "cache_spec", "memory", "buckets")
     facts = {"jax": jax.__version__} | {name: repr(getattr(resolved, name)) for name in decided}
-    facts |= {"attention_backend": resolved.attention_backend, "dtype": resolved.definition.dtype.name}
+    facts |= {"attention_backend": resolved.attention.name, "dtype": resolved.definition.dtype.name}
     facts |= {f"config.json: {name}": repr(value) for name, value in vars(resolved.definition.config).items()}
     return facts | {f"content of {path.name}": _content(path) for path in _weight_files(resolved)}
 

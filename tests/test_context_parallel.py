@@ -20,7 +20,7 @@ from jaxinfer.memory import Demand
 from jaxinfer.page_allocator import device_and_row
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
-from pallas_kernels.paged_attention import AttentionSpec, backend, blocks
+from pallas_kernels.paged_attention import AttentionSpec, backend, blocks, xla
 from sharding_rules import axes as ax
 from tests import published
 from tests.compiled_steps import CONFIG, SHAPES, compile_step
@@ -240,7 +240,7 @@ def demand(mesh: str, gpu_bytes: float, num_layers: int = 80) -> Demand:
     model = published.read("llama_3_1_70b_instruct")
     model = dataclasses.replace(model, num_layers=num_layers, windows=model.windows[:num_layers])
     definition = ModelDefinition.create(model, partitioner, jnp.dtype("bfloat16"))
-    return Demand(config=config, definition=definition, page_size=64, free_bytes=int(gpu_bytes))
+    return Demand(config=config, definition=definition, page_size=64, attention=xla, free_bytes=int(gpu_bytes))
 
 
 @pytest.mark.usefixtures("whole_contexts")

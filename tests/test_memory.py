@@ -41,7 +41,9 @@ def demand(
 ) -> Demand:
     definition = ModelDefinition.create(model, Partitioner.create(mesh, rules), jnp.dtype("float32"))
     settings = {"max_model_len": 1024, "max_num_seqs": 8, "mesh": mesh, "sharding": rules} | flags
-    return Demand(config=EngineConfig(**settings), definition=definition, page_size=16, free_bytes=free_bytes)
+    return Demand(
+        config=EngineConfig(**settings), definition=definition, page_size=16, attention=xla, free_bytes=free_bytes
+    )
 
 
 EXPERTS = MoEConfig(num_experts=4, num_experts_per_token=2, mlp_dim=4096)

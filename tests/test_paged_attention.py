@@ -13,7 +13,8 @@ from jaxinfer import kv_cache
 from jaxinfer.attention import causal_attention
 from jaxinfer.context_parallel import own_pages
 from jaxinfer.integers import cdiv
-from pallas_kernels.paged_attention import AttentionSpec, backend, backends, merge
+from pallas_kernels.paged_attention import AttentionSpec, backend, backends, choose, merge, triton
+from tests.long_campaign import IS_LONG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,31 @@ CASES = [
     Case(8, 2, 16, 4, 1, (1, 7, 90, 9), has_sinks=True),
     Case(8, 2, 16, 16, 40, (40, 90, 200), window=50, has_sinks=True),
 ]
+
+
+TOLERANCES = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 2e-2}  # a few roundings of the result
+
+
+@pytest.fixture(autouse=True)
+def many_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is split on a GPU is split here, where sequences are short."""
+    small = {"max_rows": 32, "block_tokens": 16, "min_blocks": 1}
+    monkeypatch.setattr(triton, "DECODE", dataclasses.replace(triton.DECODE, extra_items=5, **small))
+    monkeypatch.setattr(triton, "PREFILL", dataclasses.replace(triton.PREFILL, extra_items=3, **small))
+
+
+def runs(cases: list[Case]) -> list[Any]:
+    """Every backend that can, in every dtype; one that is interpreted takes long, and not each in each."""
+    found = [
+        pytest.param(name, dtype, case, id=f"{name}-{dtype}-{case}")
+        for name in backends()
+        for i, case in enumerate(cases)
+        for j, dtype in enumerate(TOLERANCES)
+        if name == "xla" or IS_LONG or i % len(TOLERANCES) == j
+        if not backend(name).unsupported(case.spec)
+    ]
+    assert {run.values[0] for run in found} == set(backends())
+    return found
 
 
 def make(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
@@ -106,12 +132,7 @@ def reference(case: Case, q, k_pages, v_pages, block_tables, positions, sinks=No
     return out
 
 
-TOLERANCES = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 2e-2}  # a few roundings of the result
-
-
-@pytest.mark.parametrize("name", backends())
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("name", "dtype", "case"), runs(CASES))
 def test_matches_the_formula_and_never_reads_what_is_masked(name: str, dtype: str, case: Case):
     """Unused slots hold NaN, so that reading one shows."""
     arrays = {k: jnp.array(v) for k, v in make(case).items()}
@@ -125,15 +146,15 @@ def test_matches_the_formula_and_never_reads_what_is_masked(name: str, dtype: st
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=rtol, atol=rtol * np.abs(expected).max() / 8)
 
 
-@pytest.mark.parametrize("name", backends())
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(
-    "case",
-    [c for c in CASES if c.num_queries == 1 and c.window is None]
-    + [Case(4, 2, 16, 8, 1, (3, 70, 40)), Case(4, 2, 16, 8, 67, (67, 67, 140), window=50, soft_cap=0.5)]
-    + [Case(4, 2, 16, 8, 67, (67, 67, 140), window=50, has_sinks=True)],
-    ids=str,
-)
+RAGGED_CASES = [
+    *(c for c in CASES if c.num_queries == 1 and c.window is None),
+    Case(4, 2, 16, 8, 1, (3, 70, 40)),
+    Case(4, 2, 16, 8, 67, (67, 67, 140), window=50, soft_cap=0.5),
+    Case(4, 2, 16, 8, 67, (67, 67, 140), window=50, has_sinks=True),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "case"), runs(RAGGED_CASES))
 def test_ragged_sequences_match_the_formula(name: str, dtype: str, case: Case):
     """Of each sequence another number of its last tokens asks, of the second none; four tokens are padding."""
     arrays = make(case)
@@ -159,7 +180,7 @@ def test_ragged_sequences_match_the_formula(name: str, dtype: str, case: Case):
 
 
 @pytest.mark.parametrize("name", backends())
-@pytest.mark.parametrize("case", [Case(8, 1, 40, 16, 1, (5, 90, 33)), Case(8, 2, 24, 16, 40, (40, 150))], ids=str)
+@pytest.mark.parametrize("case", [Case(8, 1, 48, 16, 1, (5, 90, 33)), Case(8, 2, 32, 16, 40, (40, 150))], ids=str)
 def test_values_that_are_the_first_of_the_keys(name: str, case: Case):
     """As with pages of values that are copies of the keys."""
     module, dim = backend(name, case.spec), 16
@@ -298,8 +319,73 @@ def test_wrong_shapes_are_refused(name: str, key: str, shape: tuple[int, ...], m
         backend(name, case.spec).paged_attention(**arrays, spec=case.spec)
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    platform: str
+    device_kind: str
+    compute_capability: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("device", "head_dim", "choice"),
+    [
+        (Device("cpu", "cpu"), 64, "xla"),
+        (Device("gpu", "NVIDIA H100", "9.0"), 64, "triton"),
+        (Device("gpu", "NVIDIA B200", "10.0"), 80, "triton"),
+        (
+            Device("gpu", "NVIDIA H100", "9.0"),
+            40,
+            "xla (triton cannot: it multiplies by 16 numbers at once, and a head_dim of 40 is no multiple of that)",
+        ),
+        (
+            Device("gpu", "Tesla T4", "7.5"),
+            64,
+            "xla (triton cannot: it is for GPUs of compute capability 8.0 or more, and Tesla T4 has 7.5)",
+        ),
+        (
+            Device("gpu", "AMD MI300X", "gfx942"),
+            64,
+            "xla (triton cannot: it is for NVIDIA GPUs, and this is AMD MI300X)",
+        ),
+    ],
+    ids=str,
+)
+def test_the_fastest_that_can_is_chosen_and_the_others_say_why_not(device: Any, head_dim: int, choice: str):
+    specs = [AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=h, page_size=16, scale=1.0) for h in (64, head_dim)]
+    assert str(choose(specs, device)) == choice
+    if "(" in choice:
+        with pytest.raises(ValueError, match="--attention_backend=triton: it "):
+            backend("triton", *specs, device=device)
+
+
+def test_random_sequences():
+    """Of lengths from nothing on, rows and ragged ones, whose pages lie anywhere, in one compiled program each."""
+    case = Case(8, 2, 16, 4, 1, (90,) * 6, window=37, soft_cap=3.0)
+    attend = {
+        name: jax.jit(functools.partial(getattr(triton, name), spec=case.spec))
+        for name in ("paged_attention", "ragged_paged_attention")
+    }
+    for seed in range(40 if IS_LONG else 12):
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(1, 91, 6)
+        arrays = make(dataclasses.replace(case, lengths=(*map(int, lengths[:-1]), 90)), seed)
+        asked = rng.random(6) < 0.8
+        arrays["positions"][~asked] = -1
+        expected = np.zeros(arrays["q"].shape)
+        of_asked = {k: v if k in ("k_pages", "v_pages") else v[asked] for k, v in arrays.items()}
+        expected[asked] = reference(case, **of_asked)
+        out = attend["paged_attention"](**arrays)
+        np.testing.assert_allclose(out, expected, atol=2e-5)
+        ids = {"starts": arrays["positions"][:, 0], "lengths": asked.astype(np.int32)}
+        q = np.concatenate([arrays["q"][asked, 0], arrays["q"][~asked, 0]])
+        pools = {k: arrays[k] for k in ("k_pages", "v_pages", "block_tables")}
+        out = attend["ragged_paged_attention"](q, **pools, **ids)
+        np.testing.assert_allclose(out[: asked.sum()], expected[asked, 0], atol=2e-5)
+        assert not np.asarray(out[asked.sum() :]).any()
+
+
 def test_an_unknown_backend_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"--attention_backend=magic: no such backend; known: .*xla"):
+    with pytest.raises(ValueError, match=r"--attention_backend=magic: no such backend; known: auto, triton, xla"):
         backend("magic", CASES[0].spec)
 
 

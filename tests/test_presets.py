@@ -20,6 +20,7 @@ from jaxinfer.memory import Demand
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.step_programs import StepPrograms
+from pallas_kernels.paged_attention import xla
 from sharding_rules import axes as ax
 from tests import published
 from tests.long_campaign import chosen
@@ -82,6 +83,7 @@ def demand(name: str, fraction: float, **changes: Any) -> Demand:
         config=dataclasses.replace(engine_config(name), **changes),
         definition=definition(name),
         page_size=PAGE_SIZE,
+        attention=xla,
         free_bytes=int(fraction * PRESETS[name][1]),
     )
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.paged_attention import blocks, ragged
+from pallas_kernels.paged_attention.checks import check_rows
 from pallas_kernels.paged_attention.partial import PartialSoftmax
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.ragged import max_num_tiles
@@ -75,9 +76,9 @@ def workspace_bytes(
     return queries + rows_at_once * (gathered + scores) + tiles_at_once * (gathered + tile * scores)
 
 
-def unsupported(spec: AttentionSpec) -> str | None:
+def unsupported(spec: AttentionSpec, device: jax.Device | None = None) -> str | None:
     """Nothing is: every spec runs on every platform."""
-    del spec
+    del spec, device
     return None
 
 
@@ -92,7 +93,7 @@ def paged_attention(
     sinks: jax.Array | None = None,  # [N]
 ) -> jax.Array:
     """Attention of T new tokens of each of B sequences -> [B, T, N, spec.out_dim] in q's dtype. Softmax in float32."""
-    _check(q, k_pages, v_pages, block_tables, positions, spec, sinks)
+    check_rows(q, k_pages, v_pages, block_tables, positions, spec, sinks)
     block_pages = _block_pages(spec, block_tables)
 
     def attend(q: jax.Array, block_tables: jax.Array, positions: jax.Array) -> jax.Array:
@@ -120,7 +121,7 @@ def partial_paged_attention(
     of position; entries without one have column M, where no token is. Work is for the pages that there are, in blocks
     of as many as are a device's share of M.
     """
-    _check(q, k_pages, v_pages, block_tables, positions, spec, None, columns)
+    check_rows(q, k_pages, v_pages, block_tables, positions, spec, None, columns)
     block_pages = _block_pages(spec, block_tables)
 
     def attend(q: jax.Array, *sequences: jax.Array) -> PartialSoftmax:
@@ -197,26 +198,3 @@ def _by_length(attend: Callable[..., T], length: Callable[..., jax.Array], *arra
     outs = lax.fori_loop(0, len(order) // rows, attend_group, outs)
     back = -b % rows + jnp.argsort(by_length)
     return jax.tree.map(lambda out: out[back], outs)
-
-
-def _check(q, k_pages, v_pages, block_tables, positions, spec: AttentionSpec, sinks, columns=None) -> None:
-    b, t = positions.shape
-    if q.shape != (b, t, spec.num_q_heads, spec.head_dim):
-        raise ValueError(f"q has shape {q.shape}; expected {(b, t, spec.num_q_heads, spec.head_dim)} for {spec}")
-    if sinks is not None and sinks.shape != (spec.num_q_heads,):
-        raise ValueError(f"sinks has shape {sinks.shape}; expected {(spec.num_q_heads,)} for {spec}")
-    page_shape = (spec.num_kv_heads, spec.page_size, spec.head_dim)
-    if (v_pages is None) != (spec.value_dim is not None):
-        raise ValueError(f"v_pages is {'None' if v_pages is None else 'given'}; expected the other for {spec}")
-    for name, pages in (("k_pages", k_pages), ("v_pages", k_pages if v_pages is None else v_pages)):
-        if pages.shape[1:] != page_shape or pages.shape != k_pages.shape:
-            raise ValueError(f"{name} has shape {pages.shape}; expected (num_pages, *{page_shape}) for {spec}")
-        if pages.dtype != q.dtype:
-            raise ValueError(f"{name} is {pages.dtype}, q is {q.dtype}; they must be the same")
-    if block_tables.ndim != 2 or block_tables.shape[0] != b:
-        raise ValueError(f"block_tables has shape {block_tables.shape}; expected ({b}, pages per sequence)")
-    if columns is not None and columns.shape != block_tables.shape:
-        raise ValueError(f"columns has shape {columns.shape}; expected that of block_tables, {block_tables.shape}")
-    for name, ids in (("block_tables", block_tables), ("columns", columns), ("positions", positions)):
-        if ids is not None and ids.dtype != jnp.int32:
-            raise ValueError(f"{name} is {ids.dtype}; expected int32")

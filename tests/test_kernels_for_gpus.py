@@ -1,0 +1,75 @@
+"""Kernels compile for the GPUs that they are for, with registers and shared memory to spare. No GPU is needed."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.paged_attention import AttentionSpec, backend, backends
+from tests import gpu_targets
+
+pytestmark = [
+    pytest.mark.skipif(gpu_targets.missing() is not None, reason=str(gpu_targets.missing())),
+    pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning"),
+]
+
+ROWS, CHUNKS, CHUNK_TOKENS, NUM_PAGES, PAGES_EACH = 32, 4, 512, 4096, 64
+LLAMA = AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16, scale=128**-0.5)
+GEMMA = dataclasses.replace(LLAMA, num_q_heads=16, head_dim=256, page_size=256, window=4096, soft_cap=50.0)
+GPT_OSS = dataclasses.replace(LLAMA, num_q_heads=64, head_dim=64, page_size=64, window=128)
+PHI_2 = dataclasses.replace(LLAMA, num_kv_heads=32, head_dim=80)
+QWEN = dataclasses.replace(LLAMA, num_q_heads=28, num_kv_heads=4)
+DEEPSEEK = dataclasses.replace(LLAMA, num_q_heads=128, num_kv_heads=1, head_dim=576, value_dim=512, page_size=64)
+SPECS = {"llama": LLAMA, "gemma": GEMMA, "gpt_oss": GPT_OSS, "phi_2": PHI_2, "qwen": QWEN, "deepseek": DEEPSEEK}
+RUNS = [
+    *(("h100", name, "bfloat16") for name in SPECS),
+    *((gpu, "llama", "bfloat16") for gpu in gpu_targets.GPUS if gpu != "h100"),
+    ("a6000", "gemma", "float16"),
+    ("a6000", "deepseek", "bfloat16"),
+    ("h100", "llama", "float32"),
+]
+
+
+def arrays(spec: AttentionSpec, dtype: str, num_sequences: int) -> tuple[Any, Any, Any]:
+    """Keys, values and block tables."""
+    pages = jax.ShapeDtypeStruct((NUM_PAGES, spec.num_kv_heads, spec.page_size, spec.head_dim), dtype)
+    return pages, None if spec.value_dim else pages, jax.ShapeDtypeStruct((num_sequences, PAGES_EACH), jnp.int32)
+
+
+def ids(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+@pytest.mark.parametrize("name", [name for name in backends() if name != "xla"])
+@pytest.mark.parametrize(("gpu", "model", "dtype"), RUNS)
+def test_compiles_and_takes_the_room_that_is_planned(name: str, gpu: str, model: str, dtype: str):
+    spec, module = SPECS[model], backend(name, SPECS[model])
+    q = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    heads = (spec.num_q_heads, spec.head_dim)
+    sinks = q((spec.num_q_heads,)) if model == "gpt_oss" else None
+
+    def of_rows(q, k_pages, v_pages, block_tables, positions, sinks):
+        return module.paged_attention(q, k_pages, v_pages, block_tables, positions, spec=spec, sinks=sinks)
+
+    def of_prompts(q, k_pages, v_pages, block_tables, starts, lengths, sinks):
+        prompts = (block_tables, starts, lengths)
+        return module.ragged_paged_attention(q, k_pages, v_pages, *prompts, spec=spec, sinks=sinks)
+
+    rows = (q((ROWS, 1, *heads)), *arrays(spec, dtype, ROWS), ids(ROWS, 1), sinks)
+    prompts = (q((CHUNK_TOKENS, *heads)), *arrays(spec, dtype, CHUNKS), ids(CHUNKS), ids(CHUNKS), sinks)
+    sizes = {
+        "rows": ROWS,
+        "chunks": CHUNKS,
+        "chunk_tokens": CHUNK_TOKENS,
+        "context_tokens": PAGES_EACH * spec.page_size,
+    }
+    planned = module.workspace_bytes(spec, **sizes, itemsize=jnp.dtype(dtype).itemsize)
+    for function, shapes in ((of_rows, rows), (of_prompts, prompts)):
+        compiled = gpu_targets.compile_for(gpu, function, *shapes)
+        memory, hlo = compiled.memory_analysis(), compiled.as_text()
+        assert memory is not None and hlo is not None
+        assert memory.temp_size_in_bytes <= planned
+        assert "attend_kernel" in hlo and "merge_kernel" in hlo

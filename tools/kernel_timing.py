@@ -1,0 +1,62 @@
+"""Seconds that a device takes for one operation among many of the same, and what it can at most."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Operation = Callable[[jax.Array, Any], jax.Array]  # (x, what takes turns) -> what is computed
+
+
+class Timer:
+    """Times a loop of calls in one dispatch, so that the host is not in it.
+
+    Each call gets x from the one before, unchanged: XLA does not see that, and so can neither leave a call out nor
+    move it out of the loop. What it computes from other arguments alone it may move, as out of a model's layers.
+    `turns` take turns, so that what is read is not still near the cores from the call before.
+    """
+
+    def __init__(self, operation: Operation, x: jax.Array, turns: Sequence[Any], num_calls: int):
+        self._num_calls = num_calls * len(turns)
+
+        def loop(x: jax.Array, turns: Sequence[Any]) -> jax.Array:
+            def call_each(_: jax.Array, x: jax.Array) -> jax.Array:
+                for turn in turns:
+                    x, _ = lax.optimization_barrier((x, operation(x, turn)))
+                return x
+
+            return lax.fori_loop(0, num_calls, call_each, x)
+
+        self._arguments = (x, turns)
+        self._loop = jax.jit(loop).lower(*self._arguments).compile()
+        self.seconds()  # what happens the first time only
+
+    def seconds(self) -> float:
+        """Of one call."""
+        start = time.perf_counter()
+        self._loop(*self._arguments).block_until_ready()
+        return (time.perf_counter() - start) / self._num_calls
+
+
+def medians(timers: dict[str, Timer], rounds: int) -> dict[str, float]:
+    """Seconds of each. There and back, so that a device that gets slower does so for all."""
+    found: dict[str, list[float]] = {name: [] for name in timers}
+    for i in range(rounds):
+        for name in list(timers)[:: -1 if i % 2 else 1]:
+            found[name].append(timers[name].seconds())
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+def copy_timer(num_bytes: int, num_calls: int) -> Timer:
+    """Of reading and of writing `num_bytes` each."""
+    return Timer(lambda x, y: x + y, jnp.ones(num_bytes // 4, jnp.float32), [jnp.float32(1)], num_calls)
+
+
+def matmul_timer(size: int, num_calls: int) -> Timer:
+    """Of the product of two bfloat16 matrices of `size` rows and columns: 2 * size ** 3 operations."""
+    x, y = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
+    return Timer(jnp.matmul, x, [y], num_calls)
