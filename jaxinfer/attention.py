@@ -58,7 +58,9 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mas
 SlotSpecs = tuple[AttentionSpec, ...]  # of a slot for layers on each stage, as `stages` has it; most are all the same
 
 
-def attention_specs(config: ModelConfig, partitioner: Partitioner, page_size: int) -> tuple[SlotSpecs, ...]:
+def attention_specs(
+    config: ModelConfig, partitioner: Partitioner, page_size: int, cache_dtype: str | None = None
+) -> tuple[SlotSpecs, ...]:
     """What the attention of each slot computes on one device's shard. Layers differ by their windows."""
     spec = AttentionSpec(
         num_q_heads=config.num_q_heads // partitioner.num_shards(ax.HEADS),
@@ -68,6 +70,7 @@ def attention_specs(config: ModelConfig, partitioner: Partitioner, page_size: in
         scale=config.softmax_scale,
         soft_cap=config.attention_soft_cap,
         value_dim=None if config.latent is None else config.latent.kv_rank,
+        cache_dtype=cache_dtype,
         context_size=partitioner.context_size,
     )
     plan = StagePlan.create(config.num_layers, partitioner.axis_size(ax.STAGE))
@@ -127,7 +130,8 @@ class PagedAttention:
         """q [D, S, N, H], k and v [D, S, K, H], sinks [N] -> [D, S, N, H]; no v where values are in k."""
         spec = self._partitioner.spec
         heads, kv_heads = (spec((ax.BATCH, None, axis, ax.HEAD_DIM)) for axis in (ax.HEADS, ax.KV_HEADS))
-        pages, sequences, of_heads = spec(kv_cache.PAGE_AXES), spec((ax.BATCH,)), spec((ax.HEADS,))
+        sequences, of_heads = spec((ax.BATCH,)), spec((ax.HEADS,))
+        pages = spec(kv_cache.PAGE_AXES[:2])  # of scales too, which have no head_dim; nothing splits what follows
         attend = self._partitioner.shard_map(
             functools.partial(self._attend_local, self._specs[slot]),
             in_specs=(heads, kv_heads, pages, sequences, of_heads),
@@ -139,20 +143,20 @@ class PagedAttention:
     def _attend_local(self, specs: SlotSpecs, q, new, pages, sequences: tuple[Rows | None, Prompts | None], sinks):
         """Of one shard: the first dimension is 1. All is written before anything is read: pages stay in place."""
         q, new, (rows, prompts) = jax.tree.map(lambda x: x[0], (q, new, sequences))
-        num_rows, page_size = 0 if rows is None else rows.positions.size, pages[0].shape[2]
+        num_rows, page_size = 0 if rows is None else rows.positions.size, specs[0].page_size
         with jax.named_scope("cache_write"):
             if rows is not None:
                 columns = rows.positions[:, None] // page_size
                 page_ids = jnp.take_along_axis(rows.block_tables, columns, axis=1, mode="clip")[:, 0]
                 where = (self._page_to_write(page_ids, rows.valid), rows.positions)
-                pages = jax.tree.map(lambda p, x: kv_cache.write(p, x[:num_rows], *where), pages, new)
+                pages = jax.tree.map(lambda x, p: kv_cache.write(p, x[:num_rows], *where), new, pages)
             if prompts is not None:
                 place = token_places(prompts.lengths, q.shape[0] - num_rows)
                 positions = prompts.starts[place.sequence] + place.offset
                 columns = positions // page_size
                 page_ids = prompts.block_tables.at[place.sequence, columns].get(mode="clip")
                 where = (self._page_to_write(page_ids, place.valid), positions)
-                pages = jax.tree.map(lambda p, x: kv_cache.write(p, x[num_rows:], *where), pages, new)
+                pages = jax.tree.map(lambda x, p: kv_cache.write(p, x[num_rows:], *where), new, pages)
 
         def read(spec: AttentionSpec) -> jax.Array:
             of_context = self._read if spec.context_size == 1 else self._read_parts

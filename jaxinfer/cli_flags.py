@@ -9,7 +9,7 @@ from absl import flags
 
 from jaxinfer.cli_output import say
 from jaxinfer.config_file import read_config_file
-from jaxinfer.engine_config import DTYPES, NOT_FLAGS, EngineConfig
+from jaxinfer.engine_config import DTYPES, KV_CACHE_DTYPES, NOT_FLAGS, EngineConfig
 from jaxinfer.integers import cdiv
 from jaxinfer.launch import DEFAULT_HEARTBEAT_TIMEOUT_S
 from jaxinfer.sampling_params import SamplingParams
@@ -44,7 +44,8 @@ _MESH = flags.DEFINE_string("mesh", _DEFAULTS.mesh, 'Device mesh, as "data:2,ten
 _SHARDING = flags.DEFINE_string("sharding", _DEFAULTS.sharding, "Sharding strategy, or auto.")
 NUM_CPU_DEVICES = flags.DEFINE_integer("num_cpu_devices", None, "Virtual devices on the CPU.", lower_bound=1)
 ALLOW_CPU = flags.DEFINE_bool("allow_cpu", False, "Run on the CPU, though an NVIDIA GPU may be present.")
-flags.DEFINE_enum("dtype", _DEFAULTS.dtype, DTYPES, "Of weights and cache.")
+flags.DEFINE_enum("dtype", _DEFAULTS.dtype, DTYPES, "Of weights, activations and cache.")
+flags.DEFINE_enum("kv_cache_dtype", _DEFAULTS.kv_cache_dtype, [*KV_CACHE_DTYPES], "Quantises the cache to 8 bits.")
 flags.DEFINE_integer("max_model_len", None, "Longest prompt plus output, in tokens.")
 flags.DEFINE_integer("max_num_seqs", None, "Sequences decoded together. Default: as many as prompts, at most 8.")
 flags.DEFINE_integer(

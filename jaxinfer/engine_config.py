@@ -6,6 +6,8 @@ import typing
 from jaxinfer.unknown_names import StrictFields
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_FP8 = "float8_e4m3fn"
+KV_CACHE_DTYPES = {"auto": None, "int8": "int8", "fp8": _FP8, "fp8_e4m3": _FP8}
 NOT_FLAGS = frozenset({"show_progress"})  # run_inference always shows it
 
 _KINDS = {str: "text", int: "an integer", float: "a number", bool: "True or False", type(None): "None"}
@@ -29,7 +31,9 @@ class EngineConfig(StrictFields):
       model: model directory; None for the demonstration model.
       mesh: device mesh as "data:2,tensor:4"; "" for one device.
       sharding: a strategy in `sharding_rules/`, or "auto" for `inference`.
-      dtype: of weights and cache; "auto" is bfloat16 on GPU and float32 on CPU.
+      dtype: of weights, activations and cache; "auto" is bfloat16 on GPU and float32 on CPU.
+      kv_cache_dtype: "int8" or "fp8_e4m3" (also "fp8") quantises keys and values as they are cached, those of a token
+        and a head by a scale of their own; "auto" does not.
       max_model_len: longest prompt plus output in tokens; None for what the model was trained for, at most 4096.
       max_num_seqs: sequences that decode together, or texts that an encoder reads together, over the whole mesh.
       max_num_batched_tokens: most tokens of a step in one data shard: a token of each sequence that decodes, and
@@ -52,6 +56,7 @@ class EngineConfig(StrictFields):
     mesh: str = ""
     sharding: str = "auto"
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 512
@@ -76,11 +81,17 @@ class EngineConfig(StrictFields):
                 raise ValueError(f"--{name}={value}: must be an integer of at least {low}")
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"--memory_fraction={self.memory_fraction}: must be above 0 and at most 1")
-        for name, legal in (("dtype", DTYPES), ("generation_config", ("auto", "none"))):
+        cache_dtypes = ("kv_cache_dtype", KV_CACHE_DTYPES)
+        for name, legal in (("dtype", DTYPES), cache_dtypes, ("generation_config", ("auto", "none"))):
             if getattr(self, name) not in legal:
                 raise ValueError(f"--{name}={getattr(self, name)}: unknown; known: {', '.join(legal)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed={self.seed}: must be an integer in [0, 2**32)")
+
+    @property
+    def cache_dtype(self) -> str | None:
+        """Of a quantised cache, by its name in JAX."""
+        return KV_CACHE_DTYPES[self.kv_cache_dtype]
 
     def _check_type(self, field: dataclasses.Field) -> None:
         """Exact types, for True is an int to isinstance, and a numpy integer would overflow in byte arithmetic."""

@@ -54,7 +54,7 @@ class Demand:
         config, model, partitioner = self.config, self.definition.decoder_config, self.definition.partitioner
         assert config.max_model_len is not None
         num_shards = partitioner.num_shards(ax.BATCH)
-        specs = attention_specs(model, partitioner, self.page_size)
+        specs = attention_specs(model, partitioner, self.page_size, config.cache_dtype)
         spec = specs[0][0]  # but for windows all are alike
         itemsize = self.definition.dtype.itemsize
         rows = config.max_num_seqs // num_shards
@@ -83,9 +83,8 @@ class Demand:
             workspace_bytes=of_step + sampling.slots_bytes,
             page_bytes=planner.page_bytes(
                 num_layers=len(specs),
-                token_numbers=spec.token_numbers,
+                token_bytes=spec.token_bytes(itemsize),
                 page_size=self.page_size,
-                itemsize=itemsize,
             ),
             page_size=self.page_size,
             max_model_len=config.max_model_len,

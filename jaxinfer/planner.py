@@ -19,9 +19,9 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def page_bytes(*, num_layers: int, token_numbers: int, page_size: int, itemsize: int) -> int:
-    """Bytes of one page over all layers, each with so many numbers of a token on the device."""
-    return num_layers * token_numbers * page_size * itemsize
+def page_bytes(*, num_layers: int, token_bytes: int, page_size: int) -> int:
+    """Of one page over all layers, each with so many bytes of a token on the device."""
+    return num_layers * token_bytes * page_size
 
 
 def workspace_bytes(

@@ -156,7 +156,7 @@ def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEn
     on_cpu = partitioner.device.platform == "cpu"
     page_size = config.page_size or (16 if on_cpu else 64)
     slots_per_shard = _rows_per_shard(config, partitioner)
-    attention = _choose_attention(config.attention_backend, definition, page_size)
+    attention = _choose_attention(config, definition, page_size)
     buckets = Buckets.create(
         max_rows=slots_per_shard,
         max_model_len=max_model_len,
@@ -178,7 +178,7 @@ def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEn
         partitioner,
         pages_per_shard=memory.pages_per_shard,
         page_size=page_size,
-        dtype=definition.dtype,
+        dtype=jnp.dtype(config.cache_dtype or definition.dtype),
     )
     return ResolvedEngine(
         **vars(model),
@@ -191,11 +191,11 @@ def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEn
     )
 
 
-def _choose_attention(name: str, definition: ModelDefinition, page_size: int) -> paged_attention.Choice:
+def _choose_attention(config: EngineConfig, definition: ModelDefinition, page_size: int) -> paged_attention.Choice:
     """Raises ValueError where the backend that is asked for cannot."""
-    of_slots = attention_specs(definition.decoder_config, definition.partitioner, page_size)
+    of_slots = attention_specs(definition.decoder_config, definition.partitioner, page_size, config.cache_dtype)
     specs, device = {*itertools.chain.from_iterable(of_slots)}, definition.partitioner.device
-    if name == "auto":
+    if (name := config.attention_backend) == "auto":
         return paged_attention.choose(specs, device)
     paged_attention.backend(name, *specs, device=device)
     return paged_attention.Choice(name, {})
@@ -203,8 +203,8 @@ def _choose_attention(name: str, definition: ModelDefinition, page_size: int) ->
 
 def _resolve_encoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEncoder:
     config, definition, partitioner = model.config, model.definition, model.definition.partitioner
-    for name in ("page_size", "kv_cache_bytes"):
-        if (value := getattr(config, name)) is not None:
+    for name in ("page_size", "kv_cache_bytes", "kv_cache_dtype"):
+        if (value := getattr(config, name)) != getattr(EngineConfig, name):
             raise ValueError(f"--{name}={value}: {model.architecture} is an encoder and has no cache; leave it out")
     pooling = _pooling(model.model_dir)
     num_shards = partitioner.num_shards(ax.BATCH)

@@ -27,13 +27,14 @@ class StageState(NamedTuple):
     expert_counts: jax.Array | None  # int32 [stages * D, slots for layers, E]; None: nobody counts
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StepLayers:
     """The layers, over weights as programs take them.
 
     Attributes:
       definition: the model.
       page_size: tokens per page.
+      cache_dtype: of a quantised cache.
       backend_name: of the attention.
       weights: of the trace.
       counts_experts: whether it is counted how many tokens each expert gets; only of a model with experts.
@@ -41,6 +42,7 @@ class StepLayers:
 
     definition: ModelDefinition
     page_size: int
+    cache_dtype: str | None
     backend_name: str
     weights: Arrays
     counts_experts: bool
@@ -117,12 +119,13 @@ class StepLayers:
     def _run_stage(self, of_stage: Arrays, state: StageState, x: jax.Array, work: Work) -> tuple[StageState, jax.Array]:
         own, pairs = iter(of_stage), zip(self.definition.weights, self.weights, strict=True)
         model = self.definition.bind(tuple(next(own) if spec.is_stacked else array for spec, array in pairs))
-        specs = attention_specs(self.definition.decoder_config, self.definition.partitioner, self.page_size)
+        model_config, partitioner = self.definition.decoder_config, self.definition.partitioner
+        specs = attention_specs(model_config, partitioner, self.page_size, self.cache_dtype)
         backend = paged_attention.backend(self.backend_name, *(spec for of_slot in specs for spec in of_slot))
         attend = PagedAttention(
-            state.cache, work.rows, work.prompts, specs=specs, backend=backend, partitioner=self.definition.partitioner
+            state.cache, work.rows, work.prompts, specs=specs, backend=backend, partitioner=partitioner
         )
-        if (moe := self.definition.decoder_config.moe) is None:
+        if (moe := model_config.moe) is None:
             x = model.run_layers(x, work.positions, attend)
             return StageState(attend.cache, None), x
         routing, counts = Routing(work.is_valid, moe.num_experts), state.expert_counts

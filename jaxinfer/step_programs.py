@@ -51,13 +51,13 @@ class StepPrograms:
         functions = StepFunctions(
             definition=self.definition,
             page_size=spec.page_size,
+            cache_dtype=spec.quantized_dtype,
             backend_name=self.backend,
             num_steps=shape.num_steps,
             max_chunk=self.extras_spec.max_chunk,
             counts_experts=self.counts_experts,
         )
-        pages = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=kv_cache.cache_sharding(spec, partitioner))
-        cache = spec.layers(lambda: pages)
+        cache = spec.layers(lambda: kv_cache.abstract_pages(spec, partitioner))
         slots = SlotState(self._array(jnp.int32, *self.slot_shape), self._array(jnp.bool_, *self.slot_shape))
         replicated = partitioner.replicated  # so that every host can read the output
         expert_counts = replicated if self.counts_experts else None

@@ -91,6 +91,7 @@ class StepFunctions:
     Attributes:
       definition: the model.
       page_size: tokens per page.
+      cache_dtype: of a quantised cache.
       backend_name: of the attention.
       num_steps: tokens of each row.
       max_chunk: most tokens of a shard's chunks, to which `Activations.hidden` is padded.
@@ -99,6 +100,7 @@ class StepFunctions:
 
     definition: ModelDefinition
     page_size: int
+    cache_dtype: str | None
     backend_name: str
     num_steps: int
     max_chunk: int
@@ -193,7 +195,14 @@ class StepFunctions:
         )
 
     def _layers(self, weights: Arrays) -> StepLayers:
-        return StepLayers(self.definition, self.page_size, self.backend_name, weights, self.counts_experts)
+        return StepLayers(
+            definition=self.definition,
+            page_size=self.page_size,
+            cache_dtype=self.cache_dtype,
+            backend_name=self.backend_name,
+            weights=weights,
+            counts_experts=self.counts_experts,
+        )
 
     def _pad(self, hidden: jax.Array) -> jax.Array:
         """To the most tokens of chunks, so that one program reads the activations of all."""

@@ -21,6 +21,7 @@ from jaxinfer.page_allocator import device_and_row
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from pallas_kernels.paged_attention import AttentionSpec, backend, blocks, xla
+from pallas_kernels.paged_attention.pages import Pages
 from sharding_rules import axes as ax
 from tests import published
 from tests.compiled_steps import CONFIG, SHAPES, compile_step
@@ -189,7 +190,7 @@ def test_a_device_loops_over_its_own_pages_only(
     num_blocks, gather = [], blocks._gather
     monkeypatch.setattr(backend("xla"), "_CPU_BLOCK_TOKENS", 32)
 
-    def count(pages: jax.Array, block_tables: jax.Array) -> jax.Array:
+    def count(pages: Pages, block_tables: jax.Array) -> Pages:
         jax.debug.callback(lambda: num_blocks.append(1))
         return gather(pages, block_tables)
 

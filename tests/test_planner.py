@@ -39,7 +39,7 @@ def plan(**changes: Any) -> MemoryPlan:
 
 
 def test_a_page_holds_keys_and_values_of_every_layer():
-    assert page_bytes(num_layers=3, token_numbers=2 * 2 * 8, page_size=16, itemsize=4) == 3 * (2 * 2 * 8) * 16 * 4
+    assert page_bytes(num_layers=3, token_bytes=2 * 2 * 8 * 4, page_size=16) == 3 * (2 * 2 * 8 * 4) * 16
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,7 @@ def step_bytes(definition: ModelDefinition, batch_size: int) -> int:
     """Bytes that a decode step must read, with the cache half way between the first step and the last."""
     config, partitioner = definition.decoder_config, definition.partitioner
     ((spec, *_), *_), itemsize = attention_specs(config, partitioner, page_size=1), definition.dtype.itemsize
-    sizes = {"num_layers": config.num_layers, "token_numbers": spec.token_numbers, "itemsize": itemsize}
-    token_bytes = planner.page_bytes(page_size=1, **sizes)
+    token_bytes = planner.page_bytes(num_layers=config.num_layers, token_bytes=spec.token_bytes(itemsize), page_size=1)
     return definition.step_shard_bytes + batch_size * (_PROMPT_TOKENS.value + _NEW_TOKENS.value // 2) * token_bytes
 
 

@@ -21,11 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from jaxinfer.engine_config import KV_CACHE_DTYPES
 from jaxinfer.integers import cdiv
 from jaxinfer.tools import kernel_peers
 from jaxinfer.tools.bench_record import describe_run, print_record
 from jaxinfer.tools.kernel_timing import Operation, Timer, copy_timer, matmul_timer, medians
 from pallas_kernels.paged_attention import AttentionSpec, backend, backends
+from pallas_kernels.paged_attention.pages import Pages, quantize, values_and_scales
 
 _DECODE = flags.DEFINE_list("decode", ["1x16384", "8x8192", "64x8192", "256x2048", "zipf64x32768"], "Rows x tokens.")
 _PREFILL = flags.DEFINE_list("prefill", ["1x16384", "8x2048"], "Prompts x new tokens.")
@@ -33,6 +35,7 @@ _BACKENDS = flags.DEFINE_list("backends", None, "In pallas_kernels/paged_attenti
 _HEADS = flags.DEFINE_list("heads", ["32", "8", "128"], "Query heads, KV heads, numbers of a head.")
 _PAGE_SIZE = flags.DEFINE_integer("page_size", 64, "Tokens per page.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of queries and cache.")
+_CACHE_DTYPE = flags.DEFINE_enum("kv_cache_dtype", "auto", [*KV_CACHE_DTYPES], "Quantises the cache to 8 bits.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds of each.", lower_bound=1)
 _CALLS = flags.DEFINE_integer("calls", 20, "Calls in a round.", lower_bound=1)
 _QUICK = flags.DEFINE_bool("quick", False, "One round of two calls, and ceilings of small arrays.")
@@ -43,8 +46,14 @@ _TURNS = 2  # caches that take turns, so that none is still near the cores when 
 
 def main(_: list[str]) -> None:
     num_q_heads, num_kv_heads, head_dim = map(int, _HEADS.value)
-    heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    spec = AttentionSpec(**heads, page_size=_PAGE_SIZE.value, scale=head_dim**-0.5)
+    spec = AttentionSpec(
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=_PAGE_SIZE.value,
+        scale=head_dim**-0.5,
+        cache_dtype=KV_CACHE_DTYPES[_CACHE_DTYPE.value],
+    )
     copied, size = (2**20, 128) if _QUICK.value else (_COPY_BYTES, _MATMUL_SIZE)
     ceilings = measure({"copy": copy_timer(copied, calls()), "matmul": matmul_timer(size, calls())})
     record = {"copy_bytes_per_s": 2 * copied / ceilings["copy"], "matmul_flops_per_s": 2 * size**3 / ceilings["matmul"]}
@@ -91,7 +100,7 @@ class Work:
     spec: AttentionSpec
     q: jax.Array
     lengths: list[int]
-    turns: list[tuple[jax.Array, jax.Array, jax.Array]]
+    turns: list[tuple[Pages, Pages, jax.Array]]
 
     @classmethod
     def of_rows(cls, spec: AttentionSpec, lengths: list[int]) -> "Work":
@@ -113,13 +122,17 @@ class Work:
             tables, free = np.zeros((len(pages), max(pages)), np.int32), iter(rng.permutation(sum(pages)) + 1)
             for row, count in enumerate(pages):
                 tables[row, :count] = [next(free) for _ in range(count)]
+            if spec.cache_dtype is not None:
+                k_pages, v_pages = (
+                    jax.jit(quantize, static_argnums=1)(x, spec.cache_dtype) for x in (k_pages, v_pages)
+                )
             turns.append((k_pages, v_pages, jnp.array(tables)))
         q = jax.random.normal(jax.random.key(_TURNS), (*of_q, spec.num_q_heads, spec.head_dim), _DTYPE.value)
         return cls(spec, q, lengths, turns)
 
     @property
     def bytes_read(self) -> int:
-        return sum(self.lengths) * self.spec.token_numbers * self.q.dtype.itemsize
+        return sum(self.lengths) * self.spec.token_bytes(self.q.dtype.itemsize)
 
     @property
     def operations(self) -> int:
@@ -136,11 +149,12 @@ class Work:
 
     def expected(self) -> np.ndarray:
         """Of the first sequence's last token, [N, H], in float64."""
-        k_pages, v_pages, tables = (np.asarray(array, np.float64) for array in self.turns[0])
+        *pools, tables = self.turns[0]
+        k_pages, v_pages = map(numbers, pools)
         length, last = self.lengths[0], self.q[0, 0] if self.q.ndim == 4 else self.q[self.lengths[0] - 1]
         of_kv_head = np.asarray(last, np.float64).reshape(self.spec.num_kv_heads, -1, self.spec.head_dim)
         keys, values = (
-            pages[tables[0].astype(int)].swapaxes(1, 2).reshape(-1, *pages.shape[1::2])[:length]
+            pages[np.asarray(tables[0])].swapaxes(1, 2).reshape(-1, *pages.shape[1::2])[:length]
             for pages in (k_pages, v_pages)
         )
         scores = np.einsum("kgh,skh->kgs", of_kv_head, keys) * self.spec.scale
@@ -148,12 +162,19 @@ class Work:
         out = np.einsum("kgs,skh->kgh", weights / weights.sum(axis=-1, keepdims=True), values)
         return out.reshape(self.spec.num_q_heads, -1)
 
-    def error(self, operation: Operation, turn: tuple[jax.Array, ...]) -> float:
+    def error(self, operation: Operation, turn: Any) -> float:
         """Largest, relative to the largest number."""
         out = jax.jit(operation)(self.q, turn)
         out = np.asarray(out[0, 0] if self.q.ndim == 4 else out[self.lengths[0] - 1], np.float64)
         expected = self.expected()
         return float(np.abs(out - expected).max() / np.abs(expected).max())
+
+
+def numbers(pages: Pages) -> np.ndarray:
+    """In float64."""
+    values, scales = values_and_scales(pages)
+    values = np.asarray(values, np.float64)
+    return values if scales is None else values * np.asarray(scales, np.float64)[..., None]
 
 
 def report(text: str, kind: str, work: Work, amount: int, ceiling: float) -> dict[str, Any]:

@@ -14,8 +14,11 @@ _COLUMNS = 128  # of block tables, by which JAX's kernel wants to divide them
 
 
 def find(spec: AttentionSpec, is_decode: bool, lengths: list[int], turns: Turns) -> dict[str, tuple[Operation, Turns]]:
-    """By name, what attends over the same, and what it is given instead of `turns`; nothing on a CPU."""
-    if jax.default_backend() != "gpu":
+    """By name, what attends over the same, and what it is given instead of `turns`.
+
+    Nothing on a CPU, or over a quantised cache.
+    """
+    if jax.default_backend() != "gpu" or spec.cache_dtype is not None:
         return {}
     if is_decode:
         return {"jax.experimental.pallas": _jax_paged(spec, lengths, turns)}

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.paged_attention.pages import Pages, QuantizedPages, product_dtype, values_and_scales
 from pallas_kernels.paged_attention.partial import PartialSoftmax
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.precision import matmul_precision
@@ -11,8 +12,8 @@ from pallas_kernels.precision import matmul_precision
 
 def attend(
     q: jax.Array,  # [B, T, N, H]
-    k_pages: jax.Array,  # [P, K, page_size, H]
-    v_pages: jax.Array | None,
+    k_pages: Pages,  # [P, K, page_size, H]
+    v_pages: Pages | None,
     block_tables: jax.Array,  # int32 [B, M]
     columns: jax.Array | None,  # int32 [B, M]; None: 0, 1, ..., M - 1
     positions: jax.Array,  # int32 [B, T]
@@ -34,9 +35,10 @@ def attend(
     def attend_block(i: jax.Array | int, state: PartialSoftmax) -> PartialSoftmax:
         pages = lax.dynamic_slice_in_dim(block_tables, i * block_pages, block_pages, axis=1)
         keys = _gather(k_pages, pages)
-        values = keys[..., : spec.out_dim] if v_pages is None else _gather(v_pages, pages)
+        values = _first(keys, spec.out_dim) if v_pages is None else _gather(v_pages, pages)
         if columns is None:
-            cached = i * block_pages * spec.page_size + jnp.arange(keys.shape[2], dtype=jnp.int32)
+            block_tokens = block_pages * spec.page_size
+            cached = i * block_tokens + jnp.arange(block_tokens, dtype=jnp.int32)
         else:
             first = lax.dynamic_slice_in_dim(columns, i * block_pages, block_pages, axis=1) * spec.page_size
             cached = (first[..., None] + jnp.arange(spec.page_size, dtype=jnp.int32)).reshape(b, 1, -1)
@@ -84,20 +86,25 @@ def _first_visible(positions: jax.Array, window: int) -> jax.Array:
 def _attend_block(
     state: PartialSoftmax,
     q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    k: Pages,
+    v: Pages,
     cached: jax.Array,
     positions: jax.Array,
     spec: AttentionSpec,
 ) -> PartialSoftmax:
-    """`q` is [B, T, K, G, H] and scaled, `keys` and `values` [B, K, S, H], at positions `cached` [S] or [B, 1, S]."""
+    """`q` is [B, T, K, G, H] and scaled, `k` and `v` [B, K, S, H], at positions `cached` [S] or [B, 1, S]."""
     precision = matmul_precision(q.dtype)
+    (keys, key_scales), (values, value_scales) = map(values_and_scales, (k, v))
     visible = cached <= positions[..., None]  # [B, T, S]
     if spec.window is not None:
         visible &= cached > positions[..., None] - spec.window
     readable = jnp.any(visible, axis=1)  # [B, S]; the rest may be stale, so 0 * NaN must not happen
     values = jnp.where(readable[:, None, :, None], values, jnp.zeros((), values.dtype))
-    scores = jnp.einsum("btkgh,bksh->bkgts", q, keys, precision=precision, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "btkgh,bksh->bkgts", q, keys.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
+    )
+    if key_scales is not None:
+        scores *= key_scales[:, :, None, None]
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     scores = jnp.where(visible[:, None, None], scores, jnp.float32(-jnp.inf))
@@ -105,25 +112,40 @@ def _attend_block(
     finite = jnp.where(largest > -jnp.inf, largest, 0)  # of a query that sees nothing
     weights = jnp.exp(scores - finite[..., None])
     kept = jnp.exp(state.largest - finite)
+    total = state.total * kept + jnp.sum(weights, axis=-1)
+    if value_scales is not None:
+        weights *= jnp.where(readable[:, None], value_scales, 0)[:, :, None, None]
+    dtype = product_dtype(q.dtype, spec.cache_dtype)
     # XLA:CPU multiplies bfloat16 into float32 only where the result keeps the order of the operands.
     new = jnp.einsum(
         "bkgts,bksh->bkgth",
-        weights.astype(values.dtype),
-        values,
+        weights.astype(dtype),
+        values.astype(dtype),
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    return PartialSoftmax(largest, state.total * kept + jnp.sum(weights, axis=-1), state.out * kept[..., None] + new)
+    return PartialSoftmax(largest, total, state.out * kept[..., None] + new)
 
 
-def _gather(pages: jax.Array, block_tables: jax.Array) -> jax.Array:
-    """[P, K, page_size, H], int32 [B, M] -> [B, K, M * page_size, H].
+def _gather(pages: Pages, block_tables: jax.Array) -> Pages:
+    """[P, K, page_size, H], int32 [B, M] -> [B, K, M * page_size, H]; scales likewise.
 
     Gathers (page, head) tiles straight into the order that the matrix products want.
     """
-    num_pages, num_kv_heads, page_size, head_dim = pages.shape
-    b, m = block_tables.shape
-    heads = jnp.arange(num_kv_heads, dtype=jnp.int32)
-    tiles = block_tables[:, None, :] * num_kv_heads + heads[:, None]  # [B, K, M]
-    gathered = pages.reshape(num_pages * num_kv_heads, page_size, head_dim)[tiles]
-    return gathered.reshape(b, num_kv_heads, m * page_size, head_dim)
+
+    def gather(pages: jax.Array) -> jax.Array:
+        num_pages, num_kv_heads, page_size, *numbers = pages.shape
+        b, m = block_tables.shape
+        heads = jnp.arange(num_kv_heads, dtype=jnp.int32)
+        tiles = block_tables[:, None, :] * num_kv_heads + heads[:, None]  # [B, K, M]
+        gathered = pages.reshape(num_pages * num_kv_heads, page_size, *numbers)[tiles]
+        return gathered.reshape(b, num_kv_heads, m * page_size, *numbers)
+
+    return jax.tree.map(gather, pages)
+
+
+def _first(keys: Pages, value_dim: int) -> Pages:
+    """Values that are part of the keys."""
+    if isinstance(keys, QuantizedPages):
+        return keys._replace(values=keys.values[..., :value_dim])
+    return keys[..., :value_dim]

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels.paged_attention.pages import values_and_scales
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 
@@ -31,11 +32,17 @@ def _check_pages(q, k_pages, v_pages, spec: AttentionSpec, sinks) -> None:
     page_shape = (spec.num_kv_heads, spec.page_size, spec.head_dim)
     if (v_pages is None) != (spec.value_dim is not None):
         raise ValueError(f"v_pages is {'None' if v_pages is None else 'given'}; expected the other for {spec}")
+    num_pages, dtype = len(values_and_scales(k_pages)[0]), jnp.dtype(spec.cache_dtype or q.dtype)
     for name, pages in (("k_pages", k_pages), ("v_pages", k_pages if v_pages is None else v_pages)):
-        if pages.shape[1:] != page_shape or pages.shape != k_pages.shape:
-            raise ValueError(f"{name} has shape {pages.shape}; expected (num_pages, *{page_shape}) for {spec}")
-        if pages.dtype != q.dtype:
-            raise ValueError(f"{name} is {pages.dtype}, q is {q.dtype}; they must be the same")
+        values, scales = values_and_scales(pages)
+        if values.shape != (num_pages, *page_shape):
+            raise ValueError(f"{name} has shape {values.shape}; expected (num_pages, *{page_shape}) for {spec}")
+        if values.dtype != dtype:
+            raise ValueError(f"{name} is {values.dtype}, q is {q.dtype}; expected {dtype} for {spec}")
+        if (scales is None) != (spec.cache_dtype is None):
+            raise ValueError(f"{name} has {'no scales' if scales is None else 'scales'}; expected the other for {spec}")
+        if scales is not None and (scales.shape, scales.dtype) != (values.shape[:-1], jnp.float32):
+            raise ValueError(f"{name}.scales is {scales.dtype}{scales.shape}; expected float32{values.shape[:-1]}")
 
 
 def _check_tables(block_tables, columns, num_rows: int, **others) -> None:

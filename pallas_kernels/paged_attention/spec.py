@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels.paged_attention.pages import LARGEST, SCALE_BYTES
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
@@ -15,6 +17,7 @@ class AttentionSpec:
       window: cached tokens that a query sees, its own included; None: all.
       value_dim: values are the first so many numbers of the keys, and have no pages of their own; None: they have.
       soft_cap: c in c * tanh(score / c), which scores become before softmax (Gemma 2, arXiv:2408.00118); None: as is.
+      cache_dtype: of what pages hold where that is quantised, "int8" or "float8_e4m3fn"; None: as queries are.
       context_size: devices over which the pages of a sequence are spread; with several, each computes a part.
     """
 
@@ -26,11 +29,14 @@ class AttentionSpec:
     window: int | None = None
     value_dim: int | None = None
     soft_cap: float | None = None
+    cache_dtype: str | None = None
     context_size: int = 1
 
     def __post_init__(self):
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(f"num_q_heads {self.num_q_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.cache_dtype not in (None, *LARGEST):
+            raise ValueError(f"cache_dtype {self.cache_dtype!r} is unknown; known: None, {', '.join(LARGEST)}")
 
     @property
     def out_dim(self) -> int:
@@ -41,6 +47,12 @@ class AttentionSpec:
     def token_numbers(self) -> int:
         """That the cache holds of a token, in one layer."""
         return self.num_kv_heads * self.head_dim * (2 if self.value_dim is None else 1)
+
+    def token_bytes(self, itemsize: int) -> int:
+        """That the cache holds of a token, in one layer, where queries have so many for a number."""
+        if self.cache_dtype is None:
+            return self.token_numbers * itemsize
+        return self.token_numbers + self.token_numbers // self.head_dim * SCALE_BYTES
 
     @property
     def group_size(self) -> int:

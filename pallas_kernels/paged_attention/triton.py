@@ -15,21 +15,23 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import triton_kernel, work_list
 from pallas_kernels.paged_attention.checks import check_ragged, check_rows
+from pallas_kernels.paged_attention.pages import Pages, values_and_scales
 from pallas_kernels.paged_attention.partial import PartialSoftmax
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.tiling import MIN_DOT, Tiling, Tuning
 from pallas_kernels.paged_attention.triton_kernel import Inputs
 from pallas_kernels.ragged import token_places
 
-Pages = tuple[jax.Array, jax.Array | None]
+KeysAndValues = tuple[Pages, Pages | None]
 Tables = tuple[jax.Array, jax.Array | None]  # block_tables, columns
 
 # For any GPU: `_that_fits` has blocks that fit the smallest shared memory there is, and rows that fit the registers.
 DECODE = Tuning(max_rows=64, block_tokens=64, extra_items=128, min_blocks=4, num_warps=4, num_stages=3)
 PREFILL = Tuning(max_rows=128, block_tokens=64, extra_items=32, min_blocks=16, num_warps=8, num_stages=2)
 _SHARED_BYTES = 96 * 1024
+_MAX_NUMBERS, _MAX_BYTES = 2**31, 2**32  # of an array with offsets of 32 bits
 _THREAD_NUMBERS = 128  # of what comes out, of 255 registers
-_OLDEST = (8, 0)  # compute capability of Ampere
+_OLDEST = {None: (8, 0), "int8": (8, 0), "float8_e4m3fn": (8, 9)}  # compute capability, by what pages hold
 
 
 def unsupported(spec: AttentionSpec, device: jax.Device | None = None) -> str | None:
@@ -42,9 +44,10 @@ def unsupported(spec: AttentionSpec, device: jax.Device | None = None) -> str | 
     capability = str(getattr(device, "compute_capability", None))
     if not re.fullmatch(r"\d+\.\d+", capability):
         return f"it is for NVIDIA GPUs, and this is {device.device_kind}"
-    if tuple(map(int, capability.split("."))) < _OLDEST:
-        least = ".".join(map(str, _OLDEST))
-        return f"it is for GPUs of compute capability {least} or more, and {device.device_kind} has {capability}"
+    if tuple(map(int, capability.split("."))) < _OLDEST[spec.cache_dtype]:
+        least = ".".join(map(str, _OLDEST[spec.cache_dtype]))
+        kind = f" for a cache of {spec.cache_dtype}" if spec.cache_dtype else ""
+        return f"it is for GPUs of compute capability {least} or more{kind}, and {device.device_kind} has {capability}"
     return None
 
 
@@ -65,8 +68,8 @@ def workspace_bytes(
 
 def paged_attention(
     q: jax.Array,  # [B, T, N, H]
-    k_pages: jax.Array,  # [P, K, page_size, H]
-    v_pages: jax.Array | None,  # the same; None where spec.value_dim is not
+    k_pages: Pages,  # [P, K, page_size, H]
+    v_pages: Pages | None,  # the same; None where spec.value_dim is not
     block_tables: jax.Array,  # int32 [B, M]; entries in [0, P)
     positions: jax.Array,  # int32 [B, T]; in [-1, M * page_size)
     *,
@@ -80,8 +83,8 @@ def paged_attention(
 
 def partial_paged_attention(
     q: jax.Array,  # [B, T, N, H]
-    k_pages: jax.Array,  # [P, K, page_size, H]
-    v_pages: jax.Array | None,  # the same; None where spec.value_dim is not
+    k_pages: Pages,  # [P, K, page_size, H]
+    v_pages: Pages | None,  # the same; None where spec.value_dim is not
     block_tables: jax.Array,  # int32 [B, M]; entries in [0, P)
     columns: jax.Array,  # int32 [B, M]; ascending, in [0, M]
     positions: jax.Array,  # int32 [B, T]; in [-1, M * page_size)
@@ -95,8 +98,8 @@ def partial_paged_attention(
 
 def ragged_paged_attention(
     q: jax.Array,  # [S, N, H]
-    k_pages: jax.Array,  # [P, K, page_size, H]
-    v_pages: jax.Array | None,  # the same; None where spec.value_dim is not
+    k_pages: Pages,  # [P, K, page_size, H]
+    v_pages: Pages | None,  # the same; None where spec.value_dim is not
     block_tables: jax.Array,  # int32 [C, M]
     starts: jax.Array,  # int32 [C]
     lengths: jax.Array,  # int32 [C]
@@ -112,8 +115,8 @@ def ragged_paged_attention(
 
 def ragged_partial_paged_attention(
     q: jax.Array,  # [S, N, H]
-    k_pages: jax.Array,  # [P, K, page_size, H]
-    v_pages: jax.Array | None,  # the same; None where spec.value_dim is not
+    k_pages: Pages,  # [P, K, page_size, H]
+    v_pages: Pages | None,  # the same; None where spec.value_dim is not
     block_tables: jax.Array,  # int32 [C, M]
     columns: jax.Array,  # int32 [C, M]
     starts: jax.Array,  # int32 [C]
@@ -127,7 +130,9 @@ def ragged_partial_paged_attention(
     return _attend(q, (k_pages, v_pages), tables, _positions(starts, lengths, len(q)), lengths, spec, None, len(q))
 
 
-def _of_rows(q: jax.Array, pages: Pages, tables: Tables, positions: jax.Array, spec: AttentionSpec, sinks: Any) -> Any:
+def _of_rows(
+    q: jax.Array, pages: KeysAndValues, tables: Tables, positions: jax.Array, spec: AttentionSpec, sinks: Any
+) -> Any:
     """`_attend` of sequences that all have T new tokens, q [B, T, N, H] -> [B, T, ...]."""
     b, t = positions.shape
     lengths = jnp.full(b, t, jnp.int32)
@@ -137,7 +142,7 @@ def _of_rows(q: jax.Array, pages: Pages, tables: Tables, positions: jax.Array, s
 
 def _attend(
     q: jax.Array,  # [S, N, H]
-    pages: Pages,
+    pages: KeysAndValues,
     tables: Tables,
     positions: jax.Array,  # int32 [S]
     lengths: jax.Array,  # int32 [C]
@@ -146,6 +151,7 @@ def _attend(
     max_tokens: int,
 ) -> Any:
     """Of sequences of at most `max_tokens` tokens -> [S, N, spec.out_dim], or with columns `PartialSoftmax`."""
+    _check_offsets(pages[0])
     tuning = _that_fits(DECODE if max_tokens == 1 else PREFILL, spec, q.dtype.itemsize)
     tiling = Tiling(spec, tuning, max_tokens)
     first, end = _slots(positions, lengths, tables, spec)
@@ -159,6 +165,17 @@ def _attend(
     )
     inputs = Inputs(items, q, positions, *pages, *tables, sinks)
     return triton_kernel.attend(inputs, tiles, tiling, is_part=tables[1] is not None)
+
+
+def _check_offsets(pages: Pages) -> None:
+    """Pallas' Triton lowering has offsets of 64 bits for arrays of more than 4 GiB, else of 32, one a sign."""
+    values, _ = values_and_scales(pages)
+    if values.size > _MAX_NUMBERS and values.nbytes <= _MAX_BYTES:
+        legal = [size // (values.size // len(values)) for size in (_MAX_NUMBERS, _MAX_BYTES)]
+        raise ValueError(
+            f"k_pages has {len(values)} pages of {values.dtype}, more than Triton's offsets of 32 bits reach and too "
+            f"few for 64 bits; use at most {legal[0]} pages (a smaller --kv_cache_bytes), or more than {legal[1]}"
+        )
 
 
 def _that_fits(tuning: Tuning, spec: AttentionSpec, itemsize: int) -> Tuning:

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.paged_attention import work_list
+from pallas_kernels.paged_attention.pages import Pages, product_dtype, values_and_scales
 from pallas_kernels.paged_attention.partial import PartialSoftmax
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.tiling import Tiling, Tuning
@@ -26,8 +27,8 @@ class Inputs(NamedTuple):
     items: work_list.Items
     q: jax.Array  # [S, N, H]
     positions: jax.Array  # int32 [S]
-    k_pages: jax.Array  # [P, K, page_size, H]
-    v_pages: jax.Array | None
+    k_pages: Pages  # [P, K, page_size, H]
+    v_pages: Pages | None
     block_tables: jax.Array  # int32 [C, M]
     columns: jax.Array | None  # int32 [C, M]
     sinks: jax.Array | None  # [N]
@@ -108,9 +109,11 @@ def _over_blocks(inputs: Inputs, item: work_list.Items, rows: tuple[jax.Array, j
     position = inputs.positions[rows[0]]
     newest, oldest = jnp.max(position), jnp.min(jnp.where(position < 0, _FAR, position))
     num_slots = inputs.block_tables.shape[1] * spec.page_size
-    dot = functools.partial(
-        lax.dot_general, precision=matmul_precision(queries[0].dtype), preferred_element_type=jnp.float32
-    )
+    (k_pages, k_scales), (v_pages, v_scales) = map(values_and_scales, (inputs.k_pages, inputs.v_pages))
+    if v_pages is None:
+        v_scales = k_scales
+    q_dtype, value_dtype = inputs.q.dtype, product_dtype(inputs.q.dtype, spec.cache_dtype)
+    dot = functools.partial(lax.dot_general, precision=matmul_precision(q_dtype), preferred_element_type=jnp.float32)
 
     def add(block: jax.Array, state: _State) -> _State:
         slot = block * tiling.tuning.block_tokens + jnp.arange(tiling.tuning.block_tokens, dtype=jnp.int32)
@@ -121,9 +124,12 @@ def _over_blocks(inputs: Inputs, item: work_list.Items, rows: tuple[jax.Array, j
             first = inputs.columns[item.sequence, column] * spec.page_size
             cached = jnp.where(slot < num_slots, first + offset, _FAR)
         page = inputs.block_tables[item.sequence, column]
-        keys = [inputs.k_pages[page, offset, piece] for piece in pieces]
+        keys = [k_pages[page, offset, piece].astype(q_dtype) for piece in pieces]
         products = [dot(q, k, (((1,), (1,)), ((), ()))) for q, k in zip(queries, keys, strict=True)]
-        score = _capped(functools.reduce(jnp.add, products), spec)
+        product = functools.reduce(jnp.add, products)
+        if k_scales is not None:
+            product *= k_scales[page, offset][None]
+        score = _capped(product, spec)
         visible, readable = cached <= position[:, None], cached <= newest
         if spec.window is not None:
             visible &= cached > position[:, None] - spec.window
@@ -133,13 +139,16 @@ def _over_blocks(inputs: Inputs, item: work_list.Items, rows: tuple[jax.Array, j
         finite = jnp.where(largest > -jnp.inf, largest, 0)  # of a query that sees nothing
         weight = jnp.exp2(score - finite[:, None])
         kept = jnp.exp2(state.largest - finite)
+        total = state.total * kept + jnp.sum(weight, axis=1)
+        if v_scales is not None:
+            weight *= jnp.where(readable, v_scales[page, offset], 0)[None]
         new = []
         for i, (piece, out) in enumerate(zip(out_pieces, state.out, strict=True)):
-            value = keys[i] if inputs.v_pages is None else inputs.v_pages[page, offset, piece]
+            value = (keys[i] if v_pages is None else v_pages[page, offset, piece]).astype(value_dtype)
             value = jnp.where(readable[:, None], value, jnp.zeros_like(value))  # it may be stale: 0 * NaN is NaN
-            product = dot(weight.astype(value.dtype), value, (((1,), (0,)), ((), ())))
+            product = dot(weight.astype(value_dtype), value, (((1,), (0,)), ((), ())))
             new.append(out * kept[:, None] + product)
-        return _State(largest, state.total * kept + jnp.sum(weight, axis=1), tuple(new))
+        return _State(largest, total, tuple(new))
 
     return lax.fori_loop(item.first_block, item.end_block, add, _nothing(tiling))
 
@@ -186,11 +195,14 @@ def attend(inputs: Inputs, tiles: work_list.Tiles, tiling: Tiling, is_part: bool
     of_program = jax.tree.map(
         lambda x: pl.BlockSpec((x.shape[0], None, *x.shape[2:]), lambda _, n: (0, n, *(0,) * (len(x.shape) - 2))), parts
     )
-    pages = pl.BlockSpec(
-        (inputs.k_pages.shape[0], None, *inputs.k_pages.shape[2:]), lambda _, n: (0, tiling.kv_head(n), 0, 0)
+    of_kv_head = functools.partial(
+        jax.tree.map,
+        lambda x: pl.BlockSpec(
+            (x.shape[0], None, *x.shape[2:]), lambda _, n: (0, tiling.kv_head(n), *(0,) * (len(x.shape) - 2))
+        ),
     )
     launch = functools.partial(_launch, tuning=tiling.tuning)
-    in_specs = whole(inputs)._replace(k_pages=pages, v_pages=None if inputs.v_pages is None else pages)
+    in_specs = whole(inputs)._replace(k_pages=of_kv_head(inputs.k_pages), v_pages=of_kv_head(inputs.v_pages))
     outs, parts = launch(
         functools.partial(_attend_kernel, tiling=tiling),
         (inputs,),

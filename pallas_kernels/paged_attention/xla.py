@@ -27,6 +27,7 @@ from jax import lax
 
 from pallas_kernels.paged_attention import blocks, ragged
 from pallas_kernels.paged_attention.checks import check_rows
+from pallas_kernels.paged_attention.pages import Pages
 from pallas_kernels.paged_attention.partial import PartialSoftmax
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.ragged import max_num_tiles
@@ -68,7 +69,9 @@ def workspace_bytes(
     tile = min(tile_tokens(), chunk_tokens)
     tiles = max_num_tiles(chunk_tokens, chunks, tile)
     rows_at_once, tiles_at_once = group_rows(rows), group_rows(tiles)
-    gathered = block * spec.token_numbers * itemsize  # of one sequence
+    gathered = block * spec.token_bytes(itemsize)  # of one sequence
+    if spec.cache_dtype is not None:
+        gathered += block * spec.token_numbers * itemsize  # as they are multiplied
     scores = 2 * 4 * block * spec.num_q_heads  # of one token; 2: before and after softmax; 4: float32
     query_tokens = rows + -(-tiles // tiles_at_once) * tiles_at_once * tile
     kept = 4 if spec.context_size > 1 else itemsize  # what is merged is float32
@@ -84,8 +87,8 @@ def unsupported(spec: AttentionSpec, device: jax.Device | None = None) -> str | 
 
 def paged_attention(
     q: jax.Array,  # [B, T, N, H]
-    k_pages: jax.Array,  # [P, K, page_size, H]
-    v_pages: jax.Array | None,  # the same; None where spec.value_dim is not
+    k_pages: Pages,  # [P, K, page_size, H]
+    v_pages: Pages | None,  # the same; None where spec.value_dim is not
     block_tables: jax.Array,  # int32 [B, M]; entries in [0, P)
     positions: jax.Array,  # int32 [B, T]; in [-1, M * page_size)
     *,
@@ -107,8 +110,8 @@ def paged_attention(
 
 def partial_paged_attention(
     q: jax.Array,  # [B, T, N, H]
-    k_pages: jax.Array,  # [P, K, page_size, H]
-    v_pages: jax.Array | None,  # the same; None where spec.value_dim is not
+    k_pages: Pages,  # [P, K, page_size, H]
+    v_pages: Pages | None,  # the same; None where spec.value_dim is not
     block_tables: jax.Array,  # int32 [B, M]; entries in [0, P)
     columns: jax.Array,  # int32 [B, M]; ascending, in [0, M]
     positions: jax.Array,  # int32 [B, T]; in [-1, M * page_size)
@@ -136,8 +139,8 @@ def partial_paged_attention(
 
 def ragged_paged_attention(
     q: jax.Array,  # [S, N, H]
-    k_pages: jax.Array,  # [P, K, page_size, H]
-    v_pages: jax.Array | None,  # the same; None where spec.value_dim is not
+    k_pages: Pages,  # [P, K, page_size, H]
+    v_pages: Pages | None,  # the same; None where spec.value_dim is not
     block_tables: jax.Array,  # int32 [C, M]
     starts: jax.Array,  # int32 [C]
     lengths: jax.Array,  # int32 [C]
@@ -155,8 +158,8 @@ def ragged_paged_attention(
 
 def ragged_partial_paged_attention(
     q: jax.Array,  # [S, N, H]
-    k_pages: jax.Array,  # [P, K, page_size, H]
-    v_pages: jax.Array | None,  # the same; None where spec.value_dim is not
+    k_pages: Pages,  # [P, K, page_size, H]
+    v_pages: Pages | None,  # the same; None where spec.value_dim is not
     block_tables: jax.Array,  # int32 [C, M]
     columns: jax.Array,  # int32 [C, M]
     starts: jax.Array,  # int32 [C]
