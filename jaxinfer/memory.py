@@ -131,7 +131,7 @@ class Demand:
         return True
 
     def _flags_that_fit(self) -> Iterator[str]:
-        """Smaller sizes, as large as fits, the shorter dtype, and the first larger mesh of each kind."""
+        """Smaller sizes, as large as fits, shorter dtypes, and the first larger mesh of each kind."""
         if self.config.kv_cache_bytes is not None and self._fits(kv_cache_bytes=None):
             yield "no --kv_cache_bytes at all"
         num_shards = self.definition.partitioner.num_shards(ax.BATCH)
@@ -141,6 +141,8 @@ class Demand:
                 yield f"--{name}={size}"
         if self.definition.dtype == jnp.float32 and self._with(self.definition.partitioner, jnp.bfloat16)._fits():
             yield "--dtype=bfloat16"
+        if self.config.cache_dtype is None and self._fits(kv_cache_dtype="int8"):
+            yield "--kv_cache_dtype=int8"
         pages = cdiv(self.config.max_model_len or 1, self.page_size)
         for axis, limit in ((ax.TENSOR, self.definition.config.num_q_heads), (ax.CONTEXT, pages)):
             if mesh := next(filter(self._fits_on, self._larger_meshes(axis, limit)), None):

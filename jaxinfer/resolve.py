@@ -59,7 +59,9 @@ class ResolvedEngine(ResolvedModel):
 
     @property
     def summary(self) -> str:
-        return f"attention: {self.attention}\n{self.memory}"
+        cache_dtype = self.cache_spec.quantized_dtype
+        over = f" over a cache of {cache_dtype}" if cache_dtype else ""
+        return f"attention: {self.attention}{over}\n{self.memory}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -192,6 +192,7 @@ def test_a_closed_engine_embeds_nothing(model_dir: pathlib.Path):
     ("settings", "message"),
     [
         ({"max_model_len": 33}, "--max_model_len=33 is beyond the 32 positions"),
+        ({"kv_cache_dtype": "int8"}, "--kv_cache_dtype=int8: BertModel is an encoder and has no cache; leave it out"),
         ({"kv_cache_bytes": 10**6}, "--kv_cache_bytes=1000000: BertModel is an encoder and has no cache; leave it out"),
         ({"page_size": 16}, "--page_size=16: BertModel is an encoder and has no cache"),
         ({"mesh": "data:2", "max_num_seqs": 3}, "--max_num_seqs=3 does not divide over data:2; use 4"),

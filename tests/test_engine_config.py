@@ -40,6 +40,7 @@ def test_no_field_takes_a_value_of_another_type(name: str):
         ("model", 3, "--model=3: must be text or None"),
         ("show_progress", 1, "--show_progress=1: must be True or False"),
         ("dtype", "int8", "--dtype=int8: unknown; known: auto, float32, bfloat16, float16"),
+        ("kv_cache_dtype", "int4", "--kv_cache_dtype=int4: unknown; known: auto, int8, fp8, fp8_e4m3"),
         ("generation_config", "yes", "--generation_config=yes: unknown; known: auto, none"),
         ("seed", -1, "--seed=-1: must be an integer in [0, 2**32)"),
         ("seed", 2**32, "--seed=4294967296: must be an integer in [0, 2**32)"),

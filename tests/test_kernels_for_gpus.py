@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.paged_attention import AttentionSpec, backend, backends
+from pallas_kernels.paged_attention.pages import QuantizedPages
 from tests import gpu_targets
 
 pytestmark = [
@@ -25,17 +26,25 @@ QWEN = dataclasses.replace(LLAMA, num_q_heads=28, num_kv_heads=4)
 DEEPSEEK = dataclasses.replace(LLAMA, num_q_heads=128, num_kv_heads=1, head_dim=576, value_dim=512, page_size=64)
 SPECS = {"llama": LLAMA, "gemma": GEMMA, "gpt_oss": GPT_OSS, "phi_2": PHI_2, "qwen": QWEN, "deepseek": DEEPSEEK}
 RUNS = [
-    *(("h100", name, "bfloat16") for name in SPECS),
-    *((gpu, "llama", "bfloat16") for gpu in gpu_targets.GPUS if gpu != "h100"),
-    ("a6000", "gemma", "float16"),
-    ("a6000", "deepseek", "bfloat16"),
-    ("h100", "llama", "float32"),
+    *(("h100", name, "bfloat16", None) for name in SPECS),
+    *((gpu, "llama", "bfloat16", None) for gpu in gpu_targets.GPUS if gpu != "h100"),
+    ("a6000", "gemma", "float16", None),
+    ("a6000", "deepseek", "bfloat16", None),
+    ("h100", "llama", "float32", None),
+    ("h100", "llama", "bfloat16", "int8"),
+    ("a100", "gemma", "float16", "int8"),
+    ("a6000", "deepseek", "bfloat16", "int8"),
+    *((gpu, "llama", "bfloat16", "float8_e4m3fn") for gpu in ("h100", "l40s", "b200")),
+    ("h100", "deepseek", "bfloat16", "float8_e4m3fn"),
 ]
 
 
 def arrays(spec: AttentionSpec, dtype: str, num_sequences: int) -> tuple[Any, Any, Any]:
     """Keys, values and block tables."""
-    pages = jax.ShapeDtypeStruct((NUM_PAGES, spec.num_kv_heads, spec.page_size, spec.head_dim), dtype)
+    shape = (NUM_PAGES, spec.num_kv_heads, spec.page_size, spec.head_dim)
+    pages: Any = jax.ShapeDtypeStruct(shape, spec.cache_dtype or dtype)
+    if spec.cache_dtype is not None:
+        pages = QuantizedPages(pages, jax.ShapeDtypeStruct(shape[:-1], jnp.float32))  # pyright: ignore[reportArgumentType]
     return pages, None if spec.value_dim else pages, jax.ShapeDtypeStruct((num_sequences, PAGES_EACH), jnp.int32)
 
 
@@ -44,9 +53,12 @@ def ids(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 @pytest.mark.parametrize("name", [name for name in backends() if name != "xla"])
-@pytest.mark.parametrize(("gpu", "model", "dtype"), RUNS)
-def test_compiles_and_takes_the_room_that_is_planned(name: str, gpu: str, model: str, dtype: str):
-    spec, module = SPECS[model], backend(name, SPECS[model])
+@pytest.mark.parametrize(("gpu", "model", "dtype", "cache_dtype"), RUNS)
+def test_compiles_and_takes_the_room_that_is_planned(
+    name: str, gpu: str, model: str, dtype: str, cache_dtype: str | None
+):
+    spec = dataclasses.replace(SPECS[model], cache_dtype=cache_dtype)
+    module = backend(name, spec)
     q = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     heads = (spec.num_q_heads, spec.head_dim)
     sinks = q((spec.num_q_heads,)) if model == "gpt_oss" else None

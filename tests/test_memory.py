@@ -211,6 +211,19 @@ def test_a_cache_that_was_chosen_too_small_or_too_large():
     assert advice(asked)[0] == "no --kv_cache_bytes at all"
 
 
+def test_a_cache_of_8_bits_where_it_is_the_cache_that_does_not_fit():
+    model = dataclasses.replace(SMALL, num_q_heads=4, num_layers=32)
+    whole = demand(model, max_num_batched_tokens=64).plan()
+    of_sequence = (1 + 1024 // 16) * whole.page_bytes
+    asked = demand(
+        model,
+        free_bytes=int((whole.weights_bytes + whole.workspace_bytes + of_sequence / 2) / 0.9),
+        max_num_batched_tokens=64,
+    )
+    assert flags_of(advice(asked))["kv_cache_dtype"] == "int8"
+    dataclasses.replace(asked, config=dataclasses.replace(asked.config, kv_cache_dtype="int8")).plan()
+
+
 def test_where_nothing_helps():
     model = dataclasses.replace(SMALL, num_q_heads=1, num_kv_heads=1, num_layers=1)
     assert advice(demand(model, free_bytes=1000)) == ["a smaller model"]

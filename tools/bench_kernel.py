@@ -12,6 +12,7 @@ that is not in pages. Errors are of the first row or prompt against NumPy in flo
 """
 
 import dataclasses
+import functools
 import importlib.util
 import re
 from typing import Any
@@ -123,9 +124,8 @@ class Work:
             for row, count in enumerate(pages):
                 tables[row, :count] = [next(free) for _ in range(count)]
             if spec.cache_dtype is not None:
-                k_pages, v_pages = (
-                    jax.jit(quantize, static_argnums=1)(x, spec.cache_dtype) for x in (k_pages, v_pages)
-                )
+                of_pages = jax.jit(functools.partial(quantize, dtype=spec.cache_dtype))
+                k_pages, v_pages = map(of_pages, (k_pages, v_pages))
             turns.append((k_pages, v_pages, jnp.array(tables)))
         q = jax.random.normal(jax.random.key(_TURNS), (*of_q, spec.num_q_heads, spec.head_dim), _DTYPE.value)
         return cls(spec, q, lengths, turns)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxinfer.tools.kernel_timing import Operation
 from pallas_kernels.paged_attention import AttentionSpec
 
-Turns = list[tuple[jax.Array, ...]]
+Turns = list[Any]
 _COLUMNS = 128  # of block tables, by which JAX's kernel wants to divide them
 
 

@@ -25,7 +25,8 @@ Pages = jax.Array | QuantizedPages  # [P, K, page_size, H]
 
 def quantize(x: jax.Array, dtype: Any) -> QuantizedPages:
     """Numbers [..., H] to the nearest in `dtype`, with scales float32 [...] of which none is too small for a number."""
-    x, largest = x.astype(jnp.float32), LARGEST[jnp.dtype(dtype).name]
+    x, dtype = x.astype(jnp.float32), jnp.dtype(dtype)
+    largest = LARGEST[dtype.name]
     scales = jnp.max(jnp.abs(x), axis=-1) / largest
     values = x / jnp.where(scales > 0, scales, 1)[..., None]
     if dtype == jnp.int8:

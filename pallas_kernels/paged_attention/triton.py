@@ -179,13 +179,19 @@ def _check_offsets(pages: Pages) -> None:
 
 
 def _that_fits(tuning: Tuning, spec: AttentionSpec, itemsize: int) -> Tuning:
-    """With blocks that fit into shared memory and rows that fit into registers."""
-    token_bytes = itemsize * (spec.head_dim + (0 if spec.value_dim else spec.head_dim))
+    """With blocks that fit into shared memory and rows that fit into registers.
+
+    Numbers of 8 bits are there as they are loaded, and once more as they are multiplied; and so are queries then.
+    """
     rows, block_tokens = tuning.max_rows, tuning.block_tokens
-    while block_tokens > MIN_DOT and tuning.num_stages * block_tokens * token_bytes > _SHARED_BYTES:
-        block_tokens //= 2
-    while rows > MIN_DOT and rows * spec.out_dim > tuning.num_warps * 32 * _THREAD_NUMBERS:
+    token_bytes = tuning.num_stages * spec.token_bytes(itemsize) // spec.num_kv_heads
+    row_bytes = itemsize * spec.head_dim if spec.cache_dtype else 0
+    while rows > MIN_DOT and (
+        rows * spec.out_dim > tuning.num_warps * 32 * _THREAD_NUMBERS or rows * row_bytes > _SHARED_BYTES // 2
+    ):
         rows //= 2
+    while block_tokens > MIN_DOT and block_tokens * (token_bytes + row_bytes) > _SHARED_BYTES - rows * row_bytes:
+        block_tokens //= 2
     return dataclasses.replace(tuning, max_rows=rows, block_tokens=block_tokens)
 
 

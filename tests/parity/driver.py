@@ -44,6 +44,7 @@ class Shapes:
       page_size: tokens per page.
       num_steps: tokens of each row in a step without a chunk. 0: one token, by the prefill program, which is the only
         one, in half the time of two.
+      cache_dtype: of a quantised cache.
     """
 
     rows: int
@@ -51,6 +52,7 @@ class Shapes:
     chunk: int
     page_size: int = 16
     num_steps: int = 16
+    cache_dtype: str | None = None
 
     def buckets(self, num_shards: int = 1) -> batch.Buckets:
         pages = cdiv(self.max_len, self.page_size)
@@ -114,7 +116,7 @@ def cache_spec(definition: ModelDefinition, shapes: Shapes) -> kv_cache.CacheSpe
         definition.partitioner,
         pages_per_shard=shapes.pages_per_shard(definition.partitioner.context_size),
         page_size=shapes.page_size,
-        dtype=definition.dtype,
+        dtype=jnp.dtype(shapes.cache_dtype or definition.dtype),
     )
 
 
@@ -203,12 +205,18 @@ class Continuation:
 
 
 def continue_prompts(
-    model_dir: pathlib.Path, prompts: list[list[int]], num_tokens: int, chunk: int = 256, num_steps: int = 1
+    model_dir: pathlib.Path,
+    prompts: list[list[int]],
+    num_tokens: int,
+    chunk: int = 256,
+    num_steps: int = 1,
+    cache_dtype: str | None = None,
 ) -> list[Continuation]:
-    """Runs all prompts in one batch on one device, chunk by chunk, and records every logit. `num_steps`: see Shapes."""
+    """Runs all prompts in one batch on one device, chunk by chunk, and records every logit. Names as of `Shapes`."""
     definition, weights = load(model_dir)
     longest = max(map(len, prompts)) + num_tokens
-    shapes = Shapes(rows=max(2, len(prompts)), max_len=longest, chunk=chunk, num_steps=num_steps)
+    sizes = {"rows": max(2, len(prompts)), "max_len": longest, "chunk": chunk, "num_steps": num_steps}
+    shapes = Shapes(**sizes, cache_dtype=cache_dtype)
     runner, recorder = make_runner(definition, weights, shapes), LogitsRecorder(shapes.chunk)
     with recorder.recording(definition.family.Model):
         runner.compile_all()
