@@ -72,6 +72,7 @@ def attention_specs(
         value_dim=None if config.latent is None else config.latent.kv_rank,
         cache_dtype=cache_dtype,
         context_size=partitioner.context_size,
+        device_kind=partitioner.device_kind,
     )
     plan = StagePlan.create(config.num_layers, partitioner.axis_size(ax.STAGE))
     layers = map(plan.like, range(len(plan.slots)))

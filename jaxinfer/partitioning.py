@@ -62,6 +62,11 @@ class Partitioner:
         """One of the mesh's devices in this process. All of them are of a kind."""
         return self.device_mesh.local_devices[0]
 
+    @property
+    def device_kind(self) -> str | None:
+        """As JAX calls the mesh's devices, wherever they are; None of an abstract mesh."""
+        return self.mesh.devices.flat[0].device_kind if isinstance(self.mesh, Mesh) else None
+
     def axis_size(self, mesh_axis: str) -> int:
         """Devices along `mesh_axis`; 1 if the mesh lacks it."""
         return self.mesh.shape.get(mesh_axis, 1)

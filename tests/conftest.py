@@ -1,7 +1,7 @@
 """Platform of the tests: eight virtual CPU devices, strict dtype promotion, compiled programs kept on disk.
 
 Everything here is read when jax is imported, so it is set before any test module is.
-JAXINFER_TEST_PLATFORM=cuda runs on GPUs instead, for the tests marked `gpu`.
+JAXINFER_TEST_PLATFORM=cuda runs on GPUs instead, for the tests marked `gpu` and those marked `any_device`.
 """
 
 import importlib.util
@@ -20,11 +20,16 @@ if "jax" in sys.modules:
     )
 
 
+PLATFORM = os.environ.get("JAXINFER_TEST_PLATFORM", "cpu")
+
+
 def _set_up_jax() -> None:
-    platform = os.environ.get("JAXINFER_TEST_PLATFORM", "cpu")
-    os.environ["JAX_PLATFORMS"] = platform
-    # Most of a test's time is XLA compiling small programs; machine code that is not optimised takes it half of that.
-    ours = (f"--xla_force_host_platform_device_count={NUM_CPU_DEVICES}", "--xla_backend_optimization_level=0")
+    os.environ["JAX_PLATFORMS"] = PLATFORM
+    ours = [f"--xla_force_host_platform_device_count={NUM_CPU_DEVICES}"]
+    if PLATFORM == "cpu":
+        # Most of a test's time is XLA compiling small programs; machine code that is not optimised takes it half of
+        # that.
+        ours.append("--xla_backend_optimization_level=0")
     flags = os.environ.get("XLA_FLAGS", "").split()
     others = [f for f in flags if f.split("=")[0] not in {flag.split("=")[0] for flag in ours}]
     os.environ["XLA_FLAGS"] = " ".join([*others, *ours])
@@ -59,6 +64,13 @@ def pytest_configure(config: pytest.Config) -> None:
         from jaxinfer import models
 
         models.__path__.append(folder)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if PLATFORM != "cpu" and item.get_closest_marker("any_device"):
+            item.add_marker("gpu")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -4,9 +4,11 @@ The plugin is `jax-cuda12-plugin`, or 13, with its `jax-cuda12-pjrt`, of JAX's v
 in `nvidia-cuda-nvcc-cu12`: `pip install --no-deps` of the three is enough.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -90,16 +92,34 @@ def missing() -> str | None:
 
 
 @functools.cache
-def mesh(gpu: str) -> Mesh:
-    """Of one."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=GPUS[gpu].text(), topology="1x1x1")
-    return Mesh(np.array(topology.devices), ("device",))
+def devices(gpu: str, count: int = 1) -> list[jax.Device]:
+    """Of one machine."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=GPUS[gpu].text(), topology=f"1x1x{count}")
+    return list(topology.devices)
 
 
 def compile_for(gpu: str, function: Any, *shapes: jax.ShapeDtypeStruct | None) -> jax.stages.Compiled:
-    """`function` of arrays of these shapes."""
-    sharding = NamedSharding(mesh(gpu), PartitionSpec())
+    """`function` of arrays of these shapes, for one."""
+    mesh = Mesh(np.array(devices(gpu)), ("device",))
+    sharding = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-    with jax.set_mesh(mesh(gpu)):
+    return compile_on(mesh, lambda: jax.jit(function).lower(*arguments))
+
+
+def compile_on(mesh: Mesh, lower: Callable[[], jax.stages.Lowered], **options: str) -> jax.stages.Compiled:
+    """What is lowered for a mesh of `devices`."""
+    with jax.set_mesh(mesh), _not_kept():  # Pallas asks the mesh which GPU it is
         # 0: there is no device on which candidates could be timed.
-        return jax.jit(function).lower(*arguments).compile({"xla_gpu_autotune_level": "0"})
+        return lower().compile({"xla_gpu_autotune_level": "0", **options})
+
+
+@contextlib.contextmanager
+def _not_kept() -> Iterator[None]:
+    """JAX's compilation cache would write a program that it cannot read again where the GPU is not."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)

@@ -47,6 +47,15 @@ def test_decode_beside_its_peer(tmp_path: pathlib.Path):
     assert "torch" in record["versions"]
 
 
+def test_tuning(tmp_path: pathlib.Path):
+    sizes = ("--heads=2,1,16", "--page_size=16", "--dtype=float32")
+    record = run("tune_kernel", "--quick", "--decode=zipf2x40", "--prefill=1x32", *sizes, f"--folder={tmp_path}")
+    kept = json.loads((tmp_path / "cpu.json").read_text())
+    assert kept == record["results"] and record["file"] == str(tmp_path / "cpu.json")
+    assert [entry["kernel"] for entry in kept] == [f"paged_attention/triton/{kind}" for kind in ("decode", "prefill")]
+    assert all(entry["settings"]["block_tokens"] in (32, 64) for entry in kept)
+
+
 def test_host():
     record = run("bench_host", "--running=2", "--steps=3", "--loads=mix", "--page_sizes=16")
     assert [(row["load"], row["running"]) for row in record["results"]] == [("mix", 2)]

@@ -13,8 +13,10 @@ from jaxinfer import kv_cache
 from jaxinfer.attention import causal_attention
 from jaxinfer.context_parallel import own_pages
 from jaxinfer.integers import cdiv
-from pallas_kernels.paged_attention import AttentionSpec, backend, backends, choose, merge, triton
+from pallas_kernels.paged_attention import AttentionSpec, backend, backends, choose, merge, triton, triton_tuning
 from tests.long_campaign import IS_LONG
+
+pytestmark = pytest.mark.any_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +69,8 @@ TOLERANCES = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 2e-2}  # a few round
 def many_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what is split on a GPU is split here, where sequences are short."""
     small = {"max_rows": 32, "block_tokens": 16, "min_blocks": 1}
-    monkeypatch.setattr(triton, "DECODE", dataclasses.replace(triton.DECODE, extra_items=5, **small))
-    monkeypatch.setattr(triton, "PREFILL", dataclasses.replace(triton.PREFILL, extra_items=3, **small))
+    for kind, tuning in triton_tuning.DEFAULTS.items():
+        monkeypatch.setitem(triton_tuning.DEFAULTS, kind, dataclasses.replace(tuning, extra_items=5, **small))
 
 
 def runs(cases: list[Case]) -> list[Any]:

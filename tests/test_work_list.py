@@ -7,8 +7,11 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.paged_attention import work_list
+
+pytestmark = pytest.mark.any_device
 
 Blocks = list[list[tuple[int, int]]]  # of each sequence's tokens: the first that it sees, and the one behind the last
 

@@ -77,7 +77,7 @@ def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch
         dtype=definition.dtype,
     )
     runner = Runner(definition, weights, cache, buckets, backend=_ATTENTION.value)
-    runner.compile_all()
+    runner.compile_all(extras=False)
     params = SamplingParams(temperature=0.0, ignore_eos=True)
 
     def generate(prompts: list[list[int]]) -> tuple[list[list[int]], float]:

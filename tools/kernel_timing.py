@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Operation = Callable[[jax.Array, Any], jax.Array]  # (x, what takes turns) -> what is computed
+Operation = Callable[[Any, Any], Any]  # (x, what takes turns) -> what is computed
 
 
 class Timer:
@@ -17,16 +17,18 @@ class Timer:
 
     Each call gets x from the one before, unchanged: XLA does not see that, and so can neither leave a call out nor
     move it out of the loop. What it computes from other arguments alone it may move, as out of a model's layers.
-    `turns` take turns, so that what is read is not still near the cores from the call before.
+    `turns` take turns, so that what is read is not still near the cores from the call before. With `is_update` x is
+    what the call before has made of it, in place.
     """
 
-    def __init__(self, operation: Operation, x: jax.Array, turns: Sequence[Any], num_calls: int):
+    def __init__(self, operation: Operation, x: Any, turns: Sequence[Any], num_calls: int, *, is_update: bool = False):
         self._num_calls = num_calls * len(turns)
 
-        def loop(x: jax.Array, turns: Sequence[Any]) -> jax.Array:
-            def call_each(_: jax.Array, x: jax.Array) -> jax.Array:
+        def loop(x: Any, turns: Sequence[Any]) -> Any:
+            def call_each(_: jax.Array, x: Any) -> Any:
                 for turn in turns:
-                    x, _ = lax.optimization_barrier((x, operation(x, turn)))
+                    new = operation(x, turn)
+                    x = new if is_update else lax.optimization_barrier((x, new))[0]
                 return x
 
             return lax.fori_loop(0, num_calls, call_each, x)
@@ -38,7 +40,7 @@ class Timer:
     def seconds(self) -> float:
         """Of one call."""
         start = time.perf_counter()
-        self._loop(*self._arguments).block_until_ready()
+        jax.block_until_ready(self._loop(*self._arguments))
         return (time.perf_counter() - start) / self._num_calls
 
 

@@ -26,7 +26,9 @@ from pallas_kernels.paged_attention.spec import AttentionSpec
 
 __all__ = ["AttentionSpec", "Choice", "PartialSoftmax", "backend", "backends", "choose", "merge"]
 
-_NOT_BACKENDS = ("blocks", "checks", "pages", "partial", "ragged", "spec", "tiling", "triton_kernel", "work_list")
+_NOT_BACKENDS = """
+    blocks checks pages partial ragged spec tiling triton_kernel triton_tuning work_list
+""".split()
 _FASTEST_FIRST = {"gpu": ("triton",)}  # by platform, but for xla, which can run anything
 
 

@@ -20,7 +20,7 @@ class Tuning:
       max_rows: queries of a tile, tokens times heads; a power of two, at least `MIN_DOT`.
       block_tokens: cached tokens that are multiplied at once; a power of two, at least `MIN_DOT`.
       extra_items, min_blocks: as `work_list.make` has them.
-      num_warps: of a program, 32 threads each.
+      num_warps: of a program, 32 threads each; a power of two.
       num_stages: blocks that a program has loaded or is loading.
     """
 
@@ -30,6 +30,14 @@ class Tuning:
     min_blocks: int
     num_warps: int
     num_stages: int
+
+    def __post_init__(self):
+        least = {"max_rows": MIN_DOT, "block_tokens": MIN_DOT, "num_warps": 1}
+        for name, value in vars(self).items():
+            if name in least and (value < least[name] or value & (value - 1)):
+                raise ValueError(f"{name} is {value}; expected a power of two, {least[name]} or more")
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,8 @@ matrix, so that decoding uses the matrix unit too. What it knows of a tile that 
 launch in float32, where the parts are merged (Milakov and Gimelshein, arXiv:1805.02867).
 """
 
-import dataclasses
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +19,22 @@ from pallas_kernels.paged_attention.partial import PartialSoftmax
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.tiling import MIN_DOT, Tiling, Tuning
 from pallas_kernels.paged_attention.triton_kernel import Inputs
+from pallas_kernels.paged_attention.triton_tuning import tuning_of
 from pallas_kernels.ragged import token_places
 
 KeysAndValues = tuple[Pages, Pages | None]
 Tables = tuple[jax.Array, jax.Array | None]  # block_tables, columns
 
-# For any GPU: `_that_fits` has blocks that fit the smallest shared memory there is, and rows that fit the registers.
-DECODE = Tuning(max_rows=64, block_tokens=64, extra_items=128, min_blocks=4, num_warps=4, num_stages=3)
-PREFILL = Tuning(max_rows=128, block_tokens=64, extra_items=32, min_blocks=16, num_warps=8, num_stages=2)
-_SHARED_BYTES = 96 * 1024
 _MAX_NUMBERS, _MAX_BYTES = 2**31, 2**32  # of an array with offsets of 32 bits
-_THREAD_NUMBERS = 128  # of what comes out, of 255 registers
 _OLDEST = {None: (8, 0), "int8": (8, 0), "float8_e4m3fn": (8, 9)}  # compute capability, by what pages hold
+
+
+class _New(NamedTuple):
+    """The tokens that ask, S of C sequences, one sequence after the other."""
+
+    positions: jax.Array  # int32 [S]; consecutive in a sequence, -1 of padding and of who asks nothing
+    lengths: jax.Array  # int32 [C]
+    max_tokens: int  # of a sequence
 
 
 def unsupported(spec: AttentionSpec, device: jax.Device | None = None) -> str | None:
@@ -59,8 +62,9 @@ def workspace_bytes(
     kept = 4 if spec.context_size > 1 else itemsize  # what is merged is float32
     outputs = (rows + chunk_tokens) * spec.num_q_heads * spec.out_dim * kept
     parts = 0
-    for tuning, num_tokens in ((DECODE, 1), (PREFILL, chunk_tokens)):
-        tiling = Tiling(spec, _that_fits(tuning, spec, itemsize), num_tokens)
+    for kind, num_tokens in (("decode", 1), ("prefill", chunk_tokens)):
+        tuning = tuning_of(spec, kind, itemsize)
+        tiling = Tiling(spec, tuning, num_tokens)
         numbers = tiling.num_programs * tiling.rows * (spec.out_dim + 2)
         parts = max(parts, 4 * work_list.max_num_parts(tuning.extra_items) * numbers)
     return 2 * outputs + parts  # 2: of rows and prompts, and together
@@ -75,10 +79,14 @@ def paged_attention(
     *,
     spec: AttentionSpec,
     sinks: jax.Array | None = None,  # [N]
+    tuning: Tuning | None = None,
 ) -> jax.Array:
-    """Attention of T new tokens of each of B sequences -> [B, T, N, spec.out_dim] in q's dtype. Softmax in float32."""
+    """Attention of T new tokens of each of B sequences -> [B, T, N, spec.out_dim] in q's dtype. Softmax in float32.
+
+    `tuning` instead of what `tuning_of` says.
+    """
     check_rows(q, k_pages, v_pages, block_tables, positions, spec, sinks)
-    return _of_rows(q, (k_pages, v_pages), (block_tables, None), positions, spec, sinks)
+    return _of_rows(q, (k_pages, v_pages), (block_tables, None), positions, spec, sinks, tuning)
 
 
 def partial_paged_attention(
@@ -106,11 +114,12 @@ def ragged_paged_attention(
     *,
     spec: AttentionSpec,
     sinks: jax.Array | None = None,  # [N]
+    tuning: Tuning | None = None,
 ) -> jax.Array:
     """The same for C sequences of `lengths` new tokens from positions `starts` on, one after the other in q."""
     check_ragged(q, k_pages, v_pages, block_tables, starts, lengths, spec, sinks)
-    tables = (block_tables, None)
-    return _attend(q, (k_pages, v_pages), tables, _positions(starts, lengths, len(q)), lengths, spec, sinks, len(q))
+    new = _New(_positions(starts, lengths, len(q)), lengths, len(q))
+    return _attend(q, (k_pages, v_pages), (block_tables, None), new, spec, sinks, tuning)
 
 
 def ragged_partial_paged_attention(
@@ -126,17 +135,23 @@ def ragged_partial_paged_attention(
 ) -> PartialSoftmax:
     """The same for C sequences of `lengths` new tokens from positions `starts` on -> of [S, N]."""
     check_ragged(q, k_pages, v_pages, block_tables, starts, lengths, spec, columns=columns)
-    tables = (block_tables, columns)
-    return _attend(q, (k_pages, v_pages), tables, _positions(starts, lengths, len(q)), lengths, spec, None, len(q))
+    new = _New(_positions(starts, lengths, len(q)), lengths, len(q))
+    return _attend(q, (k_pages, v_pages), (block_tables, columns), new, spec, None)
 
 
 def _of_rows(
-    q: jax.Array, pages: KeysAndValues, tables: Tables, positions: jax.Array, spec: AttentionSpec, sinks: Any
+    q: jax.Array,
+    pages: KeysAndValues,
+    tables: Tables,
+    positions: jax.Array,
+    spec: AttentionSpec,
+    sinks: jax.Array | None,
+    tuning: Tuning | None = None,
 ) -> Any:
     """`_attend` of sequences that all have T new tokens, q [B, T, N, H] -> [B, T, ...]."""
     b, t = positions.shape
-    lengths = jnp.full(b, t, jnp.int32)
-    out = _attend(q.reshape(b * t, *q.shape[2:]), pages, tables, positions.ravel(), lengths, spec, sinks, t)
+    new = _New(positions.ravel(), jnp.full(b, t, jnp.int32), t)
+    out = _attend(q.reshape(b * t, *q.shape[2:]), pages, tables, new, spec, sinks, tuning)
     return jax.tree.map(lambda x: x.reshape(b, t, *x.shape[1:]), out)
 
 
@@ -144,26 +159,26 @@ def _attend(
     q: jax.Array,  # [S, N, H]
     pages: KeysAndValues,
     tables: Tables,
-    positions: jax.Array,  # int32 [S]
-    lengths: jax.Array,  # int32 [C]
+    new: _New,
     spec: AttentionSpec,
     sinks: jax.Array | None,
-    max_tokens: int,
+    tuning: Tuning | None = None,
 ) -> Any:
-    """Of sequences of at most `max_tokens` tokens -> [S, N, spec.out_dim], or with columns `PartialSoftmax`."""
+    """-> [S, N, spec.out_dim], or with columns `PartialSoftmax`."""
     _check_offsets(pages[0])
-    tuning = _that_fits(DECODE if max_tokens == 1 else PREFILL, spec, q.dtype.itemsize)
-    tiling = Tiling(spec, tuning, max_tokens)
-    first, end = _slots(positions, lengths, tables, spec)
-    tiles, items = work_list.make(
-        lengths,
-        first // tuning.block_tokens,
-        -(-end // tuning.block_tokens),
-        tile_tokens=tiling.tokens,
-        extra_items=tuning.extra_items,
-        min_blocks=tuning.min_blocks,
-    )
-    inputs = Inputs(items, q, positions, *pages, *tables, sinks)
+    tuning = tuning or tuning_of(spec, "decode" if new.max_tokens == 1 else "prefill", q.dtype.itemsize)
+    tiling = Tiling(spec, tuning, new.max_tokens)
+    with jax.named_scope("work_list"):
+        first, end = _slots(new, tables, spec)
+        tiles, items = work_list.make(
+            new.lengths,
+            first // tuning.block_tokens,
+            -(-end // tuning.block_tokens),
+            tile_tokens=tiling.tokens,
+            extra_items=tuning.extra_items,
+            min_blocks=tuning.min_blocks,
+        )
+    inputs = Inputs(items, q, new.positions, *pages, *tables, sinks)
     return triton_kernel.attend(inputs, tiles, tiling, is_part=tables[1] is not None)
 
 
@@ -178,37 +193,19 @@ def _check_offsets(pages: Pages) -> None:
         )
 
 
-def _that_fits(tuning: Tuning, spec: AttentionSpec, itemsize: int) -> Tuning:
-    """With blocks that fit into shared memory and rows that fit into registers.
-
-    Numbers of 8 bits are there as they are loaded, and once more as they are multiplied; and so are queries then.
-    """
-    rows, block_tokens = tuning.max_rows, tuning.block_tokens
-    token_bytes = tuning.num_stages * spec.token_bytes(itemsize) // spec.num_kv_heads
-    row_bytes = itemsize * spec.head_dim if spec.cache_dtype else 0
-    while rows > MIN_DOT and (
-        rows * spec.out_dim > tuning.num_warps * 32 * _THREAD_NUMBERS or rows * row_bytes > _SHARED_BYTES // 2
-    ):
-        rows //= 2
-    while block_tokens > MIN_DOT and block_tokens * (token_bytes + row_bytes) > _SHARED_BYTES - rows * row_bytes:
-        block_tokens //= 2
-    return dataclasses.replace(tuning, max_rows=rows, block_tokens=block_tokens)
-
-
 def _positions(starts: jax.Array, lengths: jax.Array, num_tokens: int) -> jax.Array:
     """Of ragged sequences' tokens, int32 [S]; -1 of padding."""
     place = token_places(lengths, num_tokens)
     return jnp.where(place.valid, starts[place.sequence] + place.offset, -1)
 
 
-def _slots(
-    positions: jax.Array, lengths: jax.Array, tables: Tables, spec: AttentionSpec
-) -> tuple[jax.Array, jax.Array]:
+def _slots(new: _New, tables: Tables, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
     """The first of the slots of a sequence's pages that each token sees, and the one behind the last. int32 [S]."""
+    positions = new.positions
     first = jnp.zeros_like(positions) if spec.window is None else jnp.maximum(positions - (spec.window - 1), 0)
     end = positions + 1
     if tables[1] is not None:  # the slots are of the pages that are here
-        sequence = token_places(lengths, positions.shape[0]).sequence
+        sequence = token_places(new.lengths, positions.shape[0]).sequence
         page = tables[1][sequence] * spec.page_size
         first = jnp.sum(page + spec.page_size <= first[:, None], axis=1, dtype=jnp.int32) * spec.page_size
         end = jnp.sum(page < end[:, None], axis=1, dtype=jnp.int32) * spec.page_size

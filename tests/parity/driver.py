@@ -93,17 +93,17 @@ def load_definition(
 
 
 def make_runner(
-    definition: ModelDefinition, weights: Arrays, shapes: Shapes, *, counts_experts: bool = False
+    definition: ModelDefinition, weights: Arrays, shapes: Shapes, *, backend: str = "xla", counts_experts: bool = False
 ) -> Runner:
     """Not compiled yet."""
     spec, buckets = cache_spec(definition, shapes), _buckets(definition, shapes)
-    return Runner(definition, weights, spec, buckets, backend="xla", counts_experts=counts_experts)
+    return Runner(definition, weights, spec, buckets, backend=backend, counts_experts=counts_experts)
 
 
-def step_programs(definition: ModelDefinition, shapes: Shapes) -> StepPrograms:
+def step_programs(definition: ModelDefinition, shapes: Shapes, *, backend: str = "xla") -> StepPrograms:
     """To compile and never run."""
     spec, buckets = cache_spec(definition, shapes), _buckets(definition, shapes)
-    return StepPrograms(definition=definition, cache_spec=spec, buckets=buckets, backend="xla")
+    return StepPrograms(definition=definition, cache_spec=spec, buckets=buckets, backend=backend)
 
 
 def _buckets(definition: ModelDefinition, shapes: Shapes) -> batch.Buckets:
@@ -210,14 +210,18 @@ def continue_prompts(
     num_tokens: int,
     chunk: int = 256,
     num_steps: int = 1,
+    *,
+    dtype: str = "float32",
     cache_dtype: str | None = None,
+    backend: str = "xla",
 ) -> list[Continuation]:
     """Runs all prompts in one batch on one device, chunk by chunk, and records every logit. Names as of `Shapes`."""
-    definition, weights = load(model_dir)
+    definition = load_definition(model_dir, dtype=dtype)
+    weights = load_weights(model_dir, definition)
     longest = max(map(len, prompts)) + num_tokens
     sizes = {"rows": max(2, len(prompts)), "max_len": longest, "chunk": chunk, "num_steps": num_steps}
     shapes = Shapes(**sizes, cache_dtype=cache_dtype)
-    runner, recorder = make_runner(definition, weights, shapes), LogitsRecorder(shapes.chunk)
+    runner, recorder = make_runner(definition, weights, shapes, backend=backend), LogitsRecorder(shapes.chunk)
     with recorder.recording(definition.family.Model):
         runner.compile_all()
     tokens = generate(runner, shapes, prompts, num_tokens, recorder.observe)
