@@ -58,6 +58,7 @@ flags.DEFINE_integer("decode_steps", _DEFAULTS.decode_steps, "Tokens per sequenc
 flags.DEFINE_bool("enable_prefix_caching", _DEFAULTS.enable_prefix_caching, "Prefill what prompts have in common once.")
 flags.DEFINE_integer("seed", _DEFAULTS.seed, "Seed of sampling.")
 flags.DEFINE_string("attention_backend", _DEFAULTS.attention_backend, "Kernel, or auto.")
+flags.DEFINE_string("moe_backend", _DEFAULTS.moe_backend, "Kernel of experts, or auto.")
 flags.DEFINE_string("expert_placement", None, "JSON file of which experts are in which slots of the mesh's devices.")
 flags.DEFINE_bool("expert_counts", _DEFAULTS.expert_counts, "Count the tokens of each expert, for the metrics.")
 flags.DEFINE_string(

@@ -87,6 +87,7 @@ class MoEConfig:
       swiglu_alpha: of that SwiGLU.
       placements: of each layer, the expert in each slot, of which the mesh has as many on every device. Not the model's
         but the engine's choice: an expert may be in several slots, as a copy. Empty: each in the slot of its number.
+      backend: in `pallas_kernels/grouped_matmul/`, the engine's choice likewise.
     """
 
     num_experts: int
@@ -105,6 +106,7 @@ class MoEConfig:
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
     placements: tuple[tuple[int, ...], ...] = ()
+    backend: str = "xla"
 
     def __post_init__(self):
         if self.num_experts % self.num_groups:

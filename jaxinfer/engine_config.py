@@ -45,6 +45,7 @@ class EngineConfig(StrictFields):
       enable_prefix_caching: keep the pages of finished requests for those that start alike.
       seed: base of the seeds of requests that name none.
       attention_backend: a backend in `pallas_kernels/paged_attention/`, or "auto".
+      moe_backend: a backend in `pallas_kernels/grouped_matmul/`, or "auto".
       expert_placement: JSON file that says which expert is in which slot of the devices of `expert`: some in several,
         as copies. `expert_placement.propose` makes one. None: each once.
       expert_counts: count the tokens of each expert, for the metrics.
@@ -67,6 +68,7 @@ class EngineConfig(StrictFields):
     enable_prefix_caching: bool = True
     seed: int = 0
     attention_backend: str = "auto"
+    moe_backend: str = "auto"
     expert_placement: str | None = None
     expert_counts: bool = False
     generation_config: str = "auto"

@@ -20,7 +20,7 @@ from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.planner import MemoryPlan
 from jaxinfer.step_plan import num_chunks
-from pallas_kernels.grouped_map import xla as grouped_map
+from pallas_kernels import grouped_matmul
 from sharding_rules import axes as ax
 
 
@@ -109,18 +109,20 @@ class Demand:
         return widest * self.definition.dtype.itemsize
 
     def _num_of_experts(self, moe: MoEConfig, num_tokens: int) -> int:
-        """Numbers. Experts are computed tile by tile, each with a copy of its weights if it is not alone on the device.
+        """Numbers. Each token comes in a row for each of its experts.
 
-        Each token comes in a row for each of its experts, and in 4 at a time: as it is read, padded, computed, in order
-        again. In 3 more where rows travel: as they are sent, received, and put together over the rounds.
+        Where rows travel, in 3 more at a time: as they are sent, received, put together over the rounds.
         """
         partitioner, embed_dim = self.definition.partitioner, self.definition.config.embed_dim
-        num_slots = max(map(len, moe.placements), default=moe.num_experts) // partitioner.num_shards(ax.EXPERTS)
         routed = num_tokens * moe.num_experts_per_token
-        tile = grouped_map.tile_rows(expected_rows(routed, partitioner), num_slots)
-        copied = embed_dim if num_slots > 1 else 0
-        of_tile = 3 * (copied + tile) * (moe.mlp_dim // partitioner.num_shards(ax.EXPERT_MLP))
-        return (7 if is_exchanged(partitioner) else 4) * routed * embed_dim + of_tile
+        travelling = 3 * routed * embed_dim if is_exchanged(partitioner) else 0
+        return travelling + grouped_matmul.backend(moe.backend).workspace_numbers(
+            num_rows=routed,
+            num_expected=expected_rows(routed, partitioner),
+            num_groups=max(map(len, moe.placements), default=moe.num_experts) // partitioner.num_shards(ax.EXPERTS),
+            embed_dim=embed_dim,
+            mlp_dim=moe.mlp_dim // partitioner.num_shards(ax.EXPERT_MLP),
+        )
 
     def _fits(self, **flags: object) -> bool:
         """With these flags changed, of which the definition knows nothing."""

@@ -27,7 +27,7 @@ from jaxinfer.partitioning import Partitioner
 from jaxinfer.planner import EncoderMemoryPlan, MemoryPlan, encoder_workspace_bytes
 from jaxinfer.sentence_modules import POOLING_FILE, TEXT_FILE, check_modules, check_text, read_pooling
 from jaxinfer.tokenizer import Tokenizer, load_tokenizer
-from pallas_kernels import paged_attention
+from pallas_kernels import grouped_matmul, paged_attention
 from sharding_rules import axes as ax
 
 DEMO_MODEL = pathlib.Path(__file__).parent / "demo_model"
@@ -36,7 +36,11 @@ _DEFAULT_MAX_MODEL_LEN = 4096
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResolvedModel:
-    """What is known of every model before memory is allocated."""
+    """What is known of every model before memory is allocated.
+
+    Attributes, where the name does not say it:
+      experts: the backend of their products; None: there are none.
+    """
 
     config: EngineConfig
     model_dir: pathlib.Path
@@ -44,6 +48,7 @@ class ResolvedModel:
     definition: ModelDefinition
     tokenizer: Tokenizer | None
     max_model_len: int
+    experts: grouped_matmul.Choice | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,8 @@ class ResolvedEngine(ResolvedModel):
     def summary(self) -> str:
         cache_dtype = self.cache_spec.quantized_dtype
         over = f" over a cache of {cache_dtype}" if cache_dtype else ""
-        return f"attention: {self.attention}{over}\n{self.memory}"
+        experts = f"experts: {self.experts}\n" if self.experts else ""
+        return f"attention: {self.attention}{over}\n{experts}{self.memory}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +115,7 @@ def _resolve_model(config: EngineConfig, mesh_devices: list[jax.Device] | None) 
     hf = HFConfig.read(model_dir)
     model = models.for_architecture(hf.architecture).parse_config(hf)
     partitioner = Partitioner.create(config.mesh, config.sharding, mesh_devices)
-    model = _with_experts_placed(model, config, partitioner)
+    model, experts = _with_experts(model, config, partitioner)
     tokenizer = load_tokenizer(model_dir)
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
@@ -125,25 +131,29 @@ def _resolve_model(config: EngineConfig, mesh_devices: list[jax.Device] | None) 
         definition=ModelDefinition.create(model, partitioner, dtype),
         tokenizer=tokenizer,
         max_model_len=_max_model_len(config, model.max_position),
+        experts=experts,
     )
 
 
-def _with_experts_placed(
+def _with_experts(
     model: ModelConfig | EncoderConfig, config: EngineConfig, partitioner: Partitioner
-) -> ModelConfig | EncoderConfig:
-    """The model with its experts where the user wants them. Refuses what is asked of experts that are not there."""
-    if isinstance(model, EncoderConfig) or model.moe is None:
-        if config.expert_counts:
-            raise ValueError(f"--expert_counts: {model.family} has no experts here; leave it out")
-        if config.expert_placement is not None:
-            raise ValueError(
-                f"--expert_placement={config.expert_placement}: {model.family} has no experts here; leave it out"
-            )
-    elif config.expert_placement is not None:
+) -> tuple[ModelConfig | EncoderConfig, grouped_matmul.Choice | None]:
+    """The model with its experts where and as the user wants them. Refuses what is asked of experts that are not there.
+
+    Raises ValueError where the backend that is asked for cannot.
+    """
+    if isinstance(model, EncoderConfig) or (moe := model.moe) is None:
+        asked = {"expert_placement": None, "expert_counts": False, "moe_backend": "auto"}
+        for name, default in asked.items():
+            if (value := getattr(config, name)) != default:
+                raise ValueError(f"--{name}={value}: {model.family} has no experts here; leave it out")
+        return model, None
+    if config.expert_placement is not None:
         path, num_devices = pathlib.Path(config.expert_placement).expanduser(), partitioner.num_shards(ax.EXPERTS)
-        placements = expert_placement.read(path, model, num_devices)
-        return dataclasses.replace(model, moe=dataclasses.replace(model.moe, placements=placements))
-    return model
+        moe = dataclasses.replace(moe, placements=expert_placement.read(path, model, num_devices))
+    smallest_size = min(model.embed_dim, moe.mlp_dim // partitioner.num_shards(ax.EXPERT_MLP))
+    choice = grouped_matmul.resolve(config.moe_backend, [smallest_size], partitioner.device)
+    return dataclasses.replace(model, moe=dataclasses.replace(moe, backend=choice.name)), choice
 
 
 def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEngine:
@@ -158,7 +168,9 @@ def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEn
     on_cpu = partitioner.device.platform == "cpu"
     page_size = config.page_size or (16 if on_cpu else 64)
     slots_per_shard = _rows_per_shard(config, partitioner)
-    attention = _choose_attention(config, definition, page_size)
+    of_slots = attention_specs(definition.decoder_config, partitioner, page_size, config.cache_dtype)
+    specs = {*itertools.chain.from_iterable(of_slots)}
+    attention = paged_attention.resolve(config.attention_backend, specs, partitioner.device)
     buckets = Buckets.create(
         max_rows=slots_per_shard,
         max_model_len=max_model_len,
@@ -191,16 +203,6 @@ def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEn
         buckets=buckets,
         attention=attention,
     )
-
-
-def _choose_attention(config: EngineConfig, definition: ModelDefinition, page_size: int) -> paged_attention.Choice:
-    """Raises ValueError where the backend that is asked for cannot."""
-    of_slots = attention_specs(definition.decoder_config, definition.partitioner, page_size, config.cache_dtype)
-    specs, device = {*itertools.chain.from_iterable(of_slots)}, definition.partitioner.device
-    if (name := config.attention_backend) == "auto":
-        return paged_attention.choose(specs, device)
-    paged_attention.backend(name, *specs, device=device)
-    return paged_attention.Choice(name, {})
 
 
 def _resolve_encoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEncoder:

@@ -28,4 +28,5 @@ def token_places(lengths: jax.Array, num_tokens: int) -> TokenPlaces:
 
 def max_num_tiles(num_tokens: int, num_sequences: int, tile: int) -> int:
     """How many tiles `num_tokens` tokens of so many sequences may take."""
-    return (num_tokens + num_sequences * (tile - 1)) // tile
+    with_tokens = min(num_sequences, num_tokens)
+    return (num_tokens + with_tokens * (tile - 1)) // tile

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
@@ -22,6 +23,7 @@ class GPU:
     """What its vendor says of it.
 
     Attributes:
+      name: by which JAX knows it, or one with the same capability: from 0.11 on it knows few that are not there.
       capability: compute capability.
       shared_bytes: of a multiprocessor.
       block_shared_bytes: the most of them that a block of threads can have.
@@ -74,8 +76,8 @@ GPUS = {
     "a100": GPU(
         "NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * _KIB, 163 * _KIB, 40 * _MIB, 80 * _GIB, 2_039_000_000_000, 1.41
     ),
-    "a6000": GPU("NVIDIA RTX A6000", (8, 6), 84, 100 * _KIB, 99 * _KIB, 6 * _MIB, 48 * _GIB, 768_000_000_000, 1.80),
-    "l40s": GPU("NVIDIA L40S", (8, 9), 142, 100 * _KIB, 99 * _KIB, 96 * _MIB, 48 * _GIB, 864_000_000_000, 2.52),
+    "a6000": GPU("NVIDIA A10", (8, 6), 84, 100 * _KIB, 99 * _KIB, 6 * _MIB, 48 * _GIB, 768_000_000_000, 1.80),
+    "l40s": GPU("NVIDIA L40", (8, 9), 142, 100 * _KIB, 99 * _KIB, 96 * _MIB, 48 * _GIB, 864_000_000_000, 2.52),
     "h100": GPU(
         "NVIDIA H100 80GB HBM3", (9, 0), 132, 228 * _KIB, 227 * _KIB, 50 * _MIB, 80 * _GIB, 3_352_000_000_000, 1.98
     ),
@@ -98,8 +100,8 @@ def devices(gpu: str, count: int = 1) -> list[jax.Device]:
     return list(topology.devices)
 
 
-def compile_for(gpu: str, function: Any, *shapes: jax.ShapeDtypeStruct | None) -> jax.stages.Compiled:
-    """`function` of arrays of these shapes, for one."""
+def compile_for(gpu: str, function: Any, *shapes: Any) -> jax.stages.Compiled:
+    """`function` of arrays of these shapes, trees of `jax.ShapeDtypeStruct`, for one."""
     mesh = Mesh(np.array(devices(gpu)), ("device",))
     sharding = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
@@ -107,19 +109,22 @@ def compile_for(gpu: str, function: Any, *shapes: jax.ShapeDtypeStruct | None) -
 
 
 def compile_on(mesh: Mesh, lower: Callable[[], jax.stages.Lowered], **options: str) -> jax.stages.Compiled:
-    """What is lowered for a mesh of `devices`."""
-    with jax.set_mesh(mesh), _not_kept():  # Pallas asks the mesh which GPU it is
-        # 0: there is no device on which candidates could be timed.
-        return lower().compile({"xla_gpu_autotune_level": "0", **options})
+    """What is lowered for a mesh of `devices`, as well as it is on a machine that has them."""
+    with _without_cache(), jax.set_mesh(mesh):  # Pallas asks the mesh which GPU it is
+        # There is no device on which candidates could be timed. The tests' own level of optimization is for CPUs.
+        ours = {"xla_gpu_autotune_level": "0", "xla_backend_optimization_level": "3"}
+        return lower().compile(ours | options)
 
 
 @contextlib.contextmanager
-def _not_kept() -> Iterator[None]:
-    """JAX's compilation cache would write a program that it cannot read again where the GPU is not."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, float("inf"))
+def _without_cache() -> Iterator[None]:
+    """What is compiled without a GPU JAX writes to its cache on disk, and cannot read again."""
+    name = "jax_enable_compilation_cache"
+    was_enabled = getattr(jax.config, name)
+    jax.config.update(name, False)
+    compilation_cache.reset_cache()  # or what it found before is still believed
     try:
         yield
     finally:
-        jax.config.update(name, before)
+        jax.config.update(name, was_enabled)
+        compilation_cache.reset_cache()

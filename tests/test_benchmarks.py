@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from jaxinfer.tools import bench_peer, bench_record
+from pallas_kernels.grouped_matmul import backends
 from tests import tiny_model
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -74,6 +75,14 @@ def test_offline_alone():
     flags = ("--requests=3", "--batch_size=2", "--scale=0.02", "--rounds=1", "--layers=1")
     record = run("bench_offline", "--peers=", *flags)
     assert record["results"]["output_tokens"] >= 6 and record["results"]["requests_all_equal"] == 3
+
+
+def test_experts():
+    record = run("bench_grouped", "--experts=4,2,32,48", "--tokens=1,20", "--dtype=float32", "--quick")
+    one, many = record["results"]
+    assert one["experts_used"] == 2 and 2 * one["bytes"] == many["bytes"] == 4 * 4 * 3 * 32 * 48
+    for name in (*backends(), "jax.lax.ragged_dot"):
+        assert max(one[name]["error"], many[name]["error"]) < 1e-5 and one[name]["bytes_per_s"] > 0
 
 
 def test_the_commit_tells_changes_and_foreign_repositories(tmp_path: pathlib.Path):

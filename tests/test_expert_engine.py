@@ -42,12 +42,14 @@ def test_sequences_must_divide_over_all_that_splits_them(model: pathlib.Path):
         resolve(EngineConfig(model=str(model), mesh="data:2,expert:2", max_num_seqs=6))
 
 
-def test_without_experts_there_is_nothing_to_count_or_to_place(tmp_path: pathlib.Path):
+def test_without_experts_there_is_nothing_to_count_to_place_or_to_multiply(tmp_path: pathlib.Path):
     dense = str(tiny_model.make(tmp_path / "dense"))
-    with pytest.raises(ValueError, match=r"--expert_counts: llama has no experts here; leave it out"):
+    with pytest.raises(ValueError, match=r"--expert_counts=True: llama has no experts here; leave it out"):
         resolve(EngineConfig(model=dense, expert_counts=True))
     with pytest.raises(ValueError, match=r"--expert_placement=there\.json: llama has no experts here; leave it out"):
         resolve(EngineConfig(model=dense, expert_placement="there.json"))
+    with pytest.raises(ValueError, match=r"--moe_backend=xla: llama has no experts here; leave it out"):
+        resolve(EngineConfig(model=dense, moe_backend="xla"))
 
 
 def test_a_placement_for_one_device_is_refused(model: pathlib.Path, tmp_path: pathlib.Path):

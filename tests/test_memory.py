@@ -14,7 +14,7 @@ from jaxinfer.extras import ExtrasSpec
 from jaxinfer.memory import Demand
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
-from pallas_kernels.grouped_map import xla as grouped_map
+from pallas_kernels.grouped_matmul import xla as grouped_matmul
 from pallas_kernels.paged_attention import AttentionSpec, xla
 from sharding_rules import axes as ax
 from tests.long_campaign import chosen
@@ -120,8 +120,8 @@ def test_the_workspace_is_what_compiled_steps_allocate(
 @pytest.mark.parametrize("rules", ["inference", "expert_sums"])
 def test_the_tile_of_experts_is_planned_as_it_is_computed(rules: str, monkeypatch: pytest.MonkeyPatch):
     """Rows, and experts that a device has of its own; the most of a step, which is traced only."""
-    calls, original = [], grouped_map.tile_rows
-    monkeypatch.setattr(grouped_map, "tile_rows", lambda *sizes: calls.append(sizes) or original(*sizes))
+    calls, original = [], grouped_matmul.tile_rows
+    monkeypatch.setattr(grouped_matmul, "tile_rows", lambda *sizes: calls.append(sizes) or original(*sizes))
     asked = demand(dataclasses.replace(SMALL, **WIDE), "expert:4", max_num_batched_tokens=64, rules=rules)
     asked.plan()
     (planned,) = set(calls)

@@ -1,7 +1,6 @@
-"""A function of rows in groups against NumPy in float64, and a mixture of experts against one token at a time."""
+"""A mixture of experts against NumPy in float64, one token at a time."""
 
 import dataclasses
-import functools
 import itertools
 from typing import Any
 
@@ -20,14 +19,11 @@ from jaxinfer.layers.moe import MoE, Router, Routing
 from jaxinfer.meshes import make_mesh
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
-from pallas_kernels.grouped_map import xla
-from pallas_kernels.matmul import contract
+from pallas_kernels.grouped_matmul import backends
 from sharding_rules import rule_set
 from tests.long_campaign import chosen
 
-NUM_GROUPS, NUM_INPUTS, NUM_OUTPUTS = 5, 24, 16
 FLOAT32 = {"dtype": jnp.dtype("float32"), "rngs": nnx.Rngs(0)}
-PRODUCT = lambda weight, rows: contract(rows, weight)  # noqa: E731
 
 
 def config(**moe: Any) -> ModelConfig:
@@ -43,10 +39,10 @@ MESHES = ("", "expert:1,tensor:1", "expert:4", "expert:2,tensor:2", "data:2,expe
 PLACEMENTS = {"once": tuple(range(8)), "copies": (7, 0, 1, 2, 3, 4, 5, 6, 0, 0, 7, 3)}
 
 
-def placed(config: ModelConfig, slots: tuple[int, ...]) -> ModelConfig:
+def placed(config: ModelConfig, slots: tuple[int, ...], backend: str = "xla") -> ModelConfig:
     """In layer 0."""
     assert config.moe is not None
-    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, placements=(slots,)))
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, placements=(slots,), backend=backend))
 
 
 def make_moe(config: ModelConfig, partitioner: Partitioner) -> MoE:
@@ -59,32 +55,6 @@ def _random(split):
     graph, state = split
     rng = np.random.default_rng(0)
     return graph, jax.tree.map(lambda a: jnp.asarray(0.2 * rng.standard_normal(a.shape), a.dtype), state)
-
-
-@pytest.mark.parametrize("num_rows", [1, 3, 40, 700])
-def test_a_product_of_each_group_against_float64(num_rows: int):
-    """Groups of every size: none, one row, all rows; 700 rows take several tiles of a group."""
-    rng = np.random.default_rng(num_rows)
-    weights = rng.standard_normal((NUM_GROUPS, NUM_OUTPUTS, NUM_INPUTS)).astype(np.float32)
-    multiply = jax.jit(functools.partial(xla.grouped_map, PRODUCT))
-    mostly_one = np.where(rng.random(num_rows) < 0.9, 1, 4)
-    for groups in (rng.integers(0, NUM_GROUPS, num_rows), np.full(num_rows, 3), mostly_one):
-        group = np.sort(groups)
-        x = rng.standard_normal((num_rows, NUM_INPUTS)).astype(np.float32)
-        sizes = np.bincount(group, minlength=NUM_GROUPS).astype(np.int32)
-        exact = np.einsum("ri,roi->ro", x.astype(np.float64), weights[group].astype(np.float64))
-        np.testing.assert_allclose(multiply(weights, x, sizes), exact, atol=2e-5)
-
-
-def test_parameters_of_a_group_without_rows_are_not_read():
-    """Neither does what lies behind the last group's rows reach those before it."""
-    weights = np.ones((3, NUM_OUTPUTS, NUM_INPUTS), np.float32)
-    weights[1] = np.nan
-    x = np.ones((6, NUM_INPUTS), np.float32)
-    x[5] = np.nan
-    sizes = jnp.asarray([2, 0, 3], jnp.int32)
-    out = xla.grouped_map(PRODUCT, jnp.asarray(weights), jnp.asarray(x), sizes)
-    np.testing.assert_array_equal(out[:5], NUM_INPUTS)
 
 
 def expected(moe: MoE, x: np.ndarray) -> np.ndarray:
@@ -114,17 +84,20 @@ def clamped(
 
 
 @pytest.mark.parametrize(
-    ("kind", "mesh", "rules", "placement"),
+    ("kind", "mesh", "rules", "placement", "backend"),
     chosen(
-        [*itertools.product(CONFIGS, MESHES, sharding_rules.strategies(), PLACEMENTS)],
-        ("gated", "", "inference", "once"),
-        ("clamped", "", "inference", "copies"),
-        ("clamped", "expert:4", "inference", "once"),
-        ("gated", "data:2,expert:2,tensor:2", "inference", "copies"),
-        ("clamped", "expert:2,tensor:2", "expert_sums", "copies"),
+        [*itertools.product(CONFIGS, MESHES, sharding_rules.strategies(), PLACEMENTS, backends())],
+        ("gated", "", "inference", "once", "xla"),
+        ("clamped", "", "inference", "copies", "xla"),
+        ("clamped", "expert:4", "inference", "once", "xla"),
+        ("gated", "data:2,expert:2,tensor:2", "inference", "copies", "xla"),
+        ("clamped", "expert:2,tensor:2", "expert_sums", "copies", "xla"),
+        ("gated", "", "inference", "once", "triton"),
+        ("gated", "data:2,expert:2,tensor:2", "inference", "copies", "triton"),
+        ("clamped", "expert:2,tensor:2", "expert_sums", "copies", "triton"),
     ),
 )
-def test_experts_on_meshes(kind: str, mesh: str, rules: str, placement: str):
+def test_experts_on_meshes(kind: str, mesh: str, rules: str, placement: str, backend: str):
     """Each device computes its experts for tokens of its own or of others, whichever rules split them: none is dropped.
 
     Nor is any changed where experts are in several slots. Tokens that are not valid get nothing.
@@ -136,7 +109,7 @@ def test_experts_on_meshes(kind: str, mesh: str, rules: str, placement: str):
     is_valid = np.ones(x.shape[:2], bool)
     is_valid[0, 2], is_valid[1] = False, False
     exact = np.where(is_valid[..., None], expected(moe, x), 0)
-    on_mesh = MoE(placed(config, slots), (0,), Partitioner.create(mesh, rules), **FLOAT32)
+    on_mesh = MoE(placed(config, slots, backend), (0,), Partitioner.create(mesh, rules), **FLOAT32)
     for name, whole in nnx.state(moe.experts, nnx.Param).items():
         once = whole[...]
         getattr(on_mesh.experts, name)[...] = once[jnp.array(slots)]

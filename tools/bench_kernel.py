@@ -21,7 +21,7 @@ from absl import app, flags
 from jaxinfer.engine_config import KV_CACHE_DTYPES
 from jaxinfer.tools import kernel_peers
 from jaxinfer.tools.bench_record import describe_run, print_record
-from jaxinfer.tools.kernel_timing import Timer, copy_timer, matmul_timer, medians
+from jaxinfer.tools.kernel_timing import Timer, measure_ceilings, medians
 from jaxinfer.tools.kernel_work import Work, lengths_of
 from pallas_kernels.paged_attention import AttentionSpec, backend, backends
 
@@ -36,8 +36,6 @@ _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds of each.", lower_bound
 _CALLS = flags.DEFINE_integer("calls", 20, "Calls in a round.", lower_bound=1)
 _QUICK = flags.DEFINE_bool("quick", False, "One round of two calls, and ceilings of small arrays.")
 
-_COPY_BYTES, _MATMUL_SIZE = 2**30, 8192
-
 
 def main(_: list[str]) -> None:
     num_q_heads, num_kv_heads, head_dim = map(int, _HEADS.value)
@@ -50,11 +48,7 @@ def main(_: list[str]) -> None:
         cache_dtype=KV_CACHE_DTYPES[_CACHE_DTYPE.value],
         device_kind=jax.devices()[0].device_kind,
     )
-    copied, size = (2**20, 128) if _QUICK.value else (_COPY_BYTES, _MATMUL_SIZE)
-    ceilings = measure({"copy": copy_timer(copied, calls()), "matmul": matmul_timer(size, calls())})
-    record = {"copy_bytes_per_s": 2 * copied / ceilings["copy"], "matmul_flops_per_s": 2 * size**3 / ceilings["matmul"]}
-    copies, multiplies = record["copy_bytes_per_s"] / 1e9, record["matmul_flops_per_s"] / 1e12
-    print(f"copies {copies:.1f} GB/s, multiplies {multiplies:.2f} TFLOP/s", flush=True)
+    record = measure_ceilings(calls(), rounds(), is_quick=_QUICK.value)
     results = []
     for text in _DECODE.value:
         work = Work.of_rows(spec, lengths_of(text), _DTYPE.value)
@@ -70,8 +64,8 @@ def calls() -> int:
     return 2 if _QUICK.value else _CALLS.value
 
 
-def measure(timers: dict[str, Timer]) -> dict[str, float]:
-    return medians(timers, 1 if _QUICK.value else _ROUNDS.value)
+def rounds() -> int:
+    return 1 if _QUICK.value else _ROUNDS.value
 
 
 def report(text: str, kind: str, work: Work, amount: int, ceiling: float) -> dict[str, Any]:
@@ -81,14 +75,14 @@ def report(text: str, kind: str, work: Work, amount: int, ceiling: float) -> dic
     all_ways |= kernel_peers.find(work.spec, kind == "decode", work.lengths, work.turns)
     timers = {name: Timer(operation, work.q, turns, calls()) for name, (operation, turns) in all_ways.items()}
     rows = {}
-    for name, seconds in measure(timers).items():
+    for name, seconds in medians(timers, rounds()).items():
         operation, turns = all_ways[name]
         rate, error = amount / seconds, work.error(operation, turns[0])
         rows[name] = {"seconds": seconds, "per_s": rate, "share": rate / ceiling, "error": error}
         unit = f"{rate / 1e9:.1f} GB/s" if kind == "decode" else f"{rate / 1e12:.2f} TFLOP/s"
         print(f"{kind} {text} {name}: {seconds * 1e6:.1f} us, {unit}, {rate / ceiling:.1%}, error {error:.1e}")
     if kind == "decode":
-        rows["cache_write"] = {"seconds": measure({"write": work.write_timer(calls())})["write"]}
+        rows["cache_write"] = {"seconds": medians({"write": work.write_timer(calls())}, rounds())["write"]}
         print(f"{kind} {text} cache write: {rows['cache_write']['seconds'] * 1e6:.1f} us")
     return {"kind": kind, "case": text, "amount": amount, **rows}
 

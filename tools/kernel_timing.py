@@ -62,3 +62,12 @@ def matmul_timer(size: int, num_calls: int) -> Timer:
     """Of the product of two bfloat16 matrices of `size` rows and columns: 2 * size ** 3 operations."""
     x, y = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
     return Timer(jnp.matmul, x, [y], num_calls)
+
+
+def measure_ceilings(num_calls: int, rounds: int, *, is_quick: bool) -> dict[str, float]:
+    """What the device copies, in bytes read and written a second, and multiplies; prints both."""
+    copied, size = (2**20, 128) if is_quick else (2**30, 8192)
+    seconds = medians({"copy": copy_timer(copied, num_calls), "matmul": matmul_timer(size, num_calls)}, rounds)
+    copies, multiplies = 2 * copied / seconds["copy"], 2 * size**3 / seconds["matmul"]
+    print(f"copies {copies / 1e9:.1f} GB/s, multiplies {multiplies / 1e12:.2f} TFLOP/s", flush=True)
+    return {"copy_bytes_per_s": copies, "matmul_flops_per_s": multiplies}

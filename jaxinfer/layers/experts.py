@@ -15,8 +15,8 @@ from jaxinfer.layers.param import Axes, param
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.pipeline import on_stage
 from jaxinfer.stages import Layers
-from pallas_kernels.grouped_map.xla import grouped_map
-from pallas_kernels.matmul import contract
+from pallas_kernels import grouped_matmul
+from pallas_kernels.grouped_matmul import Product
 from sharding_rules import axes as ax
 
 
@@ -64,8 +64,8 @@ class Experts(nnx.Module):
         """Of all experts, "down" among them."""
         raise NotImplementedError
 
-    def _expert(self, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        """One expert's part of [rows, D] -> [rows, D], to be summed over the devices that have the others."""
+    def _expert(self, product: Product, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        """Experts' part of [rows, D] -> [rows, D], to be summed over the devices that have the others."""
         raise NotImplementedError
 
     def _param(self, axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, init: str = "normal") -> nnx.Param:
@@ -103,7 +103,8 @@ class Experts(nnx.Module):
         of_rows = slots.reshape(-1)
         order = jnp.argsort(of_rows)
         sizes = jnp.sum(of_rows[:, None] == jnp.arange(num_local), axis=0, dtype=jnp.int32)
-        out = grouped_map(self._expert, params, x[order // k], sizes, num_expected)[jnp.argsort(order)]
+        backend = grouped_matmul.backend(self.moe.backend)
+        out = backend.grouped_map(self._expert, params, x[order // k], sizes, num_expected)[jnp.argsort(order)]
         return jnp.where((of_rows < num_local)[:, None], out, 0).reshape(*slots.shape, -1)
 
     def _mesh_axes(self, logical_axis: str) -> tuple[str, ...]:
@@ -138,9 +139,9 @@ class GatedExperts(Experts):
     def _params(self) -> dict[str, nnx.Param]:
         return {"gate": self.gate, "up": self.up, "down": self.down}
 
-    def _expert(self, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        hidden = self.activation(contract(x, params["gate"])) * contract(x, params["up"])
-        return contract(hidden, params["down"])
+    def _expert(self, product: Product, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        hidden = self.activation(product(x, params["gate"])) * product(x, params["up"])
+        return product(hidden, params["down"])
 
 
 class ClampedExperts(Experts):
@@ -163,12 +164,11 @@ class ClampedExperts(Experts):
         biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
         return {"gate_up": self.gate_up, "down": self.down} | biases
 
-    def _expert(self, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        bias = params["gate_up_bias"]  # [F, 2]
-        pairs = contract(x, params["gate_up"].reshape(bias.size, -1)).reshape(-1, *bias.shape) + bias
+    def _expert(self, product: Product, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        pairs = product(x, params["gate_up"], params["gate_up_bias"])  # [rows, F, 2]
         assert self.moe.swiglu_limit is not None
         hidden = clamped_swiglu(pairs[..., 0], pairs[..., 1], self.moe.swiglu_alpha, self.moe.swiglu_limit)
-        return contract(hidden, params["down"]) + self._on_one_device(params["down_bias"])
+        return product(hidden, params["down"], self._on_one_device(params["down_bias"]))
 
     def _on_one_device(self, bias: jax.Array) -> jax.Array:
         """Of those that split the hidden units, and whose parts are summed; zero on the others."""

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.paged_attention.spec import AttentionSpec
-
-MIN_DOT = 16  # rows, columns and depth of the smallest product of matrices
+from pallas_kernels.triton_launch import MIN_DOT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

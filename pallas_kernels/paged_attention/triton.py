@@ -6,7 +6,6 @@ matrix, so that decoding uses the matrix unit too. What it knows of a tile that 
 launch in float32, where the parts are merged (Milakov and Gimelshein, arXiv:1805.02867).
 """
 
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -17,16 +16,16 @@ from pallas_kernels.paged_attention.checks import check_ragged, check_rows
 from pallas_kernels.paged_attention.pages import Pages, values_and_scales
 from pallas_kernels.paged_attention.partial import PartialSoftmax
 from pallas_kernels.paged_attention.spec import AttentionSpec
-from pallas_kernels.paged_attention.tiling import MIN_DOT, Tiling, Tuning
+from pallas_kernels.paged_attention.tiling import Tiling, Tuning
 from pallas_kernels.paged_attention.triton_kernel import Inputs
 from pallas_kernels.paged_attention.triton_tuning import tuning_of
 from pallas_kernels.ragged import token_places
+from pallas_kernels.triton_launch import FP8, MIN_DOT, unsupported_device
 
 KeysAndValues = tuple[Pages, Pages | None]
 Tables = tuple[jax.Array, jax.Array | None]  # block_tables, columns
 
 _MAX_NUMBERS, _MAX_BYTES = 2**31, 2**32  # of an array with offsets of 32 bits
-_OLDEST = {None: (8, 0), "int8": (8, 0), "float8_e4m3fn": (8, 9)}  # compute capability, by what pages hold
 
 
 class _New(NamedTuple):
@@ -42,16 +41,9 @@ def unsupported(spec: AttentionSpec, device: jax.Device | None = None) -> str | 
     for name, size in (("head_dim", spec.head_dim), ("value_dim", spec.out_dim)):
         if size % MIN_DOT:
             return f"it multiplies by {MIN_DOT} numbers at once, and a {name} of {size} is no multiple of that"
-    if device is None or device.platform == "cpu":
-        return None
-    capability = str(getattr(device, "compute_capability", None))
-    if not re.fullmatch(r"\d+\.\d+", capability):
-        return f"it is for NVIDIA GPUs, and this is {device.device_kind}"
-    if tuple(map(int, capability.split("."))) < _OLDEST[spec.cache_dtype]:
-        least = ".".join(map(str, _OLDEST[spec.cache_dtype]))
-        kind = f" for a cache of {spec.cache_dtype}" if spec.cache_dtype else ""
-        return f"it is for GPUs of compute capability {least} or more{kind}, and {device.device_kind} has {capability}"
-    return None
+    if spec.cache_dtype == "float8_e4m3fn":
+        return unsupported_device(device, FP8, " for a cache of float8_e4m3fn")
+    return unsupported_device(device)
 
 
 def workspace_bytes(

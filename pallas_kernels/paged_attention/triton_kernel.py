@@ -2,21 +2,20 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.paged_attention import work_list
 from pallas_kernels.paged_attention.pages import Pages, product_dtype, values_and_scales
 from pallas_kernels.paged_attention.partial import PartialSoftmax
 from pallas_kernels.paged_attention.spec import AttentionSpec
-from pallas_kernels.paged_attention.tiling import Tiling, Tuning
+from pallas_kernels.paged_attention.tiling import Tiling
 from pallas_kernels.precision import matmul_precision
+from pallas_kernels.triton_launch import launch
 
 _FAR = jnp.iinfo(jnp.int32).max
 
@@ -201,9 +200,9 @@ def attend(inputs: Inputs, tiles: work_list.Tiles, tiling: Tiling, is_part: bool
             (x.shape[0], None, *x.shape[2:]), lambda _, n: (0, tiling.kv_head(n), *(0,) * (len(x.shape) - 2))
         ),
     )
-    launch = functools.partial(_launch, tuning=tiling.tuning)
+    start = functools.partial(launch, num_warps=tiling.tuning.num_warps, num_stages=tiling.tuning.num_stages)
     in_specs = whole(inputs)._replace(k_pages=of_kv_head(inputs.k_pages), v_pages=of_kv_head(inputs.v_pages))
-    outs, parts = launch(
+    outs, parts = start(
         functools.partial(_attend_kernel, tiling=tiling),
         (inputs,),
         grid=(num_items, tiling.num_programs),
@@ -213,7 +212,7 @@ def attend(inputs: Inputs, tiles: work_list.Tiles, tiling: Tiling, is_part: bool
     )
     arguments = (tiles, inputs.sinks, parts, outs)
     num_before = len(jax.tree.leaves(arguments[:3]))
-    (outs,) = launch(
+    (outs,) = start(
         functools.partial(_merge_kernel, tiling=tiling),
         arguments,
         grid=(num_tiles, tiling.num_programs),
@@ -223,10 +222,3 @@ def attend(inputs: Inputs, tiles: work_list.Tiles, tiling: Tiling, is_part: bool
         input_output_aliases={num_before + i: i for i in range(len(outs))},
     )
     return outs if is_part else outs[0]
-
-
-def _launch(kernel: Callable[..., None], arguments: tuple[Any, ...], *, tuning: Tuning, **kwargs: Any) -> Any:
-    """Interpreted on a CPU."""
-    params = plt.CompilerParams(num_warps=tuning.num_warps, num_stages=tuning.num_stages)
-    compiled = pl.pallas_call(kernel, compiler_params=params, **kwargs)
-    return lax.platform_dependent(*arguments, cpu=pl.pallas_call(kernel, interpret=True, **kwargs), default=compiled)

@@ -5,13 +5,13 @@ from typing import Any
 
 from pallas_kernels import tuning
 from pallas_kernels.paged_attention.spec import AttentionSpec
-from pallas_kernels.paged_attention.tiling import MIN_DOT, Tuning
+from pallas_kernels.paged_attention.tiling import Tuning
+from pallas_kernels.triton_launch import MIN_DOT, SHARED_BYTES
 
 DEFAULTS = {  # by kind of step; `_that_fits` makes them smaller
     "decode": Tuning(max_rows=64, block_tokens=64, extra_items=128, min_blocks=4, num_warps=4, num_stages=3),
     "prefill": Tuning(max_rows=128, block_tokens=64, extra_items=32, min_blocks=16, num_warps=8, num_stages=2),
 }
-_SHARED_BYTES = 96 * 1024  # of the GPUs that have the least
 _THREAD_NUMBERS = {2: 128, 4: 16}  # by itemsize, of what comes out, in 255 registers; float32 needs them for operands
 
 
@@ -42,8 +42,8 @@ def _that_fits(tuning: Tuning, spec: AttentionSpec, itemsize: int) -> Tuning:
     token_bytes = tuning.num_stages * spec.token_bytes(itemsize) // spec.num_kv_heads
     row_bytes = itemsize * spec.head_dim if spec.cache_dtype else 0
     most_numbers = tuning.num_warps * 32 * _THREAD_NUMBERS[itemsize]
-    while rows > MIN_DOT and (rows * spec.out_dim > most_numbers or rows * row_bytes > _SHARED_BYTES // 2):
+    while rows > MIN_DOT and (rows * spec.out_dim > most_numbers or rows * row_bytes > SHARED_BYTES // 2):
         rows //= 2
-    while block_tokens > MIN_DOT and block_tokens * (token_bytes + row_bytes) > _SHARED_BYTES - rows * row_bytes:
+    while block_tokens > MIN_DOT and block_tokens * (token_bytes + row_bytes) > SHARED_BYTES - rows * row_bytes:
         block_tokens //= 2
     return dataclasses.replace(tuning, max_rows=rows, block_tokens=block_tokens)

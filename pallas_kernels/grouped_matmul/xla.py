@@ -13,9 +13,28 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.grouped_matmul.product import Product
+from pallas_kernels.matmul import contract
 from pallas_kernels.ragged import max_num_tiles, token_places
 
 _MIN_TILE_ROWS, _MAX_TILE_ROWS = 4, 64  # where a CPU reads a weight as fast as it can, and where it computes
+
+
+def unsupported(smallest_size: int, device: jax.Device | None = None) -> str | None:
+    """It can run anything."""
+    del smallest_size, device
+    return None
+
+
+def workspace_numbers(*, num_rows: int, num_expected: int, num_groups: int, embed_dim: int, mlp_dim: int) -> int:
+    """Most numbers of `grouped_map` of a gated MLP, and of its rows as they are sorted before and behind: an estimate.
+
+    Rows are there 4 times: as they are read, padded, computed, in order again. A tile has its products, and a copy of
+    its group's weights unless the group is the only one.
+    """
+    copied = embed_dim if num_groups > 1 else 0
+    of_tile = 3 * (copied + tile_rows(num_expected, num_groups)) * mlp_dim  # 3: gate, up and down, or their product
+    return 4 * num_rows * embed_dim + of_tile
 
 
 def tile_rows(num_rows: int, num_groups: int) -> int:
@@ -24,17 +43,18 @@ def tile_rows(num_rows: int, num_groups: int) -> int:
 
 
 def grouped_map(
-    function: Callable[[Any, jax.Array], jax.Array],
+    function: Callable[[Product, Any, jax.Array], jax.Array],
     params: Any,
     x: jax.Array,
     group_sizes: jax.Array,
     num_expected: int | None = None,
 ) -> jax.Array:
-    """function(params of its group, row) of each row of x [R, I], sorted by group -> [R, O].
+    """function(product, params of its group, row) of each row of x [R, I], sorted by group -> [R, O].
 
     `params` is a tree of arrays [G, ...], group_sizes int32 [G]. The function takes some rows at once, [rows, I] ->
-    [rows, O], each by itself. Rows beyond the last group's are whatever: neither zero nor right. There are about
-    `num_expected` before them; None: all are.
+    [rows, O], each by itself, and parameters with the groups' dimension or without; so it has them multiplied by
+    `product`. Rows beyond the last group's are whatever: neither zero nor right. There are about `num_expected` before
+    them; None: all are.
     """
     num_rows, num_groups = x.shape[0], group_sizes.shape[0]
     tile = tile_rows(num_expected or num_rows, num_groups)
@@ -47,7 +67,7 @@ def grouped_map(
         group = tiles.sequence[i]
         row = first_rows[group] + tiles.offset[i] * tile
         of_group = jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, group, keepdims=False), params)
-        return row, function(of_group, lax.dynamic_slice_in_dim(padded, row, tile))
+        return row, function(_product, of_group, lax.dynamic_slice_in_dim(padded, row, tile))
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         # What a tile writes beyond its group's end the next one, which comes later, writes again.
@@ -57,3 +77,9 @@ def grouped_map(
     new = jax.eval_shape(lambda: tile_of(0)[1])
     out = jnp.zeros((num_rows + tile, *new.shape[1:]), new.dtype)
     return lax.fori_loop(0, jnp.sum(num_tiles), step, out)[:num_rows]
+
+
+def _product(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Of one group."""
+    out = contract(x, weight.reshape(-1, weight.shape[-1])).reshape(-1, *weight.shape[:-1])
+    return out if bias is None else out + bias
