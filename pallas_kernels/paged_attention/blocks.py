@@ -112,19 +112,19 @@ def _attend_block(
     finite = jnp.where(largest > -jnp.inf, largest, 0)  # of a query that sees nothing
     weights = jnp.exp(scores - finite[..., None])
     kept = jnp.exp(state.largest - finite)
-    total = state.total * kept + jnp.sum(weights, axis=-1)
+    scaled = weights
     if value_scales is not None:
-        weights *= jnp.where(readable[:, None], value_scales, 0)[:, :, None, None]
+        scaled = weights * jnp.where(readable[:, None], value_scales, 0)[:, :, None, None]
     dtype = product_dtype(q.dtype, spec.cache_dtype)
     # XLA:CPU multiplies bfloat16 into float32 only where the result keeps the order of the operands.
     new = jnp.einsum(
         "bkgts,bksh->bkgth",
-        weights.astype(dtype),
+        scaled.astype(dtype),
         values.astype(dtype),
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    return PartialSoftmax(largest, total, state.out * kept[..., None] + new)
+    return PartialSoftmax(largest, state.total * kept + jnp.sum(weights, axis=-1), state.out * kept[..., None] + new)
 
 
 def _gather(pages: Pages, block_tables: jax.Array) -> Pages:

@@ -138,16 +138,14 @@ def _over_blocks(inputs: Inputs, item: work_list.Items, rows: tuple[jax.Array, j
         finite = jnp.where(largest > -jnp.inf, largest, 0)  # of a query that sees nothing
         weight = jnp.exp2(score - finite[:, None])
         kept = jnp.exp2(state.largest - finite)
-        total = state.total * kept + jnp.sum(weight, axis=1)
-        if v_scales is not None:
-            weight *= jnp.where(readable, v_scales[page, offset], 0)[None]
+        scaled = weight if v_scales is None else weight * jnp.where(readable, v_scales[page, offset], 0)[None]
         new = []
         for i, (piece, out) in enumerate(zip(out_pieces, state.out, strict=True)):
             value = (keys[i] if v_pages is None else v_pages[page, offset, piece]).astype(value_dtype)
             value = jnp.where(readable[:, None], value, jnp.zeros_like(value))  # it may be stale: 0 * NaN is NaN
-            product = dot(weight.astype(value_dtype), value, (((1,), (0,)), ((), ())))
+            product = dot(scaled.astype(value_dtype), value, (((1,), (0,)), ((), ())))
             new.append(out * kept[:, None] + product)
-        return _State(largest, total, tuple(new))
+        return _State(largest, state.total * kept + jnp.sum(weight, axis=1), tuple(new))
 
     return lax.fori_loop(item.first_block, item.end_block, add, _nothing(tiling))
 

@@ -39,8 +39,8 @@ def _that_fits(tuning: Tuning, spec: AttentionSpec, itemsize: int) -> Tuning:
     Numbers of 8 bits are there as they are loaded, and once more as they are multiplied; and so are queries then.
     """
     rows, block_tokens = tuning.max_rows, tuning.block_tokens
-    token_bytes = tuning.num_stages * spec.token_bytes(itemsize) // spec.num_kv_heads
-    row_bytes = itemsize * spec.head_dim if spec.cache_dtype else 0
+    loaded_bytes, row_bytes = (1, itemsize * spec.head_dim) if spec.cache_dtype else (itemsize, 0)
+    token_bytes = tuning.num_stages * loaded_bytes * spec.token_numbers // spec.num_kv_heads
     most_numbers = tuning.num_warps * 32 * _THREAD_NUMBERS[itemsize]
     while rows > MIN_DOT and (rows * spec.out_dim > most_numbers or rows * row_bytes > SHARED_BYTES // 2):
         rows //= 2
