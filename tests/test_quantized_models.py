@@ -42,8 +42,8 @@ def logits(model_dir: pathlib.Path):
 
 def difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
     """Of logits, their root mean square relative to theirs."""
-    ours, theirs = np.concatenate(ours), np.concatenate(theirs)
-    return float(np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2)))
+    a, b = np.concatenate(ours), np.concatenate(theirs)
+    return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
 
 
 @pytest.mark.parametrize("cache_dtype", BOUNDS)
