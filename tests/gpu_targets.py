@@ -112,7 +112,7 @@ def compile_on(mesh: Mesh, lower: Callable[[], jax.stages.Lowered], **options: s
     """What is lowered for a mesh of `devices`, as well as it is on a machine that has them."""
     with _without_cache(), jax.set_mesh(mesh):  # Pallas asks the mesh which GPU it is
         # There is no device on which candidates could be timed. The tests' own level of optimization is for CPUs.
-        ours = {"xla_gpu_autotune_level": "0", "xla_backend_optimization_level": "3"}
+        ours: dict[str, str | bool] = {"xla_gpu_autotune_level": "0", "xla_backend_optimization_level": "3"}
         return lower().compile(ours | options)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxinfer.tools import tune_kernel
+from jaxinfer.tools import kernel_search
 from pallas_kernels import tuning
 from pallas_kernels.paged_attention import AttentionSpec, triton_tuning
 from pallas_kernels.paged_attention.tiling import Tuning
@@ -31,7 +31,7 @@ def entry(**changes: Any) -> dict[str, Any]:
 def test_what_was_measured_on_the_device_is_taken_as_it_is(folder: pathlib.Path):
     """Also blocks that would not fit every GPU. Other calls and devices have the defaults."""
     defaults = triton_tuning.tuning_of(SPEC, "decode", 2)
-    tune_kernel.keep(folder / "nvidia_h100.json", entry())
+    kernel_search.keep(folder / "nvidia_h100.json", entry())
     assert triton_tuning.tuning_of(SPEC, "decode", 2) == Tuning(**MEASURED) != defaults
     others = {"head_dim": 128, "num_q_heads": 16, "value_dim": 32, "device_kind": "NVIDIA H200", "window": 9}
     for name, value in others.items():
@@ -46,9 +46,9 @@ def test_what_was_measured_on_the_device_is_taken_as_it_is(folder: pathlib.Path)
 
 def test_a_new_measurement_takes_the_place_of_the_old_one(folder: pathlib.Path):
     path = folder / "nvidia_h100.json"
-    tune_kernel.keep(path, entry())
-    tune_kernel.keep(path, other := entry(kernel=triton_tuning.kernel("prefill")))
-    tune_kernel.keep(path, newer := entry(settings=MEASURED | {"num_warps": 4}))
+    kernel_search.keep(path, entry())
+    kernel_search.keep(path, other := entry(kernel=triton_tuning.kernel("prefill")))
+    kernel_search.keep(path, newer := entry(settings=MEASURED | {"num_warps": 4}))
     assert json.loads(path.read_text()) == [other, newer]
     assert [*folder.iterdir()] == [path]
 
@@ -79,16 +79,16 @@ def test_the_search_finds_the_best_one_step_at_a_time():
         assert len(changed) == 1
         return seconds(old) / seconds(new)
 
-    best = tune_kernel.search(start, tune_kernel.LADDERS, speedup, lambda: False)
+    best = kernel_search.search(start, kernel_search.LADDERS, speedup, lambda: False)
     assert best == dataclasses.replace(start, block_tokens=32, num_stages=5)
     assert len(set(compared)) == len(compared)
-    assert tune_kernel.search(start, tune_kernel.LADDERS, speedup, lambda: True) == start
+    assert kernel_search.search(start, kernel_search.LADDERS, speedup, lambda: True) == start
 
 
 @pytest.fixture
-def speedup(monkeypatch: pytest.MonkeyPatch) -> tune_kernel.Speedup:
+def speedup(monkeypatch: pytest.MonkeyPatch) -> kernel_search.Speedup:
     """Of settings that take as many seconds as they have stages; six do not fit, and five are wrong."""
-    monkeypatch.setattr(tune_kernel, "medians", lambda timers, _: timers)
+    monkeypatch.setattr(kernel_search, "medians", lambda timers, _: timers)
 
     class Work:
         def ours(self, name: str, *, tuning: Tuning) -> Tuning:
@@ -105,8 +105,8 @@ def speedup(monkeypatch: pytest.MonkeyPatch) -> tune_kernel.Speedup:
             raise jax.errors.JaxRuntimeError("out of shared memory\nand more")
         return settings.num_stages
 
-    monkeypatch.setattr(tune_kernel, "Timer", lambda operation, *_: timer(None, operation))
-    return tune_kernel.Speedup({"case": Work()}, 1, 1)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(kernel_search, "Timer", lambda operation, *_: timer(None, operation))
+    return kernel_search.Speedup({"case": Work()}, 1, 1)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("num_stages", "expected"), [(2, 2.0), (4, 1.0), (5, 0.0), (6, 0.0)])

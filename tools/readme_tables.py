@@ -21,7 +21,9 @@ import sharding_rules
 from jaxinfer import Engine, SamplingParams, models
 from jaxinfer.checkpoint.hf_index import INDEX_FILE, SINGLE_FILE
 from jaxinfer.tools import parallel_matrix
-from pallas_kernels import paged_attention
+from pallas_kernels import grouped_matmul, paged_attention
+from pallas_kernels.paged_attention import AttentionSpec
+from pallas_kernels.paged_attention.pages import LARGEST
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -46,7 +48,12 @@ def support() -> str:
     found = parallel_matrix.counts(parallel_matrix.read_record(MATRIX.with_suffix(".json")))
     document = MATRIX.relative_to(ROOT).as_posix()
     rows.append(f"| mesh | {axes}, pairs and triples of them, all decoders: {found} | [{document}]({document}) |")
-    rows += [f"| paged attention | `{name}` | `tests/test_paged_attention.py` |" for name in paged_attention.backends()]
+    for operation, names, test in (
+        ("paged attention", paged_attention.backends(), "test_paged_attention"),
+        ("cache of 8 bits", sorted(LARGEST), "test_quantized_cache"),
+        ("experts' products", grouped_matmul.backends(), "test_grouped_matmul"),
+    ):
+        rows += [f"| {operation} | `{name}` | `tests/{test}.py` |" for name in names]
     rows.append(f"| weights | safetensors: `{SINGLE_FILE}`, or `{INDEX_FILE}` and shards | `tests/hf_reader` |")
     rows.append("| weights | MXFP4 in gpt-oss' files, unpacked to bfloat16 | `tests/test_mxfp4.py` |")
     rows.append("| weights | Orbax, both ways, as `convert_checkpoint` writes it | `tests/test_conversion.py` |")
@@ -59,6 +66,43 @@ def support() -> str:
     rows.append(f"| sampling | {parameters} | `tests/test_sampling.py`, `tests/test_sampling_extras.py` |")
     methods = ", ".join(f"`{name}`" for name, value in vars(Engine).items() if name[0] != "_" and callable(value))
     rows.append(f"| engine | {methods} | `tests/engine`, `tests/test_beam_search.py` |")
+    return "\n".join(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class GPU:
+    """One that need not be here, for what asks a `jax.Device` what it is."""
+
+    device_kind: str
+    compute_capability: str
+    platform: str = "gpu"
+
+
+GPUS = [
+    GPU("Tesla V100", "7.0"),
+    GPU("Tesla T4", "7.5"),
+    GPU("NVIDIA A100", "8.0"),
+    GPU("NVIDIA RTX A6000", "8.6"),
+    GPU("NVIDIA L40S", "8.9"),
+    GPU("NVIDIA H100, H200", "9.0"),
+    GPU("NVIDIA B200", "10.0"),
+]
+
+
+def kernels() -> str:
+    """Markdown: what `auto` takes on each GPU."""
+    attention = AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=64, scale=1.0)
+    rows = [
+        "| GPU | compute capability | attention | over a cache of int8 | of fp8 | experts |",
+        "|---|--:|---|---|---|---|",
+    ]
+    for gpu in GPUS:
+        caches = (None, "int8", "float8_e4m3fn")
+        specs = [dataclasses.replace(attention, cache_dtype=cache_dtype) for cache_dtype in caches]
+        names = [paged_attention.choose([spec], gpu).name for spec in specs]  # pyright: ignore[reportArgumentType]
+        names.append(grouped_matmul.choose([4096], gpu).name)  # pyright: ignore[reportArgumentType]
+        cells = " | ".join(f"`{name}`" for name in names)
+        rows.append(f"| {gpu.device_kind} | {gpu.compute_capability} | {cells} |")
     return "\n".join(rows)
 
 
@@ -102,7 +146,7 @@ def fold(output: str) -> str:
     return "\n".join("\n".join(parts) for parts in folded).strip()
 
 
-TABLES = {"support": support, "speed": speed}
+TABLES = {"support": support, "kernels": kernels, "speed": speed}
 
 
 def with_block(text: str, name: str, command: str, block: str) -> str:

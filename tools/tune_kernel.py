@@ -10,12 +10,8 @@ Settings that do not compile, for want of shared memory say, or whose result is 
 """
 
 import dataclasses
-import json
-import math
-import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,11 +20,10 @@ from absl import app, flags
 
 from jaxinfer.engine_config import KV_CACHE_DTYPES
 from jaxinfer.tools.bench_record import describe_run, print_record
-from jaxinfer.tools.kernel_timing import Timer, medians
+from jaxinfer.tools.kernel_search import LADDERS, Speedup, keep, search
 from jaxinfer.tools.kernel_work import Work, lengths_of
 from pallas_kernels import tuning
 from pallas_kernels.paged_attention import AttentionSpec, triton_tuning
-from pallas_kernels.paged_attention.tiling import Tuning
 
 _DECODE = flags.DEFINE_list("decode", ["8x8192", "64x4096", "zipf64x16384"], "Rows x tokens.")
 _PREFILL = flags.DEFINE_list("prefill", ["1x8192", "8x1024"], "Prompts x new tokens.")
@@ -40,93 +35,8 @@ _SECONDS = flags.DEFINE_float("seconds", 200, "For decoding, and as many for pre
 _FOLDER = flags.DEFINE_string("folder", str(tuning.FOLDER), "Where to keep what is found.")
 _QUICK = flags.DEFINE_bool("quick", False, "One setting moves, one step.")
 
-LADDERS = {
-    "block_tokens": (16, 32, 64, 128, 256),
-    "num_warps": (1, 2, 4, 8),
-    "num_stages": (1, 2, 3, 4, 5, 6),
-    "extra_items": (16, 32, 64, 128, 256, 512),
-    "min_blocks": (1, 2, 4, 8, 16, 32),
-    "max_rows": (16, 32, 64, 128),
-}
 _QUICK_LADDERS = {"block_tokens": (32,)}
-_WORTH = 1.01  # times as fast: less may be chance
 _ROUNDS, _CALLS = 5, 10
-
-
-def moves(settings: Tuning, ladders: dict[str, tuple[int, ...]]) -> Iterator[Tuning]:
-    """Those with one setting a step up or down."""
-    for name, ladder in ladders.items():
-        value = getattr(settings, name)
-        below, above = [x for x in ladder if x < value], [x for x in ladder if x > value]
-        for new in (*below[-1:], *above[:1]):
-            yield dataclasses.replace(settings, **{name: new})
-
-
-def search(
-    start: Tuning,
-    ladders: dict[str, tuple[int, ...]],
-    speedup: Callable[[Tuning, Tuning], float],
-    is_over: Callable[[], bool],
-) -> Tuning:
-    """The best that is found; `speedup(old, new)` is how many times as fast the new one is."""
-    best, tried = start, {start}
-    while not is_over():
-        new = next((move for move in moves(best, ladders) if move not in tried), None)
-        if new is None:
-            break
-        tried.add(new)
-        if (ratio := speedup(best, new)) > _WORTH:
-            print(f"{ratio:.3f} times as fast: {new}", flush=True)
-            best = new
-    return best
-
-
-class Speedup:
-    """Over some cases, each with the settings timed beside the others."""
-
-    def __init__(self, cases: dict[str, Work], rounds: int, num_calls: int):
-        self._cases, self._rounds, self._num_calls = cases, rounds, num_calls
-        self._timers: dict[tuple[str, Tuning], Timer] = {}
-        self._errors: dict[str, float] = {}
-
-    def __call__(self, old: Tuning, new: Tuning) -> float:
-        ratios = []
-        for text, work in self._cases.items():
-            limit = self._errors.setdefault(text, 2 * self._error(work, old))
-            try:
-                timers = {"old": self._timer(text, old), "new": self._timer(text, new)}
-                error = self._error(work, new)
-            except jax.errors.JaxRuntimeError as reason:
-                print(f"cannot: {new}: {str(reason).splitlines()[0]}", flush=True)
-                return 0.0
-            if not error <= limit:
-                print(f"wrong: {new}: error {error:.1e} in {text}", flush=True)
-                return 0.0
-            seconds = medians(timers, self._rounds)
-            ratios.append(seconds["old"] / seconds["new"])
-        return math.exp(sum(map(math.log, ratios)) / len(ratios))
-
-    def _timer(self, text: str, settings: Tuning) -> Timer:
-        if (text, settings) not in self._timers:
-            work = self._cases[text]
-            operation = work.ours("triton", tuning=settings)
-            self._timers[text, settings] = Timer(operation, work.q, work.turns, self._num_calls)
-        return self._timers[text, settings]
-
-    def _error(self, work: Work, settings: Tuning) -> float:
-        return work.error(work.ours("triton", tuning=settings), work.turns[0])
-
-
-def keep(path: pathlib.Path, entry: dict[str, Any]) -> None:
-    """Adds it to the file, instead of one for the same calls."""
-    same = ("kernel", "for")
-    others = [e for e in tuning.read(path) if any(e[name] != entry[name] for name in same)]
-    text = json.dumps([*others, entry], indent=1) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(text, "utf-8")
-    unfinished.replace(path)
-    tuning.read.cache_clear()
 
 
 def tune(spec: AttentionSpec, kind: str, cases: dict[str, Work]) -> dict[str, Any]:
@@ -155,9 +65,9 @@ def main(_: list[str]) -> None:
         page_size=_PAGE_SIZE.value,
         scale=head_dim**-0.5,
         cache_dtype=KV_CACHE_DTYPES[_CACHE_DTYPE.value],
-        device_kind=jax.devices()[0].device_kind,
+        device_kind=(device_kind := jax.devices()[0].device_kind),
     )
-    path, found = pathlib.Path(_FOLDER.value) / tuning.file_name(spec.device_kind), []
+    path, found = pathlib.Path(_FOLDER.value) / tuning.file_name(device_kind), []
     for kind, texts, make in (("decode", _DECODE, Work.of_rows), ("prefill", _PREFILL, Work.of_prompts)):
         if texts.value:
             cases = {text: make(spec, lengths_of(text), _DTYPE.value) for text in texts.value}
