@@ -4,7 +4,6 @@ Nothing is allocated here, and nothing downstream changes what is decided here.
 """
 
 import dataclasses
-import itertools
 import pathlib
 from collections.abc import Callable
 
@@ -169,7 +168,7 @@ def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEn
     page_size = config.page_size or (16 if on_cpu else 64)
     slots_per_shard = _rows_per_shard(config, partitioner)
     of_slots = attention_specs(definition.decoder_config, partitioner, page_size, config.cache_dtype)
-    specs = {*itertools.chain.from_iterable(of_slots)}
+    specs = {dataclasses.replace(spec, dtype=definition.dtype.name) for of_slot in of_slots for spec in of_slot}
     attention = paged_attention.resolve(config.attention_backend, specs, partitioner.device)
     buckets = Buckets.create(
         max_rows=slots_per_shard,

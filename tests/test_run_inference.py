@@ -86,7 +86,10 @@ def test_a_traceback_only_with_verbosity_1(model_dir: pathlib.Path):
         (["--kv_cache_bytes=1000"], "--kv_cache_bytes=1000 is less than the "),
         (["--temperature=-1"], "--temperature=-1.0: must be a number in [0, 10000]"),
         (["--model=/nowhere"], "--model=/nowhere: no such directory"),
-        (["--attention_backend=magic"], "--attention_backend=magic: no such backend; known: auto, triton, xla"),
+        (
+            ["--attention_backend=magic"],
+            "--attention_backend=magic: no such backend; known: auto, mosaic_gpu, triton, xla",
+        ),
         (["--moe_backend=triton"], "--moe_backend=triton: llama has no experts here; leave it out"),
         (["--prompts_file=/nowhere.txt"], "--prompts_file=/nowhere.txt: No such file or directory"),
         (["stray"], "unexpected argument 'stray'"),

@@ -46,6 +46,7 @@ def main(_: list[str]) -> None:
         page_size=_PAGE_SIZE.value,
         scale=head_dim**-0.5,
         cache_dtype=KV_CACHE_DTYPES[_CACHE_DTYPE.value],
+        dtype=_DTYPE.value,
         device_kind=jax.devices()[0].device_kind,
     )
     record = measure_ceilings(calls(), rounds(), is_quick=_QUICK.value)
@@ -70,7 +71,8 @@ def rounds() -> int:
 
 def report(text: str, kind: str, work: Work, amount: int, ceiling: float) -> dict[str, Any]:
     """Of one case: every backend and peer that can, timed by turns."""
-    names = _BACKENDS.value or [name for name in backends() if not backend(name).unsupported(work.spec)]
+    device = jax.devices()[0]
+    names = _BACKENDS.value or [name for name in backends() if not backend(name).unsupported(work.spec, device)]
     all_ways = {name: (work.ours(name), work.turns) for name in names}
     all_ways |= kernel_peers.find(work.spec, kind == "decode", work.lengths, work.turns)
     timers = {name: Timer(operation, work.q, turns, calls()) for name, (operation, turns) in all_ways.items()}

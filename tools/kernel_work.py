@@ -81,7 +81,8 @@ class Work:
         return 4 * pairs * self.spec.num_q_heads * self.spec.head_dim
 
     def ours(self, name: str, **settings: Any) -> Operation:
-        module, lengths = backend(name, self.spec), jnp.array(self.lengths, jnp.int32)
+        module = backend(name, self.spec, device=jax.devices()[0])
+        lengths = jnp.array(self.lengths, jnp.int32)
         settings["spec"] = self.spec
         if self.q.ndim == 4:
             return lambda q, turn: module.paged_attention(q, *turn, lengths[:, None] - 1, **settings)

@@ -65,6 +65,7 @@ def main(_: list[str]) -> None:
         page_size=_PAGE_SIZE.value,
         scale=head_dim**-0.5,
         cache_dtype=KV_CACHE_DTYPES[_CACHE_DTYPE.value],
+        dtype=_DTYPE.value,
         device_kind=(device_kind := jax.devices()[0].device_kind),
     )
     path, found = pathlib.Path(_FOLDER.value) / tuning.file_name(device_kind), []

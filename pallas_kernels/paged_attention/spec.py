@@ -19,6 +19,7 @@ class AttentionSpec:
       soft_cap: c in c * tanh(score / c), which scores become before softmax (Gemma 2, arXiv:2408.00118); None: as is.
       cache_dtype: of what pages hold where that is quantised, "int8" or "float8_e4m3fn"; None: as queries are.
       context_size: devices over which the pages of a sequence are spread; with several, each computes a part.
+      dtype: of queries, for what some backends cannot; None: as they come.
       device_kind: as JAX calls the device, for settings that were measured on it; None: nothing is known of it.
     """
 
@@ -32,6 +33,7 @@ class AttentionSpec:
     soft_cap: float | None = None
     cache_dtype: str | None = None
     context_size: int = 1
+    dtype: str | None = None
     device_kind: str | None = None
 
     def __post_init__(self):

@@ -26,6 +26,7 @@ class Tiles(NamedTuple):
 class Items(NamedTuple):
     """int32 [I]. Of a tile's sequence the blocks from `first_block` to before `end_block`; there may be none."""
 
+    tile: jax.Array
     sequence: jax.Array
     first_token: jax.Array
     num_tokens: jax.Array  # 0: is not used
@@ -71,6 +72,7 @@ def make(
     tile = item.sequence
     first_block = first[tile] + item.offset * item_blocks
     items = Items(
+        tile=tile,
         sequence=jnp.minimum(place.sequence[tile], lengths.shape[0] - 2),
         first_token=first_token[tile],
         num_tokens=jnp.where(item.valid, tokens_of[tile], 0),
