@@ -56,6 +56,8 @@ class Demand:
         num_shards = partitioner.num_shards(ax.BATCH)
         specs = attention_specs(model, partitioner, self.page_size, config.cache_dtype)
         spec = specs[0][0]  # but for windows all are alike
+        if reason := self.attention.unsupported(dataclasses.replace(spec, dtype=self.definition.dtype.name)):
+            raise ValueError(reason)
         itemsize = self.definition.dtype.itemsize
         rows = config.max_num_seqs // num_shards
         chunks = num_chunks(rows)
@@ -91,6 +93,7 @@ class Demand:
             num_shards=num_shards,
             context_size=partitioner.context_size,
             free_bytes=self.free_bytes,
+            unreachable_pages=self.attention.unreachable_pages(spec),
         )
         return planner.plan_memory(
             needs,

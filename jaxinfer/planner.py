@@ -59,6 +59,7 @@ class MemoryNeeds:
       num_shards: data shards.
       context_size: devices over which the pages of a sequence are spread; of each data shard.
       free_bytes: free memory of the device before anything was allocated; None if it does not say.
+      unreachable_pages: as many as these on a device the attention cannot read; fewer or more it can.
     """
 
     weights_bytes: int
@@ -69,6 +70,7 @@ class MemoryNeeds:
     num_shards: int
     context_size: int
     free_bytes: int | None
+    unreachable_pages: range = range(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,8 @@ def plan_memory(
                 f"{weights} of weights and {workspace} of workspace leave {room} bytes for the cache of {free} free on "
                 f"a device (--memory_fraction={memory_fraction}), less than {wanted}"
             )
+    if num_pages in needs.unreachable_pages:
+        num_pages = needs.unreachable_pages.start - 1
     return MemoryPlan(**vars(needs), num_pages=num_pages)
 
 

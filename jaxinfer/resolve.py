@@ -142,9 +142,8 @@ def _with_experts(
     Raises ValueError where the backend that is asked for cannot.
     """
     if isinstance(model, EncoderConfig) or (moe := model.moe) is None:
-        asked = {"expert_placement": None, "expert_counts": False, "moe_backend": "auto"}
-        for name, default in asked.items():
-            if (value := getattr(config, name)) != default:
+        for name in ("expert_placement", "expert_counts", "moe_backend"):
+            if (value := getattr(config, name)) != getattr(EngineConfig, name):
                 raise ValueError(f"--{name}={value}: {model.family} has no experts here; leave it out")
         return model, None
     if config.expert_placement is not None:
@@ -168,7 +167,7 @@ def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEn
     page_size = config.page_size or (16 if on_cpu else 64)
     slots_per_shard = _rows_per_shard(config, partitioner)
     of_slots = attention_specs(definition.decoder_config, partitioner, page_size, config.cache_dtype)
-    specs = {dataclasses.replace(spec, dtype=definition.dtype.name) for of_slot in of_slots for spec in of_slot}
+    specs = dict.fromkeys(dataclasses.replace(spec, dtype=definition.dtype.name) for of in of_slots for spec in of)
     attention = paged_attention.resolve(config.attention_backend, specs, partitioner.device)
     buckets = Buckets.create(
         max_rows=slots_per_shard,
@@ -209,6 +208,9 @@ def _resolve_encoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEn
     for name in ("page_size", "kv_cache_bytes", "kv_cache_dtype"):
         if (value := getattr(config, name)) != getattr(EngineConfig, name):
             raise ValueError(f"--{name}={value}: {model.architecture} is an encoder and has no cache; leave it out")
+    if config.attention_backend != EngineConfig.attention_backend:
+        value = config.attention_backend
+        raise ValueError(f"--attention_backend={value}: {model.architecture} is an encoder, and has one; leave it out")
     pooling = _pooling(model.model_dir)
     num_shards = partitioner.num_shards(ax.BATCH)
     buckets = EncoderBuckets.create(

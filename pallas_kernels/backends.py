@@ -1,4 +1,4 @@
-"""Which of an operation's backends runs: the one that is asked for, or the fastest that can."""
+"""Which of an operation's backends runs: the one that is asked for, or the first that can of those preferred."""
 
 import dataclasses
 import importlib
@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-_FASTEST_FIRST = {"gpu": ("triton",)}  # by platform, but for xla, which can run anything
+# By platform, but for xla, which can run anything. Where nothing was measured yet, what is expected to be fastest.
+_PREFERRED = {"gpu": ("triton",)}
 
 
 class Choice(NamedTuple):
-    """A backend, and of each that would have been faster why it cannot."""
+    """A backend, and of each that is preferred to it why it cannot."""
 
     name: str
     passed_over: dict[str, str]
@@ -54,9 +55,9 @@ class Backends:
         return module
 
     def choose(self, specs: Iterable[Any], device: jax.Device) -> Choice:
-        """The fastest backend for `device` that can run all `specs`."""
+        """The backend preferred on `device` of those that can run all `specs`."""
         specs, passed_over = tuple(specs), {}
-        for name in _FASTEST_FIRST.get(device.platform, ()):
+        for name in _PREFERRED.get(device.platform, ()):
             reason = _why_not(self._module(name), specs, device)
             if reason is None:
                 return Choice(name, passed_over)

@@ -8,8 +8,12 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import os
+import pathlib
+import re
+import subprocess
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -100,12 +104,12 @@ def devices(gpu: str, count: int = 1) -> list[jax.Device]:
     return list(topology.devices)
 
 
-def compile_for(gpu: str, function: Any, *shapes: Any) -> jax.stages.Compiled:
+def compile_for(gpu: str, function: Any, *shapes: Any, **options: str) -> jax.stages.Compiled:
     """`function` of arrays of these shapes, trees of `jax.ShapeDtypeStruct`, for one."""
     mesh = Mesh(np.array(devices(gpu)), ("device",))
     sharding = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-    return compile_on(mesh, lambda: jax.jit(function).lower(*arguments))
+    return compile_on(mesh, lambda: jax.jit(function).lower(*arguments), **options)
 
 
 def compile_on(mesh: Mesh, lower: Callable[[], jax.stages.Lowered], **options: str) -> jax.stages.Compiled:
@@ -114,6 +118,38 @@ def compile_on(mesh: Mesh, lower: Callable[[], jax.stages.Lowered], **options: s
         # There is no device on which candidates could be timed. The tests' own level of optimization is for CPUs.
         ours: dict[str, str | bool] = {"xla_gpu_autotune_level": "0", "xla_backend_optimization_level": "3"}
         return lower().compile(ours | options)
+
+
+class Resources(NamedTuple):
+    """What a kernel takes of a GPU, as NVIDIA's assembler says."""
+
+    registers: int  # of a thread; there are 255
+    spilled_bytes: int  # stores of what did not fit into them
+
+
+def resources(gpu: str, directory: pathlib.Path) -> dict[str, Resources]:
+    """Of each kernel whose code XLA left there, as `xla_dump_to` asks it to."""
+    major, minor = GPUS[gpu].capability
+    architecture = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+    found = {}
+    for path in directory.glob("*.ptx"):
+        if ".entry" not in path.read_text("utf-8"):
+            continue
+        command = [_assembler(), "-v", f"-arch={architecture}", path, "-o", os.devnull]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        for name, spilled, registers in re.findall(_RESOURCES, text, re.DOTALL):
+            found[name] = Resources(int(registers), int(spilled))
+    return found
+
+
+_RESOURCES = r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+
+
+def _assembler() -> pathlib.Path:
+    spec = importlib.util.find_spec("nvidia")
+    assert spec is not None and spec.submodule_search_locations is not None
+    folders = map(pathlib.Path, spec.submodule_search_locations)
+    return next(path for folder in folders for path in folder.glob("**/bin/ptxas"))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """An engine writes the same tokens with every attention backend. On a CPU kernels are interpreted."""
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -27,8 +28,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def skip_where_it_cannot(name: str, dtype: str, page_size: int, context_size: int = 1) -> None:
-    sizes = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "page_size": page_size, "context_size": context_size}
-    if reason := backend(name).unsupported(AttentionSpec(**sizes, scale=1.0, dtype=dtype), jax.devices()[0]):
+    spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=64, page_size=page_size, scale=1.0, dtype=dtype)
+    if reason := backend(name).unsupported(dataclasses.replace(spec, context_size=context_size), jax.devices()[0]):
         pytest.skip(reason)
 
 

@@ -195,6 +195,10 @@ def test_a_closed_engine_embeds_nothing(model_dir: pathlib.Path):
         ({"kv_cache_dtype": "int8"}, "--kv_cache_dtype=int8: BertModel is an encoder and has no cache; leave it out"),
         ({"kv_cache_bytes": 10**6}, "--kv_cache_bytes=1000000: BertModel is an encoder and has no cache; leave it out"),
         ({"page_size": 16}, "--page_size=16: BertModel is an encoder and has no cache"),
+        (
+            {"attention_backend": "xla"},
+            "--attention_backend=xla: BertModel is an encoder, and has one; leave it out",
+        ),
         ({"mesh": "data:2", "max_num_seqs": 3}, "--max_num_seqs=3 does not divide over data:2; use 4"),
         (
             {"memory_fraction": 1e-7},

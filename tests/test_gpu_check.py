@@ -1,4 +1,4 @@
-"""`tools/gpu_check.sh`, with tiny sizes: what is to run on a GPU that is lent for minutes must not fail over a flag."""
+"""`tools/gpu_check.sh`, with tiny sizes: what a machine with a GPU is to run must not fail there over a flag."""
 
 import json
 import os
@@ -21,12 +21,12 @@ def check(root: pathlib.Path, folder: pathlib.Path, **environment: str) -> subpr
 
 def test_every_step_passes_and_leaves_its_record(tmp_path: pathlib.Path):
     result = check(ROOT, tmp_path / "out")
-    assert result.returncode == 0 and "4 of 4 steps passed" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "6 of 6 steps passed" in result.stdout, result.stdout + result.stderr
     records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
-    assert set(records) == {"kernels", "decode_triton", "decode_xla"}
+    assert set(records) == {"kernels", "kernels_int8", "experts", "decode", "decode_xla"}
     assert all(record["versions"]["jax"] == jax.__version__ for record in records.values())
     assert {"triton", "xla", "cache_write"} < set(records["kernels"]["results"][0])
-    assert [row["batch_size"] for row in records["decode_triton"]["results"]] == [1]
+    assert [row["batch_size"] for row in records["decode"]["results"]] == [1]
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def broken(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def test_a_step_that_fails_stops_no_other_and_is_told(broken: pathlib.Path):
     result = check(broken, broken / "out")
-    assert result.returncode != 0 and "0 of 4 steps passed" in result.stdout
+    assert result.returncode != 0 and "0 of 6 steps passed" in result.stdout
     assert "kernels: failed with exit status 2" in result.stdout and "No such file" in result.stdout
     assert not [*(broken / "out").glob("*.json")]
 
@@ -51,4 +51,4 @@ def test_a_step_that_hangs_is_ended(broken: pathlib.Path):
     script = broken / "tools" / "gpu_check.sh"
     script.write_text(script.read_text().replace('timeout --kill-after=5 "$limit"', "timeout 0.1"))
     result = check(broken, broken / "out", PYTHON=str(slow))
-    assert result.returncode == 124 and "decode_xla: not done after 90 s" in result.stdout
+    assert result.returncode == 124 and "decode_xla: not done after 60 s" in result.stdout

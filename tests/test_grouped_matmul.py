@@ -16,6 +16,9 @@ NUM_GROUPS, NUM_INPUTS, NUM_OUTPUTS = 5, 24, 40
 UNITS = {"float32": 2e-5, "bfloat16": 2**-8, "float16": 2**-11}  # of the last place, of a number near one
 
 
+pytestmark = pytest.mark.any_device
+
+
 @pytest.fixture(params=backends())
 def module(request: pytest.FixtureRequest) -> ModuleType:
     return backend(request.param)
@@ -172,7 +175,7 @@ def test_sizes_of_tiles_that_cannot_be_are_refused(sizes: dict[str, int]):
         ),
     ],
 )
-def test_the_fastest_that_can_is_chosen_and_the_others_say_why_not(
+def test_the_preferred_one_that_can_is_chosen_and_the_others_say_why_not(
     platform: str, kind: str, capability: str | None, size: int, choice: str
 ):
     device: Any = SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability)

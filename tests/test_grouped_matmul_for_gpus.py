@@ -20,10 +20,7 @@ from pallas_kernels.grouped_matmul import backends
 from pallas_kernels.paged_attention import xla
 from tests import gpu_targets
 
-pytestmark = [
-    pytest.mark.skipif(gpu_targets.missing() is not None, reason=str(gpu_targets.missing())),
-    pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning"),
-]
+pytestmark = pytest.mark.skipif(gpu_targets.missing() is not None, reason=str(gpu_targets.missing()))
 
 MIXTRAL = ("mixtral", 4096, {"num_experts": 8, "num_experts_per_token": 2, "mlp_dim": 14336})
 QWEN = ("qwen3_moe", 2048, {"num_experts": 128, "num_experts_per_token": 8, "mlp_dim": 768})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxinfer.memory import Demand
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from pallas_kernels.grouped_matmul import xla as grouped_matmul
-from pallas_kernels.paged_attention import AttentionSpec, xla
+from pallas_kernels.paged_attention import AttentionSpec, mosaic_gpu, xla
 from sharding_rules import axes as ax
 from tests.long_campaign import chosen
 from tests.parity import driver
@@ -222,6 +223,22 @@ def test_a_cache_of_8_bits_where_it_is_the_cache_that_does_not_fit():
     )
     assert flags_of(advice(asked))["kv_cache_dtype"] == "int8"
     dataclasses.replace(asked, config=dataclasses.replace(asked.config, kv_cache_dtype="int8")).plan()
+
+
+@pytest.mark.parametrize(("attention", "possible"), [(xla, True), (mosaic_gpu, False)])
+def test_no_advice_that_the_attention_cannot_take(attention: ModuleType, possible: bool):
+    """Hopper's reads neither a cache of 8 bits nor sequences on several devices."""
+    model = dataclasses.replace(SMALL, num_q_heads=4, head_dim=64, num_layers=32)
+    definition = ModelDefinition.create(model, Partitioner.create(""), jnp.dtype(jnp.bfloat16))
+    asked = dataclasses.replace(
+        demand(model, max_num_batched_tokens=64), definition=definition, attention=attention, page_size=64
+    )
+    whole = asked.plan()
+    of_sequence = (1 + 1024 // 64) * whole.page_bytes
+    room = whole.weights_bytes + whole.workspace_bytes + 0.7 * of_sequence
+    found = {*advice(dataclasses.replace(asked, free_bytes=int(room / 0.9)))}
+    assert ({"--mesh=context:2"} <= found) == possible
+    assert any("kv_cache_dtype" in flag for flag in found) == possible
 
 
 def test_where_nothing_helps():

@@ -361,7 +361,7 @@ class Device:
     ],
     ids=str,
 )
-def test_the_fastest_that_can_is_chosen_and_the_others_say_why_not(device: Any, head_dim: int, choice: str):
+def test_the_preferred_one_that_can_is_chosen_and_the_others_say_why_not(device: Any, head_dim: int, choice: str):
     specs = [AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=h, page_size=16, scale=1.0) for h in (64, head_dim)]
     assert str(choose(specs, device)) == choice
     if "(" in choice:

@@ -29,6 +29,7 @@ ASKED: dict[str, Any] = {
     "free_bytes": 100_000,
     "memory_fraction": 0.9,
     "kv_cache_bytes": None,
+    "unreachable_pages": range(0),
 }
 
 
@@ -36,6 +37,12 @@ def plan(**changes: Any) -> MemoryPlan:
     asked = ASKED | changes
     needs = MemoryNeeds(**{field.name: asked.pop(field.name) for field in dataclasses.fields(MemoryNeeds)})
     return plan_memory(needs, **asked)
+
+
+@pytest.mark.parametrize(("start", "stop", "expected"), [(10, 22, 22), (10, 23, 9), (22, 23, 21), (23, 40, 22)])
+def test_as_many_pages_as_attention_cannot_read_become_fewer(start: int, stop: int, expected: int):
+    """Of 22, which it can if `stop` is not beyond."""
+    assert plan(unreachable_pages=range(start, stop)).num_pages == expected
 
 
 def test_a_page_holds_keys_and_values_of_every_layer():

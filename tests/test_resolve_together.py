@@ -1,5 +1,6 @@
 """What the processes of a job must have in common is compared before weights are loaded: flags, files, versions."""
 
+import dataclasses
 import pathlib
 import re
 import shutil
@@ -68,6 +69,16 @@ def test_the_least_free_memory_counts(model_dir: pathlib.Path):
     assert resolved.memory.free_bytes == (1 << 30) - 1
     resolved, _ = together(config_of(model_dir), free_bytes=lambda free: None)
     assert resolved.memory.free_bytes == 1 << 30
+
+
+def test_another_choice_for_experts_is_called_what_it_is(tmp_path: pathlib.Path):
+    """And not a difference in config.json, into whose values it goes."""
+    hf_config = recipe.first_config("qwen3_moe") | {"num_hidden_layers": 1}
+    recipe.write_model(moe := tmp_path / "moe", hf_config, recipe.weights("qwen3_moe", hf_config))
+    config = config_of(moe)
+    problem = "moe_backend is xla in process 0 and triton in process 1; give all processes the same"
+    with pytest.raises(ValueError, match=problem):
+        together(config, resolved=lambda _: facts(dataclasses.replace(config, moe_backend="triton")))
 
 
 def test_other_flags(model_dir: pathlib.Path):

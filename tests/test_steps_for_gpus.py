@@ -18,10 +18,7 @@ from tests import gpu_targets
 from tests.compiled_steps import collectives, num_elements
 from tests.parity import driver
 
-pytestmark = [
-    pytest.mark.skipif(gpu_targets.missing() is not None, reason=str(gpu_targets.missing())),
-    pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning"),
-]
+pytestmark = pytest.mark.skipif(gpu_targets.missing() is not None, reason=str(gpu_targets.missing()))
 
 NUM_LAYERS = 3
 SHAPES = driver.Shapes(rows=8, max_len=4096, chunk=512, page_size=64, num_steps=4)

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxinfer.tools import kernel_search
+from jaxinfer.tools import kernel_search, kernel_timing
 from pallas_kernels import tuning
 from pallas_kernels.paged_attention import AttentionSpec, triton_tuning
 from pallas_kernels.paged_attention.tiling import Tuning
@@ -85,31 +88,57 @@ def test_the_search_finds_the_best_one_step_at_a_time():
     assert kernel_search.search(start, kernel_search.LADDERS, speedup, lambda: True) == start
 
 
+@dataclasses.dataclass(frozen=True)
+class FakeTimer:
+    """Of settings that take as many seconds as they have stages; six do not fit, and five are wrong."""
+
+    settings: Tuning
+
+    def __post_init__(self):
+        if self.settings.num_stages == 6:
+            raise jax.errors.JaxRuntimeError("out of shared memory\nand more")
+
+    @property
+    def result(self) -> float:
+        return float("nan") if self.settings.num_stages == 5 else 1e-3
+
+
+class FakeWork:
+    q, turns = None, (None,)
+
+    def ours(self, name: str, *, tuning: Tuning) -> Tuning:
+        assert name == "triton"
+        return tuning
+
+    def error(self, out: float) -> float:
+        return out
+
+
 @pytest.fixture
 def speedup(monkeypatch: pytest.MonkeyPatch) -> kernel_search.Speedup:
-    """Of settings that take as many seconds as they have stages; six do not fit, and five are wrong."""
-    monkeypatch.setattr(kernel_search, "medians", lambda timers, _: timers)
+    def medians(timers: dict[str, FakeTimer], _: int) -> dict[str, int]:
+        return {name: timer.settings.num_stages for name, timer in timers.items()}
 
-    class Work:
-        def ours(self, name: str, *, tuning: Tuning) -> Tuning:
-            assert name == "triton"
-            return tuning
-
-        q, turns = None, (None,)
-
-        def error(self, operation: Tuning, turn: None) -> float:
-            return float("nan") if operation.num_stages == 5 else 1e-3
-
-    def timer(work: Any, settings: Tuning, *_: Any) -> int:
-        if settings.num_stages == 6:
-            raise jax.errors.JaxRuntimeError("out of shared memory\nand more")
-        return settings.num_stages
-
-    monkeypatch.setattr(kernel_search, "Timer", lambda operation, *_: timer(None, operation))
-    return kernel_search.Speedup({"case": Work()}, 1, 1)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(kernel_search, "medians", medians)
+    monkeypatch.setattr(kernel_search, "Timer", lambda operation, *_: FakeTimer(operation))
+    return kernel_search.Speedup({"case": FakeWork()}, 1, 1)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("num_stages", "expected"), [(2, 2.0), (4, 1.0), (5, 0.0), (6, 0.0)])
 def test_what_does_not_compile_or_is_wrong_is_not_faster(speedup: Any, num_stages: int, expected: float):
     old = Tuning(**MEASURED | {"num_stages": 4})
     assert speedup(old, dataclasses.replace(old, num_stages=num_stages)) == expected
+
+
+@pytest.mark.parametrize("is_update", [False, True])
+def test_what_is_timed_is_computed_in_each_call(is_update: bool):
+    """Nothing of a loop's body is left out, or moved out of it; what is updated is updated in place."""
+    x, y = jnp.full((64, 64), 1 / 64), jnp.ones((64, 64))
+    timer = kernel_timing.Timer(jnp.matmul, x, [y, 2 * y], 5, is_update=is_update)
+    body = re.findall(r"^%?\S*(?:body|region|while)\S* .*?^}", timer._loop.as_text() or "", re.DOTALL | re.MULTILINE)
+    assert sum(len(re.findall(r" dot\(|custom-call\(|__ynn_fusion|__onednn", text)) for text in body) >= 2
+    memory = timer._loop.memory_analysis()
+    assert memory is not None and memory.alias_size_in_bytes >= x.nbytes
+    if not is_update:
+        np.testing.assert_allclose(timer.result, x @ y, rtol=1e-5)
+    np.testing.assert_array_equal(x, 1 / 64)  # whoever else has it still has it

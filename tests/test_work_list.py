@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.paged_attention import work_list
+from tests.long_campaign import IS_LONG
 
 pytestmark = pytest.mark.any_device
 
@@ -23,7 +24,7 @@ def sequences(draw: st.DrawFn) -> Blocks:
     return draw(st.lists(st.lists(of_token, max_size=9), min_size=1, max_size=5))
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=200 if IS_LONG else 24, deadline=None)
 @hypothesis.given(sequences(), st.integers(0, 5), st.sampled_from([1, 2, 4]), st.integers(1, 6), st.integers(1, 5))
 def test_every_token_meets_each_block_it_sees_once(
     tokens: Blocks, padding: int, tile_tokens: int, extra_items: int, min_blocks: int
@@ -40,7 +41,9 @@ def test_every_token_meets_each_block_it_sees_once(
 
     sequence_of = [i for i, length in enumerate(lengths) for _ in range(length)]
     met, parts, programs = Counter(), Counter(), Counter()
-    for sequence, first_token, num_tokens, first_block, end_block, part in zip(*items, strict=True):
+    for item in zip(*items, strict=True):
+        tile, sequence, first_token, num_tokens, first_block, end_block, part = item
+        assert num_tokens == 0 or (first_token, num_tokens) == (tiles.first_token[tile], tiles.num_tokens[tile])
         of_item = range(first_token, first_token + num_tokens)
         programs.update(of_item)
         met.update((token, block) for token in of_item for block in range(first_block, end_block))

@@ -19,6 +19,7 @@ moves less than either speed. On a busy machine torch can be several times faste
 choice, so it gets whichever is best.
 """
 
+import itertools
 import math
 import pathlib
 import tempfile
@@ -46,6 +47,7 @@ from jaxinfer.shard import ShardSizes
 from jaxinfer.stats import EngineStats
 from jaxinfer.tools import bench_models, bench_peer, bench_record
 from jaxinfer.tools.bench_peer import Generate
+from pallas_kernels import paged_attention
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face model directory; without it, random weights of --shape.")
 _SHAPE = flags.DEFINE_enum("shape", "254m", list(bench_models.SHAPES), "Which random Llama.")
@@ -58,7 +60,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds of each.", lower_bound
 _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 32, "Length of the random prompts.", lower_bound=1)
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "Timed tokens per sequence and round.", lower_bound=1)
 _DECODE_STEPS = flags.DEFINE_integer("decode_steps", 8, "Tokens per sequence and dispatch.", lower_bound=1)
-_ATTENTION = flags.DEFINE_string("attention_backend", "xla", "A backend in pallas_kernels/paged_attention/.")
+_ATTENTION = flags.DEFINE_string("attention_backend", "auto", "A backend in pallas_kernels/paged_attention/.")
 
 
 def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch_size: int, num_steps: int) -> Generate:
@@ -76,7 +78,9 @@ def make_ours(definition: ModelDefinition, weights: tuple[jax.Array, ...], batch
         page_size=page_size,
         dtype=definition.dtype,
     )
-    runner = Runner(definition, weights, cache, buckets, backend=_ATTENTION.value)
+    specs = itertools.chain.from_iterable(attention_specs(definition.decoder_config, definition.partitioner, page_size))
+    attention = paged_attention.resolve(_ATTENTION.value, specs, definition.partitioner.device)
+    runner = Runner(definition, weights, cache, buckets, backend=attention.name)
     runner.compile_all(extras=False)
     params = SamplingParams(temperature=0.0, ignore_eos=True)
 

@@ -23,7 +23,7 @@ from absl import app, flags
 from jax import lax
 
 from jaxinfer.tools.bench_record import describe_run, print_record
-from jaxinfer.tools.kernel_timing import Operation, Timer, measure_ceilings, medians
+from jaxinfer.tools.kernel_timing import Operation, Ways, measure_ceilings, medians, timers_that_can
 from pallas_kernels.grouped_matmul import Product, backend, backends
 
 _EXPERTS = flags.DEFINE_list("experts", ["128", "8", "2048", "768"], "Number, of a token, embed_dim, mlp_dim.")
@@ -124,11 +124,13 @@ class Work:
         """Of its weights."""
         return sum(math.prod(weight.shape[1:]) for weight in self.experts.turns[0].values())
 
-    def ways(self) -> dict[str, tuple[Operation, list[Params]]]:
+    def ways(self) -> Ways:
         """By name, every backend and the peer, and the weights that each takes."""
         sizes = jnp.asarray(self.sizes)
         smallest = min(self.experts.turns[0]["gate"].shape[1:])
-        names = _BACKENDS.value or [name for name in backends() if not backend(name).unsupported(smallest)]
+        names = _BACKENDS.value or [
+            name for name in backends() if not backend(name).unsupported(smallest, jax.devices()[0])
+        ]
         found = {name: (self._ours(name, sizes), self.experts.turns) for name in names}
 
         def ragged(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -136,33 +138,30 @@ class Work:
             return lax.ragged_dot(x, weight, sizes)
 
         peer = {"jax.lax.ragged_dot": (lambda x, turn: gated(ragged, turn, x), self.experts.transposed)}
-        return found | (peer if _PEER.value else {})
+        return {**found, **(peer if _PEER.value else {})}
 
     @staticmethod
     def _ours(name: str, sizes: jax.Array) -> Operation:
         return lambda x, turn: backend(name).grouped_map(gated, turn, x, sizes)
 
-    def error(self, operation: Operation, turn: Params) -> float:
-        """Largest of the first and last rows, relative to the largest number."""
+    def error(self, out: jax.Array) -> float:
+        """Largest of the first and last rows, relative to the largest number, of what the first turn computed."""
         ends, groups = [0, -1], np.flatnonzero(self.sizes)[[0, -1]]
-        out = np.asarray(jax.jit(operation)(self.x, turn)[jnp.array(ends)], np.float64)
+        last = np.asarray(out[jnp.array(ends)], np.float64)
         x = np.asarray(self.x[jnp.array(ends)], np.float64)
         one = {name: np.asarray(weight[groups], np.float64) for name, weight in self.experts.turns[0].items()}
         gate, up = (np.einsum("ri,roi->ro", x, one[name]) for name in ("gate", "up"))
         expected = np.einsum("ri,roi->ro", gate / (1 + np.exp(-gate)) * up, one["down"])
-        return float(np.abs(out - expected).max() / np.abs(expected).max())
+        return float(np.abs(last - expected).max() / np.abs(expected).max())
 
 
 def report(work: Work, ceilings: dict[str, float]) -> dict[str, Any]:
     """Of one case: every backend and the peer, timed by turns."""
-    ways = work.ways()
-    timers = {name: Timer(operation, work.x, turns, calls()) for name, (operation, turns) in ways.items()}
-    rows = {}
+    timers, rows = timers_that_can(work.ways(), work.x, calls())
     for name, seconds in medians(timers, rounds()).items():
-        operation, turns = ways[name]
         reads, multiplies = work.bytes_read / seconds, work.operations / seconds
         shares = reads / ceilings["copy_bytes_per_s"], multiplies / ceilings["matmul_flops_per_s"]
-        error = work.error(operation, turns[0])
+        error = work.error(timers[name].result)
         rows[name] = {"seconds": seconds, "bytes_per_s": reads, "flops_per_s": multiplies, "error": error}
         rows[name] |= {"share_of_copy": shares[0], "share_of_matmul": shares[1]}
         print(

@@ -21,9 +21,9 @@ from absl import app, flags
 from jaxinfer.engine_config import KV_CACHE_DTYPES
 from jaxinfer.tools import kernel_peers
 from jaxinfer.tools.bench_record import describe_run, print_record
-from jaxinfer.tools.kernel_timing import Timer, measure_ceilings, medians
+from jaxinfer.tools.kernel_timing import measure_ceilings, medians, timers_that_can
 from jaxinfer.tools.kernel_work import Work, lengths_of
-from pallas_kernels.paged_attention import AttentionSpec, backend, backends
+from pallas_kernels.paged_attention import AttentionSpec
 
 _DECODE = flags.DEFINE_list("decode", ["1x16384", "8x8192", "64x8192", "256x2048", "zipf64x32768"], "Rows x tokens.")
 _PREFILL = flags.DEFINE_list("prefill", ["1x16384", "8x2048"], "Prompts x new tokens.")
@@ -71,15 +71,11 @@ def rounds() -> int:
 
 def report(text: str, kind: str, work: Work, amount: int, ceiling: float) -> dict[str, Any]:
     """Of one case: every backend and peer that can, timed by turns."""
-    device = jax.devices()[0]
-    names = _BACKENDS.value or [name for name in backends() if not backend(name).unsupported(work.spec, device)]
-    all_ways = {name: (work.ours(name), work.turns) for name in names}
-    all_ways |= kernel_peers.find(work.spec, kind == "decode", work.lengths, work.turns)
-    timers = {name: Timer(operation, work.q, turns, calls()) for name, (operation, turns) in all_ways.items()}
-    rows = {}
+    ours = {name: (work.ours(name), work.turns) for name in _BACKENDS.value or work.backends()}
+    peers = kernel_peers.find(work.spec, kind == "decode", work.lengths, work.turns)
+    timers, rows = timers_that_can({**ours, **peers}, work.q, calls())
     for name, seconds in medians(timers, rounds()).items():
-        operation, turns = all_ways[name]
-        rate, error = amount / seconds, work.error(operation, turns[0])
+        rate, error = amount / seconds, work.error(timers[name].result)
         rows[name] = {"seconds": seconds, "per_s": rate, "share": rate / ceiling, "error": error}
         unit = f"{rate / 1e9:.1f} GB/s" if kind == "decode" else f"{rate / 1e12:.2f} TFLOP/s"
         print(f"{kind} {text} {name}: {seconds * 1e6:.1f} us, {unit}, {rate / ceiling:.1%}, error {error:.1e}")

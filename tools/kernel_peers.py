@@ -11,6 +11,7 @@ from pallas_kernels.paged_attention import AttentionSpec
 
 Turns = list[Any]
 _COLUMNS = 128  # of block tables, by which JAX's kernel wants to divide them
+_BLOCK_TOKENS = 256  # that it reads at once: twice as many do not fit into an H100's shared memory
 
 
 def find(spec: AttentionSpec, is_decode: bool, lengths: list[int], turns: Turns) -> dict[str, tuple[Operation, Turns]]:
@@ -30,10 +31,10 @@ def _jax_paged(spec: AttentionSpec, lengths: list[int], turns: Turns) -> tuple[O
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated
         from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
-    seen = jnp.array(lengths, jnp.int32)
+    seen, pages = jnp.array(lengths, jnp.int32), max(1, _BLOCK_TOKENS // spec.page_size)
 
     def attend(q: jax.Array, turn: Any) -> jax.Array:
-        return paged_attention(q[:, 0] * spec.scale, *turn, seen)[:, None]
+        return paged_attention(q[:, 0] * spec.scale, *turn, seen, pages_per_compute_block=pages)[:, None]
 
     def padded(tables: jax.Array) -> jax.Array:
         return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % _COLUMNS)))

@@ -60,22 +60,22 @@ class Speedup:
     def __init__(self, cases: dict[str, Work], rounds: int, num_calls: int):
         self._cases, self._rounds, self._num_calls = cases, rounds, num_calls
         self._timers: dict[tuple[str, Tuning], Timer] = {}
-        self._errors: dict[str, float] = {}
+        self._limits: dict[str, float] = {}
 
     def __call__(self, old: Tuning, new: Tuning) -> float:
         ratios = []
         for text, work in self._cases.items():
-            limit = self._errors.setdefault(text, 2 * self._error(work, old))
+            before = self._timer(text, old)
             try:
-                timers = {"old": self._timer(text, old), "new": self._timer(text, new)}
-                error = self._error(work, new)
+                after = self._timer(text, new)
             except jax.errors.JaxRuntimeError as reason:
                 print(f"cannot: {new}: {str(reason).splitlines()[0]}", flush=True)
                 return 0.0
-            if not error <= limit:
+            limit = self._limits.setdefault(text, 2 * work.error(before.result))
+            if not (error := work.error(after.result)) <= limit:
                 print(f"wrong: {new}: error {error:.1e} in {text}", flush=True)
                 return 0.0
-            seconds = medians(timers, self._rounds)
+            seconds = medians({"old": before, "new": after}, self._rounds)
             ratios.append(seconds["old"] / seconds["new"])
         return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
@@ -85,9 +85,6 @@ class Speedup:
             operation = work.ours("triton", tuning=settings)
             self._timers[text, settings] = Timer(operation, work.q, work.turns, self._num_calls)
         return self._timers[text, settings]
-
-    def _error(self, work: Work, settings: Tuning) -> float:
-        return work.error(work.ours("triton", tuning=settings), work.turns[0])
 
 
 def keep(path: pathlib.Path, entry: dict[str, Any]) -> None:

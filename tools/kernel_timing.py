@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,33 +15,60 @@ Operation = Callable[[Any, Any], Any]  # (x, what takes turns) -> what is comput
 class Timer:
     """Times a loop of calls in one dispatch, so that the host is not in it.
 
-    Each call gets x from the one before, unchanged: XLA does not see that, and so can neither leave a call out nor
-    move it out of the loop. What it computes from other arguments alone it may move, as out of a model's layers.
-    `turns` take turns, so that what is read is not still near the cores from the call before. With `is_update` x is
-    what the call before has made of it, in place.
+    Each call gets x from the one before, unchanged: XLA does not see that, and so cannot move it out of the loop; and
+    what the last calls computed comes out of the loop, so none can be left out. What a call computes from other
+    arguments alone XLA may move, as out of a model's layers. `turns` take turns, so that what is read is not still near
+    the cores from the call before. With `is_update` x is what the call before has made of it, in place.
     """
 
     def __init__(self, operation: Operation, x: Any, turns: Sequence[Any], num_calls: int, *, is_update: bool = False):
-        self._num_calls = num_calls * len(turns)
+        self._num_calls, self._turns = num_calls * len(turns), turns
+        computed = () if is_update else [jax.eval_shape(operation, x, turn) for turn in turns]
 
-        def loop(x: Any, turns: Sequence[Any]) -> Any:
-            def call_each(_: jax.Array, x: Any) -> Any:
+        def loop(state: tuple[Any, Any], turns: Sequence[Any]) -> tuple[Any, Any]:
+            def call_each(_: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+                x, news = state[0], []
                 for turn in turns:
                     new = operation(x, turn)
-                    x = new if is_update else lax.optimization_barrier((x, new))[0]
-                return x
+                    if is_update:
+                        x = new
+                    else:
+                        x, new = lax.optimization_barrier((x, new))
+                        news.append(new)
+                return x, tuple(news)
 
-            return lax.fori_loop(0, num_calls, call_each, x)
+            return lax.fori_loop(0, num_calls, call_each, state)
 
-        self._arguments = (x, turns)
-        self._loop = jax.jit(loop).lower(*self._arguments).compile()
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), tuple(computed))
+        self._state = (jax.tree.map(jnp.copy, x), zeros)  # x is donated with the rest, and others have it too
+        self._loop = jax.jit(loop, donate_argnums=0).lower(self._state, turns).compile()
         self.seconds()  # what happens the first time only
 
     def seconds(self) -> float:
         """Of one call."""
         start = time.perf_counter()
-        jax.block_until_ready(self._loop(*self._arguments))
+        self._state = jax.block_until_ready(self._loop(self._state, self._turns))
         return (time.perf_counter() - start) / self._num_calls
+
+    @property
+    def result(self) -> Any:
+        """What a call of the first turn computes."""
+        return self._state[1][0]
+
+
+Ways = Mapping[str, tuple[Operation, Sequence[Any]]]  # by name, what computes the same, and of what
+
+
+def timers_that_can(ways: Ways, x: Any, num_calls: int) -> tuple[dict[str, Timer], dict[str, Any]]:
+    """And of the other ways why they cannot."""
+    timers, reasons = {}, {}
+    for name, (operation, turns) in ways.items():
+        try:
+            timers[name] = Timer(operation, x, turns, num_calls)
+        except Exception as error:  # others' kernels raise what they like, and the rest is still worth knowing
+            reasons[name] = (str(error) or repr(error)).splitlines()[0]
+            print(f"{name} cannot: {reasons[name]}", flush=True)
+    return timers, reasons
 
 
 def medians(timers: dict[str, Timer], rounds: int) -> dict[str, float]:

@@ -48,12 +48,11 @@ def support() -> str:
     found = parallel_matrix.counts(parallel_matrix.read_record(MATRIX.with_suffix(".json")))
     document = MATRIX.relative_to(ROOT).as_posix()
     rows.append(f"| mesh | {axes}, pairs and triples of them, all decoders: {found} | [{document}]({document}) |")
-    for operation, names, test in (
-        ("paged attention", paged_attention.backends(), "test_paged_attention"),
-        ("cache of 8 bits", sorted(LARGEST), "test_quantized_cache"),
-        ("experts' products", grouped_matmul.backends(), "test_grouped_matmul"),
-    ):
-        rows += [f"| {operation} | `{name}` | `tests/{test}.py` |" for name in names]
+    for name in paged_attention.backends():
+        test = "test_mosaic_gpu" if name == "mosaic_gpu" else "test_paged_attention"
+        rows.append(f"| paged attention | `{name}` | `tests/{test}.py` |")
+    rows += [f"| cache of 8 bits | `{name}` | `tests/test_quantized_cache.py` |" for name in sorted(LARGEST)]
+    rows += [f"| experts' products | `{name}` | `tests/test_grouped_matmul.py` |" for name in grouped_matmul.backends()]
     rows.append(f"| weights | safetensors: `{SINGLE_FILE}`, or `{INDEX_FILE}` and shards | `tests/hf_reader` |")
     rows.append("| weights | MXFP4 in gpt-oss' files, unpacked to bfloat16 | `tests/test_mxfp4.py` |")
     rows.append("| weights | Orbax, both ways, as `convert_checkpoint` writes it | `tests/test_conversion.py` |")

@@ -2,6 +2,7 @@
 
 - `unsupported(spec: AttentionSpec, device: jax.Device | None) -> str | None`: why it cannot run `spec` there, or None
   if it can; without a device, why it cannot anywhere;
+- `unreachable_pages(spec) -> range`: as many as these in an array it cannot read, though it can fewer or more;
 - `workspace_bytes(spec, *, rows, chunks, chunk_tokens, context_tokens, itemsize) -> int`, as `xla.py` has it;
 - `paged_attention(q, k_pages, v_pages, block_tables, positions, *, spec, sinks) -> out`, as `xla.py` documents it;
 - `ragged_paged_attention(q, k_pages, v_pages, block_tables, starts, lengths, *, spec, sinks) -> out`, likewise;

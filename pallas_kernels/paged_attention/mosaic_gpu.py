@@ -58,6 +58,12 @@ def unsupported(spec: AttentionSpec, device: jax.Device | None = None) -> str | 
     return None
 
 
+def unreachable_pages(spec: AttentionSpec) -> range:
+    """None."""
+    del spec
+    return range(0)
+
+
 def workspace_bytes(
     spec: AttentionSpec, *, rows: int, chunks: int, chunk_tokens: int, context_tokens: int, itemsize: int
 ) -> int:

@@ -25,8 +25,6 @@ from pallas_kernels.triton_launch import FP8, MIN_DOT, unsupported_device
 KeysAndValues = tuple[Pages, Pages | None]
 Tables = tuple[jax.Array, jax.Array | None]  # block_tables, columns
 
-_MAX_NUMBERS, _MAX_BYTES = 2**31, 2**32  # of an array with offsets of 32 bits
-
 
 class _New(NamedTuple):
     """The tokens that ask, S of C sequences, one sequence after the other."""
@@ -44,6 +42,14 @@ def unsupported(spec: AttentionSpec, device: jax.Device | None = None) -> str | 
     if spec.cache_dtype == "float8_e4m3fn":
         return unsupported_device(device, FP8, " for a cache of float8_e4m3fn")
     return unsupported_device(device)
+
+
+def unreachable_pages(spec: AttentionSpec) -> range:
+    """As many as these it cannot read: Pallas' Triton lowering has offsets of 32 bits up to 4 GiB, one a sign."""
+    if spec.cache_dtype is None:
+        return range(0)
+    numbers = spec.num_kv_heads * spec.page_size * spec.head_dim  # of a byte, in one array's page
+    return range(2**31 // numbers + 1, 2**32 // numbers + 1)
 
 
 def workspace_bytes(
@@ -157,7 +163,10 @@ def _attend(
     tuning: Tuning | None = None,
 ) -> Any:
     """-> [S, N, spec.out_dim], or with columns `PartialSoftmax`."""
-    _check_offsets(pages[0])
+    values, _ = values_and_scales(pages[0])
+    if len(values) in (unreachable := unreachable_pages(spec)):
+        few, many = unreachable.start - 1, unreachable.stop
+        raise ValueError(f"k_pages has {len(values)} pages; with {spec} there are {few} at most, or {many} at least")
     tuning = tuning or tuning_of(spec, "decode" if new.max_tokens == 1 else "prefill", q.dtype.itemsize)
     tiling = Tiling(spec, tuning, new.max_tokens)
     with jax.named_scope("work_list"):
@@ -172,17 +181,6 @@ def _attend(
         )
     inputs = Inputs(items, q, new.positions, *pages, *tables, sinks)
     return triton_kernel.attend(inputs, tiles, tiling, is_part=tables[1] is not None)
-
-
-def _check_offsets(pages: Pages) -> None:
-    """Pallas' Triton lowering has offsets of 64 bits for arrays of more than 4 GiB, else of 32, one a sign."""
-    values, _ = values_and_scales(pages)
-    if values.size > _MAX_NUMBERS and values.nbytes <= _MAX_BYTES:
-        legal = [size // (values.size // len(values)) for size in (_MAX_NUMBERS, _MAX_BYTES)]
-        raise ValueError(
-            f"k_pages has {len(values)} pages of {values.dtype}, more than Triton's offsets of 32 bits reach and too "
-            f"few for 64 bits; use at most {legal[0]} pages (a smaller --kv_cache_bytes), or more than {legal[1]}"
-        )
 
 
 def _positions(starts: jax.Array, lengths: jax.Array, num_tokens: int) -> jax.Array:

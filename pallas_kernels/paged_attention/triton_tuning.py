@@ -19,7 +19,7 @@ def tuning_of(spec: AttentionSpec, kind: str, itemsize: int) -> Tuning:
     """Of a `kind` of step in `DEFAULTS`, where queries have `itemsize` bytes for a number."""
     if measured := tuning.settings(kernel(kind), spec.device_kind, tuned_for(spec, itemsize)):
         return Tuning(**measured)
-    return _that_fits(DEFAULTS[kind], spec, itemsize)
+    return _that_fits(DEFAULTS[kind], kind, spec, itemsize)
 
 
 def kernel(kind: str) -> str:
@@ -33,17 +33,19 @@ def tuned_for(spec: AttentionSpec, itemsize: int) -> dict[str, Any]:
     return sizes | {"itemsize": itemsize, "cache_dtype": spec.cache_dtype}
 
 
-def _that_fits(tuning: Tuning, spec: AttentionSpec, itemsize: int) -> Tuning:
+def _that_fits(tuning: Tuning, kind: str, spec: AttentionSpec, itemsize: int) -> Tuning:
     """With blocks that fit into shared memory and rows that fit into registers.
 
-    Numbers of 8 bits are there as they are loaded, and once more as they are multiplied; and so are queries then.
+    Numbers of 8 bits are there as they are loaded, and once more as they are multiplied; and so are queries then, as
+    many ones are in any case.
     """
     rows, block_tokens = tuning.max_rows, tuning.block_tokens
-    loaded_bytes, row_bytes = (1, itemsize * spec.head_dim) if spec.cache_dtype else (itemsize, 0)
-    token_bytes = tuning.num_stages * loaded_bytes * spec.token_numbers // spec.num_kv_heads
+    loaded_bytes, converted_bytes = (1, itemsize * spec.head_dim) if spec.cache_dtype else (itemsize, 0)
+    token_bytes = tuning.num_stages * loaded_bytes * spec.token_numbers // spec.num_kv_heads + converted_bytes
+    row_bytes = itemsize * spec.head_dim if spec.cache_dtype or kind == "prefill" else 0
     most_numbers = tuning.num_warps * 32 * _THREAD_NUMBERS[itemsize]
     while rows > MIN_DOT and (rows * spec.out_dim > most_numbers or rows * row_bytes > SHARED_BYTES // 2):
         rows //= 2
-    while block_tokens > MIN_DOT and block_tokens * (token_bytes + row_bytes) > SHARED_BYTES - rows * row_bytes:
+    while block_tokens > MIN_DOT and block_tokens * token_bytes > SHARED_BYTES - rows * row_bytes:
         block_tokens //= 2
     return dataclasses.replace(tuning, max_rows=rows, block_tokens=block_tokens)
