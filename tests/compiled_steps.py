@@ -84,6 +84,7 @@ def collectives(hlo: str) -> list[tuple[str, int]]:
     """(operation, elements of its result on one device) of each; of sums that XLA made one operation, of each sum."""
     found = []
     for result, op in COLLECTIVE.findall(hlo):
+        result = re.sub(r"^\(\(.*?\), ", "", result)  # of one that is started only: what it is given, before its result
         shapes = re.findall(r"\[[\d,]*\]", result) if op == "all-reduce" else [result]
         found += [(op, num_elements(shape)) for shape in shapes]
     return found
