@@ -26,6 +26,12 @@ def token_places(lengths: jax.Array, num_tokens: int) -> TokenPlaces:
     return TokenPlaces(sequence, jnp.where(valid, token - (ends - lengths)[sequence], 0), valid)
 
 
+def token_positions(starts: jax.Array, lengths: jax.Array, num_tokens: int) -> jax.Array:
+    """Of tokens of sequences that go on from int32 `starts` [C] -> int32 [S]; -1 of padding."""
+    place = token_places(lengths, num_tokens)
+    return jnp.where(place.valid, starts[place.sequence] + place.offset, -1)
+
+
 def max_num_tiles(num_tokens: int, num_sequences: int, tile: int) -> int:
     """How many tiles `num_tokens` tokens of so many sequences may take."""
     with_tokens = min(num_sequences, num_tokens)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from jaxinfer.engine_config import KV_CACHE_DTYPES
+from jaxinfer.tools import kernel_flags
 from jaxinfer.tools.bench_record import describe_run, print_record
 from jaxinfer.tools.kernel_search import LADDERS, Speedup, keep, search
 from jaxinfer.tools.kernel_work import Work, lengths_of
@@ -27,10 +27,6 @@ from pallas_kernels.paged_attention import AttentionSpec, triton_tuning
 
 _DECODE = flags.DEFINE_list("decode", ["8x8192", "64x4096", "zipf64x16384"], "Rows x tokens.")
 _PREFILL = flags.DEFINE_list("prefill", ["1x8192", "8x1024"], "Prompts x new tokens.")
-_HEADS = flags.DEFINE_list("heads", ["32", "8", "128"], "Query heads, KV heads, numbers of a head.")
-_PAGE_SIZE = flags.DEFINE_integer("page_size", 64, "Tokens per page.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of queries and cache.")
-_CACHE_DTYPE = flags.DEFINE_enum("kv_cache_dtype", "auto", [*KV_CACHE_DTYPES], "Quantises the cache to 8 bits.")
 _SECONDS = flags.DEFINE_float("seconds", 200, "For decoding, and as many for prefill.", lower_bound=0)
 _FOLDER = flags.DEFINE_string("folder", str(tuning.FOLDER), "Where to keep what is found.")
 _QUICK = flags.DEFINE_bool("quick", False, "One setting moves, one step.")
@@ -43,7 +39,7 @@ def tune(spec: AttentionSpec, kind: str, cases: dict[str, Work]) -> dict[str, An
     """The entry of what is found."""
     rounds, num_calls = (1, 1) if _QUICK.value else (_ROUNDS, _CALLS)
     speedup, end = Speedup(cases, rounds, num_calls), time.monotonic() + _SECONDS.value
-    itemsize = jnp.dtype(_DTYPE.value).itemsize
+    itemsize = jnp.dtype(kernel_flags.DTYPE.value).itemsize
     start = triton_tuning.tuning_of(spec, kind, itemsize)
     best = search(start, _QUICK_LADDERS if _QUICK.value else LADDERS, speedup, lambda: time.monotonic() > end)
     ratio = speedup(start, best)
@@ -57,21 +53,11 @@ def tune(spec: AttentionSpec, kind: str, cases: dict[str, Work]) -> dict[str, An
 
 
 def main(_: list[str]) -> None:
-    num_q_heads, num_kv_heads, head_dim = map(int, _HEADS.value)
-    spec = AttentionSpec(
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        page_size=_PAGE_SIZE.value,
-        scale=head_dim**-0.5,
-        cache_dtype=KV_CACHE_DTYPES[_CACHE_DTYPE.value],
-        dtype=_DTYPE.value,
-        device_kind=(device_kind := jax.devices()[0].device_kind),
-    )
-    path, found = pathlib.Path(_FOLDER.value) / tuning.file_name(device_kind), []
+    spec = kernel_flags.spec()
+    path, found = pathlib.Path(_FOLDER.value) / tuning.file_name(jax.devices()[0].device_kind), []
     for kind, texts, make in (("decode", _DECODE, Work.of_rows), ("prefill", _PREFILL, Work.of_prompts)):
         if texts.value:
-            cases = {text: make(spec, lengths_of(text), _DTYPE.value) for text in texts.value}
+            cases = {text: make(spec, lengths_of(text), kernel_flags.DTYPE.value) for text in texts.value}
             found.append(tune(spec, kind, cases))
             keep(path, found[-1])
     print_record(describe_run("tune_kernel") | {"file": str(path), "results": found})

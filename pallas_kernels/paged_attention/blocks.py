@@ -57,7 +57,7 @@ def attend(
         return attend_block(0, state)
     if columns is None:
         block = block_pages * spec.page_size
-        first = 0 if spec.window is None else jnp.min(_first_visible(positions, spec.window)) // block
+        first = 0 if spec.window is None else jnp.min(first_visible(positions, spec.window)) // block
         end = jnp.max(positions) // block + 1
     else:
         first = _num_before(columns, positions, spec) // block_pages
@@ -74,11 +74,11 @@ def _num_before(columns: jax.Array, positions: jax.Array, spec: AttentionSpec) -
     """How many of its first pages no row sees any more."""
     if spec.window is None:
         return 0
-    first = jnp.min(_first_visible(positions, spec.window), axis=1, keepdims=True)
+    first = jnp.min(first_visible(positions, spec.window), axis=1, keepdims=True)
     return jnp.min(jnp.sum((columns + 1) * spec.page_size <= first, axis=1, dtype=jnp.int32))
 
 
-def _first_visible(positions: jax.Array, window: int) -> jax.Array:
+def first_visible(positions: jax.Array, window: int) -> jax.Array:
     """The first position that each query sees; one that sees nothing does not count for a minimum."""
     return jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, jnp.maximum(positions - (window - 1), 0))
 

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import mosaic_gpu_kernel, mosaic_gpu_merge, work_list
+from pallas_kernels.paged_attention.blocks import first_visible
 from pallas_kernels.paged_attention.checks import check_ragged, check_rows
 from pallas_kernels.paged_attention.mosaic_gpu_ring import WGMMA_ROWS, Inputs, Work, row_numbers
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.tiling import Tiling, Tuning
-from pallas_kernels.ragged import max_num_tiles, token_places
+from pallas_kernels.ragged import max_num_tiles, token_positions
 
 _BLOCK_TOKENS = WGMMA_ROWS
 # Of both `extra_items` are those of all heads together: as many blocks of threads as run at once, two on each of 132
@@ -113,8 +114,7 @@ def ragged_paged_attention(
 ) -> jax.Array:
     """The same for C sequences of `lengths` new tokens from positions `starts` on, one after the other in q."""
     check_ragged(q, k_pages, v_pages, block_tables, starts, lengths, spec, sinks)
-    place = token_places(lengths, len(q))
-    positions = jnp.where(place.valid, starts[place.sequence] + place.offset, -1)
+    positions = token_positions(starts, lengths, len(q))
     return _attend(q, k_pages, v_pages, block_tables, positions, lengths, spec, sinks, len(q))
 
 
@@ -201,8 +201,7 @@ def _work(tiles: work_list.Tiles, items: work_list.Items, rows: _Rows, tiling: T
     end_whole = (jnp.min(rows.position, axis=1) + 1)[items.tile] // block_tokens
     oldest, first_whole = jnp.zeros_like(newest), items.first_block
     if window is not None:
-        first = jnp.where(rows.position < 0, jnp.iinfo(jnp.int32).max, jnp.maximum(rows.position - (window - 1), 0))
-        oldest = jnp.min(first, axis=1)[items.tile]
+        oldest = jnp.min(first_visible(rows.position, window), axis=1)[items.tile]
         first_whole = -(-jnp.maximum(newest - (window - 1), 0) // block_tokens)
     first_whole = jnp.clip(first_whole, items.first_block, items.end_block)
     return Work(

@@ -19,7 +19,7 @@ from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.tiling import Tiling, Tuning
 from pallas_kernels.paged_attention.triton_kernel import Inputs
 from pallas_kernels.paged_attention.triton_tuning import tuning_of
-from pallas_kernels.ragged import token_places
+from pallas_kernels.ragged import token_places, token_positions
 from pallas_kernels.triton_launch import FP8, MIN_DOT, unsupported_device
 
 KeysAndValues = tuple[Pages, Pages | None]
@@ -116,7 +116,7 @@ def ragged_paged_attention(
 ) -> jax.Array:
     """The same for C sequences of `lengths` new tokens from positions `starts` on, one after the other in q."""
     check_ragged(q, k_pages, v_pages, block_tables, starts, lengths, spec, sinks)
-    new = _New(_positions(starts, lengths, len(q)), lengths, len(q))
+    new = _New(token_positions(starts, lengths, len(q)), lengths, len(q))
     return _attend(q, (k_pages, v_pages), (block_tables, None), new, spec, sinks, tuning)
 
 
@@ -133,7 +133,7 @@ def ragged_partial_paged_attention(
 ) -> PartialSoftmax:
     """The same for C sequences of `lengths` new tokens from positions `starts` on -> of [S, N]."""
     check_ragged(q, k_pages, v_pages, block_tables, starts, lengths, spec, columns=columns)
-    new = _New(_positions(starts, lengths, len(q)), lengths, len(q))
+    new = _New(token_positions(starts, lengths, len(q)), lengths, len(q))
     return _attend(q, (k_pages, v_pages), (block_tables, columns), new, spec, None)
 
 
@@ -181,12 +181,6 @@ def _attend(
         )
     inputs = Inputs(items, q, new.positions, *pages, *tables, sinks)
     return triton_kernel.attend(inputs, tiles, tiling, is_part=tables[1] is not None)
-
-
-def _positions(starts: jax.Array, lengths: jax.Array, num_tokens: int) -> jax.Array:
-    """Of ragged sequences' tokens, int32 [S]; -1 of padding."""
-    place = token_places(lengths, num_tokens)
-    return jnp.where(place.valid, starts[place.sequence] + place.offset, -1)
 
 
 def _slots(new: _New, tables: Tables, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
