@@ -42,6 +42,7 @@ LAYERS = {
     "jaxinfer.outputs": 1,
     "jaxinfer.page_allocator": 1,
     "jaxinfer.planner": 1,
+    "jaxinfer.planning.hardware": 1,
     "jaxinfer.process_group": 1,
     "jaxinfer.progress": 1,
     "jaxinfer.prompts": 1,
