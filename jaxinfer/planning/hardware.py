@@ -1,7 +1,7 @@
 """GPUs as their vendor describes them, and how they are linked. Host only.
 
-Rates are the data sheets': dense, without sparsity, for products summed in float32. Latencies are no vendor's figure but
-what collectives of small arrays were published to take; `--link_latency_s` replaces them.
+Rates are the data sheets': dense, without sparsity, for products summed in float32. Latencies are no vendor's figure
+but what collectives of small arrays were published to take; `--link_latency_s` replaces them.
 """
 
 import dataclasses
