@@ -13,7 +13,8 @@ from jaxinfer import kv_cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.context_parallel import own_page, own_pages
 from jaxinfer.kv_cache import Cache
-from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
+from jaxinfer.layouts import num_sharded_kv_heads
+from jaxinfer.partitioning import Partitioner
 from jaxinfer.pipeline import on_stage
 from jaxinfer.stages import StagePlan
 from pallas_kernels.paged_attention import AttentionSpec, merge

@@ -12,7 +12,9 @@ from jaxinfer.config_file import read_config_file
 from jaxinfer.engine_config import DTYPES, KV_CACHE_DTYPES, NOT_FLAGS, EngineConfig
 from jaxinfer.integers import cdiv
 from jaxinfer.launch import DEFAULT_HEARTBEAT_TIMEOUT_S
+from jaxinfer.layouts import Layout
 from jaxinfer.sampling_params import SamplingParams
+from sharding_rules.axes import BATCH
 
 _DEFAULTS = EngineConfig()
 _CONFIG = flags.DEFINE_string("config", None, "TOML file of flags by name; flags on the command line override it.")
@@ -104,10 +106,7 @@ def engine_fields() -> dict[str, Any]:
 
 def default_num_seqs(num_prompts: int) -> int:
     """As many as there are prompts, at most 8, and a multiple of the data shards."""
-    from jaxinfer.partitioning import Partitioner
-    from sharding_rules.axes import BATCH
-
-    num_shards = Partitioner.abstract(_MESH.value, _SHARDING.value).num_shards(BATCH)
+    num_shards = Layout.create(_MESH.value, _SHARDING.value).num_shards(BATCH)
     return cdiv(min(num_prompts, max(8, num_shards)), num_shards) * num_shards
 
 

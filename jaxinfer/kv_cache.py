@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxinfer.config import ModelConfig
-from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
+from jaxinfer.layouts import num_sharded_kv_heads
+from jaxinfer.partitioning import Partitioner
 from jaxinfer.stages import StagePlan
 from pallas_kernels.paged_attention.pages import LARGEST, Pages, QuantizedPages, quantize
 from sharding_rules import axes as ax

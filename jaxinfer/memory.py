@@ -15,7 +15,7 @@ from jaxinfer.engine_config import EngineConfig
 from jaxinfer.extras import ExtrasSpec
 from jaxinfer.integers import cdiv
 from jaxinfer.layers.experts import expected_rows, is_exchanged
-from jaxinfer.meshes import mesh_text, parse_mesh
+from jaxinfer.layouts import mesh_text, parse_mesh
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.planner import MemoryPlan

@@ -1,42 +1,15 @@
-"""Device meshes: how they are spelled, made, and laid out over the machines of a job."""
+"""Device meshes: how they are made, and laid out over the machines of a job."""
 
 import collections
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from jaxinfer.layouts import mesh_shape, mesh_text
 from sharding_rules import axes as ax
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Sizes by mesh axis from `"data:2,tensor:4"`; "" means one device.
-
-    >>> parse_mesh("data:2,tensor:4")
-    {'data': 2, 'tensor': 4}
-    """
-    sizes: dict[str, int] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        match = re.fullmatch(r"([a-z_]+):(\d+)", part)
-        if match is None:
-            raise ValueError(f"--mesh={text}: {part!r} is not axis:size, as in --mesh=data:2,tensor:4")
-        axis, size = match[1], int(match[2])
-        if axis not in ax.MESH_AXES:
-            raise ValueError(f"--mesh={text}: unknown mesh axis {axis!r}; known: {', '.join(ax.MESH_AXES)}")
-        if axis in sizes:
-            raise ValueError(f"--mesh={text}: mesh axis {axis!r} is given twice")
-        if size < 1:
-            raise ValueError(f"--mesh={text}: axis {axis!r} has size {size}; sizes start at 1")
-        sizes[axis] = size
-    return sizes
-
-
-def mesh_text(sizes: Mapping[str, int]) -> str:
-    """The spelling that `parse_mesh` reads."""
-    return ",".join(f"{axis}:{size}" for axis, size in sizes.items())
 
 
 def make_mesh(text: str, devices: list[jax.Device] | None = None) -> Mesh:
@@ -79,12 +52,6 @@ def ordered(devices: Iterable[jax.Device], machines: Sequence[str] | None = None
         return first_there, device.process_index, device.id
 
     return sorted(devices, key=place)
-
-
-def mesh_shape(text: str) -> dict[str, int]:
-    """Sizes by mesh axis, in the order in which axes are laid out."""
-    sizes = parse_mesh(text)
-    return {axis: sizes[axis] for axis in ax.MESH_AXES if axis in sizes} or {ax.DATA: 1}
 
 
 def describe(mesh: Mesh, machines: Sequence[str]) -> list[str]:

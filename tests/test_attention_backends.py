@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import Engine, SamplingParams
-from jaxinfer.meshes import parse_mesh
+from jaxinfer.layouts import parse_mesh
 from pallas_kernels.paged_attention import AttentionSpec, backend, backends
 from tests import tiny_model
 from tests.parity import driver

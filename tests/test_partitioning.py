@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import sharding_rules
-from jaxinfer.meshes import make_mesh, parse_mesh
-from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
+from jaxinfer.layouts import num_sharded_kv_heads, parse_mesh
+from jaxinfer.meshes import make_mesh
+from jaxinfer.partitioning import Partitioner
 from sharding_rules import axes as ax
 from sharding_rules import rule_set
 

@@ -11,7 +11,8 @@ from jaxinfer.layers.linear import Linear
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.param import param
 from jaxinfer.layers.rope import rotate
-from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
+from jaxinfer.layouts import num_sharded_kv_heads
+from jaxinfer.partitioning import Partitioner
 from sharding_rules import axes as ax
 
 

@@ -16,7 +16,8 @@ from jaxinfer.layers.linear import Linear
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.param import Axes, param
 from jaxinfer.layers.rope import rotate
-from jaxinfer.partitioning import Partitioner, num_sharded_kv_heads
+from jaxinfer.layouts import num_sharded_kv_heads
+from jaxinfer.partitioning import Partitioner
 from pallas_kernels.precision import matmul_precision
 from sharding_rules import axes as ax
 

@@ -5,6 +5,7 @@ but what collectives of small arrays were published to take; `--link_latency_s` 
 """
 
 import dataclasses
+from typing import Any
 
 _KIB, _MIB, _GIB = 2**10, 2**20, 2**30
 
@@ -69,12 +70,12 @@ class GPU:
     clock_ghz: float
 
 
-_AMPERE_80 = {"capability": (8, 0), "shared_bytes": 164 * _KIB, "block_shared_bytes": 163 * _KIB}
-_AMPERE_86 = {"capability": (8, 6), "shared_bytes": 100 * _KIB, "block_shared_bytes": 99 * _KIB}
-_ADA = {"capability": (8, 9), "shared_bytes": 100 * _KIB, "block_shared_bytes": 99 * _KIB}
-_HOPPER = {"capability": (9, 0), "shared_bytes": 228 * _KIB, "block_shared_bytes": 227 * _KIB}
-_BLACKWELL = {"capability": (10, 0), "shared_bytes": 228 * _KIB, "block_shared_bytes": 227 * _KIB}
-_A100 = _AMPERE_80 | {
+_AMPERE_80: dict[str, Any] = {"capability": (8, 0), "shared_bytes": 164 * _KIB, "block_shared_bytes": 163 * _KIB}
+_AMPERE_86: dict[str, Any] = {"capability": (8, 6), "shared_bytes": 100 * _KIB, "block_shared_bytes": 99 * _KIB}
+_ADA: dict[str, Any] = {"capability": (8, 9), "shared_bytes": 100 * _KIB, "block_shared_bytes": 99 * _KIB}
+_HOPPER: dict[str, Any] = {"capability": (9, 0), "shared_bytes": 228 * _KIB, "block_shared_bytes": 227 * _KIB}
+_BLACKWELL: dict[str, Any] = {"capability": (10, 0), "shared_bytes": 228 * _KIB, "block_shared_bytes": 227 * _KIB}
+_A100: dict[str, Any] = _AMPERE_80 | {
     "flops": 312e12,
     "flops_float32": 19.5e12,
     "link": NVLINK_3,
@@ -83,7 +84,7 @@ _A100 = _AMPERE_80 | {
     "l2_bytes": 40 * _MIB,
     "clock_ghz": 1.41,
 }
-_H100 = _HOPPER | {
+_H100: dict[str, Any] = _HOPPER | {
     "flops": 989e12,
     "flops_8_bit": 1979e12,
     "flops_float32": 67e12,
@@ -93,7 +94,7 @@ _H100 = _HOPPER | {
     "l2_bytes": 50 * _MIB,
     "clock_ghz": 1.98,
 }
-_CARD = {"link": PCIE_4, "network": ETHERNET_25}
+_CARD: dict[str, Any] = {"link": PCIE_4, "network": ETHERNET_25}
 
 GPUS: dict[str, GPU] = {
     "a100-40g": GPU(device_kind="NVIDIA A100-SXM4-40GB", memory_bytes=40 * _GIB, bandwidth=1.555e12, **_A100),
