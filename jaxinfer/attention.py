@@ -13,7 +13,7 @@ from jaxinfer import kv_cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.context_parallel import own_page, own_pages
 from jaxinfer.kv_cache import Cache
-from jaxinfer.layouts import num_sharded_kv_heads
+from jaxinfer.layouts import AxisSplits, num_sharded_kv_heads
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.pipeline import on_stage
 from jaxinfer.stages import StagePlan
@@ -60,22 +60,22 @@ SlotSpecs = tuple[AttentionSpec, ...]  # of a slot for layers on each stage, as 
 
 
 def attention_specs(
-    config: ModelConfig, partitioner: Partitioner, page_size: int, cache_dtype: str | None = None
+    config: ModelConfig, splits: AxisSplits, page_size: int, cache_dtype: str | None = None
 ) -> tuple[SlotSpecs, ...]:
     """What the attention of each slot computes on one device's shard. Layers differ by their windows."""
     spec = AttentionSpec(
-        num_q_heads=config.num_q_heads // partitioner.num_shards(ax.HEADS),
-        num_kv_heads=num_sharded_kv_heads(config.num_kv_heads, partitioner) // partitioner.num_shards(ax.KV_HEADS),
+        num_q_heads=config.num_q_heads // splits.num_shards(ax.HEADS),
+        num_kv_heads=num_sharded_kv_heads(config.num_kv_heads, splits) // splits.num_shards(ax.KV_HEADS),
         head_dim=config.head_dim,
         page_size=page_size,
         scale=config.softmax_scale,
         soft_cap=config.attention_soft_cap,
         value_dim=None if config.latent is None else config.latent.kv_rank,
         cache_dtype=cache_dtype,
-        context_size=partitioner.context_size,
-        device_kind=partitioner.device_kind,
+        context_size=splits.context_size,
+        device_kind=splits.device_kind,
     )
-    plan = StagePlan.create(config.num_layers, partitioner.axis_size(ax.STAGE))
+    plan = StagePlan.create(config.num_layers, splits.axis_size(ax.STAGE))
     layers = map(plan.like, range(len(plan.slots)))
     return tuple(tuple(dataclasses.replace(spec, window=config.window(n)) for n in of_slot) for of_slot in layers)
 

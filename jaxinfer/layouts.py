@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Self
 
 import sharding_rules
+from jaxinfer.config import EncoderConfig, ModelConfig
 from sharding_rules import axes as ax
 
 
@@ -200,3 +201,16 @@ def num_sharded_kv_heads(num_kv_heads: int, splits: AxisSplits) -> int:
         f"kv_heads {num_kv_heads} neither divides nor is divided by the {shards} devices of --mesh "
         f"{mesh_text(sizes)}; sizes that would do: {', '.join(map(str, legal))}"
     )
+
+
+def check_mesh(config: ModelConfig | EncoderConfig, splits: AxisSplits) -> None:
+    """Raises ValueError for a mesh axis by which nothing of this model could be split."""
+    if isinstance(config, EncoderConfig):
+        for axis in (ax.STAGE, ax.EXPERT, ax.CONTEXT):
+            if (size := splits.axis_size(axis)) > 1:
+                raise ValueError(f"--mesh={axis}:{size}: {config.family} is an encoder; use data and tensor")
+        return
+    if (size := splits.axis_size(ax.EXPERT)) > 1 and config.moe is None:
+        raise ValueError(f"--mesh=expert:{size}: {config.family} has no experts here; use data:{size} or tensor:{size}")
+    if (size := splits.axis_size(ax.STAGE)) > config.num_layers:
+        raise ValueError(f"--mesh=stage:{size}: the model has {config.num_layers} layers; use at most that many stages")

@@ -4,20 +4,20 @@ import bisect
 import dataclasses
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import jax.numpy as jnp
 
 from jaxinfer import planner
 from jaxinfer.attention import attention_specs
 from jaxinfer.batch import max_chunk_tokens
-from jaxinfer.config import MoEConfig
+from jaxinfer.config import ModelConfig, MoEConfig
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.extras import ExtrasSpec
 from jaxinfer.integers import cdiv
 from jaxinfer.layers.experts import expected_rows, is_exchanged
-from jaxinfer.layouts import mesh_text, parse_mesh
-from jaxinfer.parameters import ModelDefinition
-from jaxinfer.partitioning import Partitioner
+from jaxinfer.layouts import AxisSplits, Layout, mesh_text, parse_mesh
+from jaxinfer.parameters import ModelDefinition, model_weights
 from jaxinfer.planner import MemoryPlan
 from jaxinfer.step_plan import num_chunks
 from pallas_kernels import grouped_matmul
@@ -30,17 +30,29 @@ class Demand:
 
     Attributes:
       config: as the user gave it, but for `max_model_len`, which is decided.
-      definition: the model on its mesh.
+      model: its numbers.
+      splits: the mesh and the rules.
+      dtype: of the weights.
+      weights_bytes: of one device.
       page_size: tokens per page.
       attention: a backend in `pallas_kernels/paged_attention/`.
       free_bytes: of a device; None if it does not say.
     """
 
     config: EngineConfig
-    definition: ModelDefinition
+    model: ModelConfig
+    splits: AxisSplits
+    dtype: jnp.dtype
+    weights_bytes: int
     page_size: int
     attention: ModuleType
     free_bytes: int | None
+
+    @classmethod
+    def of(cls, definition: ModelDefinition, **fields: Any) -> "Demand":
+        """For a decoder on its mesh; `fields` are the others."""
+        model, splits, num_bytes = definition.decoder_config, definition.partitioner, definition.shard_bytes
+        return cls(model=model, splits=splits, dtype=definition.dtype, weights_bytes=num_bytes, **fields)
 
     def plan(self) -> MemoryPlan:
         """Raises ValueError when it does not fit, naming the flags of which each alone would make it fit."""
@@ -51,14 +63,14 @@ class Demand:
             raise ValueError(f"{error}; would fit: {flags or 'a smaller model'}") from None
 
     def _plan(self) -> MemoryPlan:
-        config, model, partitioner = self.config, self.definition.decoder_config, self.definition.partitioner
+        config, model, splits = self.config, self.model, self.splits
         assert config.max_model_len is not None
-        num_shards = partitioner.num_shards(ax.BATCH)
-        specs = attention_specs(model, partitioner, self.page_size, config.cache_dtype)
+        num_shards = splits.num_shards(ax.BATCH)
+        specs = attention_specs(model, splits, self.page_size, config.cache_dtype)
         spec = specs[0][0]  # but for windows all are alike
-        if reason := self.attention.unsupported(dataclasses.replace(spec, dtype=self.definition.dtype.name)):
+        if reason := self.attention.unsupported(dataclasses.replace(spec, dtype=self.dtype.name)):
             raise ValueError(reason)
-        itemsize = self.definition.dtype.itemsize
+        itemsize = self.dtype.itemsize
         rows = config.max_num_seqs // num_shards
         chunks = num_chunks(rows)
         chunk_tokens = max_chunk_tokens(config.max_num_batched_tokens, config.max_model_len, rows)
@@ -81,7 +93,7 @@ class Demand:
         )
         sampling = ExtrasSpec(rows, config.max_model_len, model.vocab_size, chunk_tokens)
         needs = planner.MemoryNeeds(
-            weights_bytes=self.definition.shard_bytes,
+            weights_bytes=self.weights_bytes,
             workspace_bytes=of_step + sampling.slots_bytes,
             page_bytes=planner.page_bytes(
                 num_layers=len(specs),
@@ -91,7 +103,7 @@ class Demand:
             page_size=self.page_size,
             max_model_len=config.max_model_len,
             num_shards=num_shards,
-            context_size=partitioner.context_size,
+            context_size=splits.context_size,
             free_bytes=self.free_bytes,
             unreachable_pages=self.attention.unreachable_pages(spec),
         )
@@ -104,31 +116,31 @@ class Demand:
 
     def _mlp_bytes(self, num_tokens: int) -> int:
         """Of the widest MLP on one device."""
-        model, num_shards = self.definition.decoder_config, self.definition.partitioner.num_shards(ax.MLP)
+        model, num_shards = self.model, self.splits.num_shards(ax.MLP)
         widest = 3 * num_tokens * (model.mlp_dim // num_shards)  # 3: gate, up and their product
         if (moe := model.moe) is not None:
             shared = 3 * num_tokens * (moe.shared_mlp_dim // num_shards)
             widest = max(widest if moe.dense_layers else 0, self._num_of_experts(moe, num_tokens), shared)
-        return widest * self.definition.dtype.itemsize
+        return widest * self.dtype.itemsize
 
     def _num_of_experts(self, moe: MoEConfig, num_tokens: int) -> int:
         """Numbers. Each token comes in a row for each of its experts.
 
         Where rows travel, in 3 more at a time: as they are sent, received, put together over the rounds.
         """
-        partitioner, embed_dim = self.definition.partitioner, self.definition.config.embed_dim
+        splits, embed_dim = self.splits, self.model.embed_dim
         routed = num_tokens * moe.num_experts_per_token
-        travelling = 3 * routed * embed_dim if is_exchanged(partitioner) else 0
+        travelling = 3 * routed * embed_dim if is_exchanged(splits) else 0
         return travelling + grouped_matmul.backend(moe.backend).workspace_numbers(
             num_rows=routed,
-            num_expected=expected_rows(routed, partitioner),
-            num_groups=max(map(len, moe.placements), default=moe.num_experts) // partitioner.num_shards(ax.EXPERTS),
+            num_expected=expected_rows(routed, splits),
+            num_groups=max(map(len, moe.placements), default=moe.num_experts) // splits.num_shards(ax.EXPERTS),
             embed_dim=embed_dim,
-            mlp_dim=moe.mlp_dim // partitioner.num_shards(ax.EXPERT_MLP),
+            mlp_dim=moe.mlp_dim // splits.num_shards(ax.EXPERT_MLP),
         )
 
     def _fits(self, **flags: object) -> bool:
-        """With these flags changed, of which the definition knows nothing."""
+        """With these flags changed, of which the weights know nothing."""
         try:
             dataclasses.replace(self, config=dataclasses.replace(self.config, **flags))._plan()
         except ValueError:
@@ -139,17 +151,17 @@ class Demand:
         """Smaller sizes, as large as fits, shorter dtypes, and the first larger mesh of each kind."""
         if self.config.kv_cache_bytes is not None and self._fits(kv_cache_bytes=None):
             yield "no --kv_cache_bytes at all"
-        num_shards = self.definition.partitioner.num_shards(ax.BATCH)
+        num_shards = self.splits.num_shards(ax.BATCH)
         for name, step in (("max_model_len", 1), ("max_num_seqs", num_shards), ("max_num_batched_tokens", 1)):
             smaller = range(max(2, step), getattr(self.config, name), step)
             if size := _largest(lambda n, name=name: self._fits(**{name: n}), smaller):
                 yield f"--{name}={size}"
-        if self.definition.dtype == jnp.float32 and self._with(self.definition.partitioner, jnp.bfloat16)._fits():
+        if self.dtype == jnp.float32 and self._with(self.splits, jnp.dtype(jnp.bfloat16))._fits():
             yield "--dtype=bfloat16"
         if self.config.cache_dtype is None and self._fits(kv_cache_dtype="int8"):
             yield "--kv_cache_dtype=int8"
         pages = cdiv(self.config.max_model_len or 1, self.page_size)
-        for axis, limit in ((ax.TENSOR, self.definition.config.num_q_heads), (ax.CONTEXT, pages)):
+        for axis, limit in ((ax.TENSOR, self.model.num_q_heads), (ax.CONTEXT, pages)):
             if mesh := next(filter(self._fits_on, self._larger_meshes(axis, limit)), None):
                 yield f"--mesh={mesh}"
 
@@ -162,14 +174,14 @@ class Demand:
 
     def _fits_on(self, mesh: str) -> bool:
         try:
-            partitioner = Partitioner.abstract(mesh, self.config.sharding)
-            return self._with(partitioner, self.definition.dtype)._fits()
+            splits = Layout.create(mesh, self.config.sharding, self.splits.device_kind)
+            return self._with(splits, self.dtype)._fits()
         except ValueError:  # the model does not divide over it
             return False
 
-    def _with(self, partitioner: Partitioner, dtype: jnp.dtype) -> "Demand":
-        definition = ModelDefinition.create(self.definition.config, partitioner, dtype)
-        return dataclasses.replace(self, definition=definition)
+    def _with(self, splits: AxisSplits, dtype: jnp.dtype) -> "Demand":
+        num_bytes = model_weights(self.model, dtype).on_mesh(splits).num_bytes
+        return dataclasses.replace(self, splits=splits, dtype=dtype, weights_bytes=num_bytes)
 
 
 def _largest(fits: Callable[[int], bool], sizes: range) -> int | None:

@@ -5,6 +5,7 @@ because traversing the module costs a hundred times more host time per step.
 """
 
 import dataclasses
+import functools
 import types
 from typing import Any
 
@@ -14,9 +15,11 @@ from flax import nnx
 
 from jaxinfer import models
 from jaxinfer.config import EncoderConfig, ModelConfig
+from jaxinfer.layouts import check_mesh
 from jaxinfer.microbatches import num_microbatches
 from jaxinfer.param_specs import ParamSpec, WeightSpec, param_specs, weight_specs
 from jaxinfer.partitioning import Partitioner
+from jaxinfer.planning.weight_shapes import ModelWeights, WeightShape
 from jaxinfer.stages import StagePlan
 from sharding_rules import axes as ax
 
@@ -46,7 +49,7 @@ class ModelDefinition:
         cls, config: ModelConfig | EncoderConfig, partitioner: Partitioner, dtype: jnp.dtype
     ) -> "ModelDefinition":
         """Allocates nothing. Raises ValueError for a mesh, or a parameter, that it cannot split the model over."""
-        _check_mesh(config, partitioner)
+        check_mesh(config, partitioner)
         partitioner = partitioner.fitted(ax.VOCAB, config.vocab_size)  # 50,257 of GPT-2 is whole on every device
         family, plan = models.get(config.family), StagePlan.create(config.num_layers, partitioner.axis_size(ax.STAGE))
 
@@ -137,21 +140,16 @@ class ModelDefinition:
         return num_microbatches(num_stages, num_tokens=0) * max(of_stages)
 
 
+@functools.lru_cache(maxsize=8)
+def model_weights(config: ModelConfig, dtype: jnp.dtype) -> ModelWeights:
+    """What each mesh would have of a decoder, for arithmetic."""
+    definition = ModelDefinition.create(config, Partitioner.abstract(""), dtype)
+    shapes = (WeightShape(w.path, w.shape, w.axes, w.dtype.itemsize, w.read_share) for w in definition.weights)
+    return ModelWeights.create(config, shapes)
+
+
 def _as_stored(config: ModelConfig | EncoderConfig) -> ModelConfig | EncoderConfig:
     """With each expert once."""
     if isinstance(config, EncoderConfig) or config.moe is None:
         return config
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, placements=()))
-
-
-def _check_mesh(config: ModelConfig | EncoderConfig, partitioner: Partitioner) -> None:
-    """Raises ValueError for a mesh axis by which nothing of this model could be split."""
-    if isinstance(config, EncoderConfig):
-        for axis in (ax.STAGE, ax.EXPERT, ax.CONTEXT):
-            if (size := partitioner.axis_size(axis)) > 1:
-                raise ValueError(f"--mesh={axis}:{size}: {config.family} is an encoder; use data and tensor")
-        return
-    if (size := partitioner.axis_size(ax.EXPERT)) > 1 and config.moe is None:
-        raise ValueError(f"--mesh=expert:{size}: {config.family} has no experts here; use data:{size} or tensor:{size}")
-    if (size := partitioner.axis_size(ax.STAGE)) > config.num_layers:
-        raise ValueError(f"--mesh=stage:{size}: the model has {config.num_layers} layers; use at most that many stages")

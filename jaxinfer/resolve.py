@@ -10,17 +10,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxinfer import devices, expert_placement, models
-from jaxinfer.attention import attention_specs
+from jaxinfer import devices, models
 from jaxinfer.batch import Buckets
-from jaxinfer.config import EncoderConfig, ModelConfig
+from jaxinfer.decoder_plan import plan_decoder, rows_per_shard, with_experts
 from jaxinfer.encoder_batch import EncoderBuckets
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.generation_config import GenerationDefaults, read_generation_config
 from jaxinfer.hf_config import HFConfig
-from jaxinfer.integers import cdiv
 from jaxinfer.kv_cache import CacheSpec, cache_spec
-from jaxinfer.memory import Demand
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.planner import EncoderMemoryPlan, MemoryPlan, encoder_workspace_bytes
@@ -114,7 +111,7 @@ def _resolve_model(config: EngineConfig, mesh_devices: list[jax.Device] | None) 
     hf = HFConfig.read(model_dir)
     model = models.for_architecture(hf.architecture).parse_config(hf)
     partitioner = Partitioner.create(config.mesh, config.sharding, mesh_devices)
-    model, experts = _with_experts(model, config, partitioner)
+    model, experts = with_experts(model, config, partitioner, partitioner.device)
     tokenizer = load_tokenizer(model_dir)
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
@@ -134,26 +131,6 @@ def _resolve_model(config: EngineConfig, mesh_devices: list[jax.Device] | None) 
     )
 
 
-def _with_experts(
-    model: ModelConfig | EncoderConfig, config: EngineConfig, partitioner: Partitioner
-) -> tuple[ModelConfig | EncoderConfig, grouped_matmul.Choice | None]:
-    """The model with its experts where and as the user wants them. Refuses what is asked of experts that are not there.
-
-    Raises ValueError where the backend that is asked for cannot.
-    """
-    if isinstance(model, EncoderConfig) or (moe := model.moe) is None:
-        for name in ("expert_placement", "expert_counts", "moe_backend"):
-            if (value := getattr(config, name)) != getattr(EngineConfig, name):
-                raise ValueError(f"--{name}={value}: {model.family} has no experts here; leave it out")
-        return model, None
-    if config.expert_placement is not None:
-        path, num_devices = pathlib.Path(config.expert_placement).expanduser(), partitioner.num_shards(ax.EXPERTS)
-        moe = dataclasses.replace(moe, placements=expert_placement.read(path, model, num_devices))
-    smallest_size = min(model.embed_dim, moe.mlp_dim // partitioner.num_shards(ax.EXPERT_MLP))
-    choice = grouped_matmul.resolve(config.moe_backend, [smallest_size], partitioner.device)
-    return dataclasses.replace(model, moe=dataclasses.replace(moe, backend=choice.name)), choice
-
-
 def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEngine:
     config, definition, tokenizer = model.config, model.definition, model.tokenizer
     partitioner, max_model_len = definition.partitioner, model.max_model_len
@@ -163,43 +140,30 @@ def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEn
         tokenizer_eos=tokenizer and tokenizer.eos_token_id,
         sampling=config.generation_config == "auto",
     )
-    on_cpu = partitioner.device.platform == "cpu"
-    page_size = config.page_size or (16 if on_cpu else 64)
-    slots_per_shard = _rows_per_shard(config, partitioner)
-    of_slots = attention_specs(definition.decoder_config, partitioner, page_size, config.cache_dtype)
-    specs = dict.fromkeys(dataclasses.replace(spec, dtype=definition.dtype.name) for of in of_slots for spec in of)
-    attention = paged_attention.resolve(config.attention_backend, specs, partitioner.device)
-    buckets = Buckets.create(
-        max_rows=slots_per_shard,
-        max_model_len=max_model_len,
-        max_chunk=config.max_num_batched_tokens,
-        page_size=page_size,
-        decode_steps=config.decode_steps,
-        num_shards=partitioner.num_shards(ax.BATCH),
-        min_chunk=32 if on_cpu else 128,  # fewer tokens take a GPU no less time: it waits for the weights
-    )
-    memory = Demand(
-        config=dataclasses.replace(config, max_model_len=max_model_len),
-        definition=definition,
-        page_size=page_size,
-        attention=paged_attention.backend(attention.name),
+    plan = plan_decoder(
+        dataclasses.replace(config, max_model_len=max_model_len),
+        definition.decoder_config,
+        partitioner,
+        dtype=definition.dtype,
+        weights_bytes=definition.shard_bytes,
+        device=partitioner.device,
         free_bytes=free_bytes,
-    ).plan()
+    )
     cache = cache_spec(
         definition.decoder_config,
         partitioner,
-        pages_per_shard=memory.pages_per_shard,
-        page_size=page_size,
+        pages_per_shard=plan.memory.pages_per_shard,
+        page_size=plan.page_size,
         dtype=jnp.dtype(config.cache_dtype or definition.dtype),
     )
     return ResolvedEngine(
         **vars(model),
         generation=generation,
-        slots_per_shard=slots_per_shard,
+        slots_per_shard=plan.slots_per_shard,
         cache_spec=cache,
-        memory=memory,
-        buckets=buckets,
-        attention=attention,
+        memory=plan.memory,
+        buckets=plan.buckets,
+        attention=plan.attention,
     )
 
 
@@ -214,7 +178,7 @@ def _resolve_encoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEn
     pooling = _pooling(model.model_dir)
     num_shards = partitioner.num_shards(ax.BATCH)
     buckets = EncoderBuckets.create(
-        max_rows=_rows_per_shard(config, partitioner),
+        max_rows=rows_per_shard(config, partitioner),
         max_model_len=model.max_model_len,
         max_num_batched_tokens=config.max_num_batched_tokens,
         num_shards=num_shards,
@@ -247,16 +211,6 @@ def _pooling(model_dir: pathlib.Path) -> str:
     if (model_dir / POOLING_FILE).exists():
         return read_pooling(model_dir / POOLING_FILE)
     return "mean"
-
-
-def _rows_per_shard(config: EngineConfig, partitioner: Partitioner) -> int:
-    num_shards = partitioner.num_shards(ax.BATCH)
-    if config.max_num_seqs % num_shards:
-        raise ValueError(
-            f"--max_num_seqs={config.max_num_seqs} does not divide over {partitioner.split_text(ax.BATCH)}; "
-            f"use {cdiv(config.max_num_seqs, num_shards) * num_shards}"
-        )
-    return config.max_num_seqs // num_shards
 
 
 def find_model_dir(model: str | None) -> pathlib.Path:

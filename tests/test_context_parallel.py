@@ -241,7 +241,7 @@ def demand(mesh: str, gpu_bytes: float, num_layers: int = 80) -> Demand:
     model = published.read("llama_3_1_70b_instruct")
     model = dataclasses.replace(model, num_layers=num_layers, windows=model.windows[:num_layers])
     definition = ModelDefinition.create(model, partitioner, jnp.dtype("bfloat16"))
-    return Demand(config=config, definition=definition, page_size=64, attention=xla, free_bytes=int(gpu_bytes))
+    return Demand.of(definition, config=config, page_size=64, attention=xla, free_bytes=int(gpu_bytes))
 
 
 @pytest.mark.usefixtures("whole_contexts")

@@ -55,7 +55,7 @@ def mixture(config: ModelConfig, dtype: str) -> MoE:
 
 def planned_bytes(config: ModelConfig, num_tokens: int, dtype: Any) -> int:
     definition = ModelDefinition.create(config, Partitioner.create(), dtype)
-    demand = Demand(config=EngineConfig(), definition=definition, page_size=64, attention=xla, free_bytes=None)
+    demand = Demand.of(definition, config=EngineConfig(), page_size=64, attention=xla, free_bytes=None)
     return demand._mlp_bytes(num_tokens)
 
 

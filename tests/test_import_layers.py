@@ -86,6 +86,7 @@ LAYERS = {
     "jaxinfer.models": 4,
     "jaxinfer.checkpoint": 5,
     "jaxinfer.memory": 5,
+    "jaxinfer.decoder_plan": 5,
     "jaxinfer.full_sampler": 5,
     "jaxinfer.param_specs": 5,
     "jaxinfer.parameters": 5,

@@ -37,14 +37,17 @@ SMALL = ModelConfig(
 
 
 @functools.cache
+def definition_of(model: ModelConfig, mesh: str, rules: str, dtype: str = "float32") -> ModelDefinition:
+    return ModelDefinition.create(model, Partitioner.create(mesh, rules), jnp.dtype(dtype))
+
+
+@functools.cache
 def demand(
     model: ModelConfig = SMALL, mesh: str = "", free_bytes: int | None = None, rules: str = "auto", **flags: Any
 ) -> Demand:
-    definition = ModelDefinition.create(model, Partitioner.create(mesh, rules), jnp.dtype("float32"))
+    definition = definition_of(model, mesh, rules)
     settings = {"max_model_len": 1024, "max_num_seqs": 8, "mesh": mesh, "sharding": rules} | flags
-    return Demand(
-        config=EngineConfig(**settings), definition=definition, page_size=16, attention=xla, free_bytes=free_bytes
-    )
+    return Demand.of(definition, config=EngineConfig(**settings), page_size=16, attention=xla, free_bytes=free_bytes)
 
 
 EXPERTS = MoEConfig(num_experts=4, num_experts_per_token=2, mlp_dim=4096)
@@ -108,7 +111,7 @@ def test_the_workspace_is_what_compiled_steps_allocate(
         chunk=max_chunk_tokens(config.max_num_batched_tokens, config.max_model_len, rows),
         num_steps=1,
     )
-    programs = driver.step_programs(wanted.definition, shapes)
+    programs = driver.step_programs(definition_of(wanted.model, mesh, config.sharding), shapes)
     allocated = 0
     for shape in programs.buckets.shapes():
         memory = programs.lowered(shape).compile().memory_analysis()
@@ -127,9 +130,9 @@ def test_the_tile_of_experts_is_planned_as_it_is_computed(rules: str, monkeypatc
     asked.plan()
     (planned,) = set(calls)
     calls.clear()
-    rows = 8 // asked.definition.partitioner.num_shards(ax.BATCH)
+    rows = 8 // asked.splits.num_shards(ax.BATCH)
     shapes = driver.Shapes(rows=rows, max_len=64, chunk=64, num_steps=0)
-    programs = driver.step_programs(asked.definition, shapes)
+    programs = driver.step_programs(definition_of(asked.model, "expert:4", rules), shapes)
     for shape in programs.buckets.shapes():
         programs.lowered(shape)
     assert set(calls) == {planned}
@@ -148,6 +151,12 @@ def advice(asked: Demand) -> list[str]:
     with pytest.raises(ValueError, match="; would fit: ") as caught:
         asked.plan()
     return str(caught.value).rpartition("; would fit: ")[2].split(" or ")
+
+
+def asked_again(asked: Demand, definition: ModelDefinition) -> Demand:
+    """The same of another definition."""
+    others = {name: getattr(asked, name) for name in ("config", "page_size", "attention", "free_bytes")}
+    return Demand.of(definition, **others)
 
 
 def flags_of(texts: list[str]) -> dict[str, str]:
@@ -172,11 +181,10 @@ def test_each_flag_of_the_advice_is_enough_and_the_next_size_is_not():
         fitting, other = (dataclasses.replace(asked.config, **{name: size}) for size in sizes)
         dataclasses.replace(asked, config=fitting).plan()
         assert name in str(advice(dataclasses.replace(asked, config=other)))
-    shorter = ModelDefinition.create(SMALL, Partitioner.create(), jnp.dtype(flags["dtype"]))
-    dataclasses.replace(asked, definition=shorter).plan()
+    asked_again(asked, definition_of(SMALL, "", "auto", flags["dtype"])).plan()
     assert meshes_of(advice(asked)) == ["tensor:2", "context:2"]
     for mesh in meshes_of(advice(asked)):
-        dataclasses.replace(asked, definition=demand(mesh=mesh).definition).plan()
+        asked_again(asked, definition_of(SMALL, mesh, "auto")).plan()
 
 
 def test_a_mesh_grows_until_it_fits_beyond_the_devices_that_are_here():
@@ -229,9 +237,10 @@ def test_a_cache_of_8_bits_where_it_is_the_cache_that_does_not_fit():
 def test_no_advice_that_the_attention_cannot_take(attention: ModuleType, possible: bool):
     """Hopper's reads neither a cache of 8 bits nor sequences on several devices."""
     model = dataclasses.replace(SMALL, num_q_heads=4, head_dim=64, num_layers=32)
-    definition = ModelDefinition.create(model, Partitioner.create(""), jnp.dtype(jnp.bfloat16))
     asked = dataclasses.replace(
-        demand(model, max_num_batched_tokens=64), definition=definition, attention=attention, page_size=64
+        asked_again(demand(model, max_num_batched_tokens=64), definition_of(model, "", "auto", "bfloat16")),
+        attention=attention,
+        page_size=64,
     )
     whole = asked.plan()
     of_sequence = (1 + 1024 // 64) * whole.page_bytes

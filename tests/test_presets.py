@@ -79,9 +79,9 @@ def definition(name: str, num_layers: int | None = None, *, on_devices: bool = F
 
 
 def demand(name: str, fraction: float, **changes: Any) -> Demand:
-    return Demand(
+    return Demand.of(
+        definition(name),
         config=dataclasses.replace(engine_config(name), **changes),
-        definition=definition(name),
         page_size=PAGE_SIZE,
         attention=xla,
         free_bytes=int(fraction * PRESETS[name][1]),

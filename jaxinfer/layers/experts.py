@@ -12,6 +12,7 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.layers import expert_exchange
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.param import Axes, param
+from jaxinfer.layouts import AxisSplits
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.pipeline import on_stage
 from jaxinfer.stages import Layers
@@ -182,21 +183,21 @@ def clamped_swiglu(gate: jax.Array, up: jax.Array, alpha: float, limit: float) -
     return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
 
 
-def expected_rows(num_routed: int, partitioner: Partitioner) -> int:
+def expected_rows(num_routed: int, splits: AxisSplits) -> int:
     """Rows that a device computes, were all devices' alike, of `num_routed` that its tokens are routed to."""
-    return num_routed if is_exchanged(partitioner) else -(-num_routed // partitioner.num_shards(ax.EXPERTS))
+    return num_routed if is_exchanged(splits) else -(-num_routed // splits.num_shards(ax.EXPERTS))
 
 
-def is_exchanged(partitioner: Partitioner) -> bool:
+def is_exchanged(splits: AxisSplits) -> bool:
     """Whether the devices among which the experts are split have different tokens.
 
     Raises ValueError for rules by which only some of them have.
     """
-    experts, tokens = partitioner.mesh_axes(ax.EXPERTS), partitioner.mesh_axes(ax.BATCH)
+    experts, tokens = splits.mesh_axes(ax.EXPERTS), splits.mesh_axes(ax.BATCH)
     common = tuple(axis for axis in experts if axis in tokens)
     if common and common != experts:
         raise ValueError(
-            f"strategy {partitioner.rules.name!r} splits experts over {experts} and batch over {tokens}, so over a "
+            f"strategy {splits.rules.name!r} splits experts over {experts} and batch over {tokens}, so over a "
             f"part of them; let batch be split over all of these or none"
         )
-    return partitioner.num_shards(ax.EXPERTS) > 1 and bool(common)
+    return splits.num_shards(ax.EXPERTS) > 1 and bool(common)

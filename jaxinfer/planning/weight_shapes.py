@@ -1,0 +1,165 @@
+"""What a model's parameters take of each device of a mesh, from their shapes on one. Host only."""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from jaxinfer.config import ModelConfig
+from jaxinfer.layouts import AxisSplits, check_mesh, num_sharded_kv_heads
+from jaxinfer.stages import StagePlan
+from sharding_rules import axes as ax
+
+LAYERS = "layers"  # of a model, where its parameters have them
+
+
+class WeightShape(NamedTuple):
+    """A parameter on one device, whole.
+
+    Attributes:
+      path: its place in the module tree; of a layer, below it.
+      shape: of the array.
+      axes: the logical name of each dimension.
+      itemsize: bytes of a number.
+      read_share: as `WeightSpec.read_share`.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: ax.LogicalAxes
+    itemsize: float
+    read_share: float
+
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether tokens are multiplied by it, and not only added to or scaled."""
+        return len(self.shape) > 1 and self.read_share > 0 and not self.path.endswith("bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceWeights:
+    """Of one device, of some parameters.
+
+    Attributes:
+      num_bytes: that it holds.
+      dense_bytes: of them, those that every step reads.
+      expert_bytes: of them, those of experts, of which a step reads those that its tokens go to.
+      token_numbers: that a token is multiplied by.
+      num_products: matrices among them.
+    """
+
+    num_bytes: float = 0
+    dense_bytes: float = 0
+    expert_bytes: float = 0
+    token_numbers: float = 0
+    num_products: int = 0
+
+    def __add__(self, other: "DeviceWeights") -> "DeviceWeights":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return DeviceWeights(*(a + b for a, b in pairs))
+
+    def __mul__(self, count: int) -> "DeviceWeights":
+        return DeviceWeights(*(count * a for a in dataclasses.astuple(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshWeights:
+    """Of one device of a mesh.
+
+    Attributes:
+      embedding: what is looked up in and not multiplied by: tables of tokens and positions.
+      head: what makes logits, and whatever is in no layer.
+      stages: of each stage of a pipeline its layers; padding, which is zeros, is in `num_bytes` only.
+    """
+
+    embedding: DeviceWeights
+    head: DeviceWeights
+    stages: tuple[DeviceWeights, ...]
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelWeights:
+    """All parameters of a model.
+
+    Attributes:
+      config: the model's numbers.
+      outer: those of no layer.
+      layers: of each layer its own; layers that are alike have the same tuple.
+    """
+
+    config: ModelConfig
+    outer: tuple[WeightShape, ...]
+    layers: tuple[tuple[WeightShape, ...], ...]
+
+    @classmethod
+    def create(cls, config: ModelConfig, shapes: Iterable[WeightShape]) -> "ModelWeights":
+        """From every parameter, with its whole path."""
+        outer: list[WeightShape] = []
+        by_layer: dict[int, list[WeightShape]] = collections.defaultdict(list)
+        for weight in shapes:
+            first, _, rest = weight.path.partition("/")
+            if first == LAYERS:
+                layer, _, path = rest.partition("/")
+                by_layer[int(layer)].append(weight._replace(path=path))
+            else:
+                outer.append(weight)
+        kinds: dict[tuple[WeightShape, ...], tuple[WeightShape, ...]] = {}
+        layers = (tuple(by_layer[layer]) for layer in range(config.num_layers))
+        return cls(config, tuple(outer), tuple(kinds.setdefault(layer, layer) for layer in layers))
+
+    @property
+    def num_bytes(self) -> float:
+        """Of all, each once."""
+        return sum(w.itemsize * math.prod(w.shape) for w in (*self.outer, *(w for of in self.layers for w in of)))
+
+    @property
+    def num_params(self) -> int:
+        return sum(math.prod(w.shape) for w in (*self.outer, *(w for of in self.layers for w in of)))
+
+    def on_mesh(self, splits: AxisSplits) -> MeshWeights:
+        """Raises ValueError for what does not divide, or cannot be split."""
+        check_mesh(self.config, splits)
+        splits = splits.fitted(ax.VOCAB, self.config.vocab_size)
+        num_kv_heads = num_sharded_kv_heads(self.config.num_kv_heads, splits)
+        plan = StagePlan.create(self.config.num_layers, splits.axis_size(ax.STAGE))
+
+        @functools.cache
+        def of(weight: WeightShape) -> DeviceWeights:
+            return _on_device(weight, splits, num_kv_heads)
+
+        @functools.cache
+        def total(weights: tuple[WeightShape, ...]) -> DeviceWeights:
+            return sum(map(of, weights), DeviceWeights())
+
+        of_stages = [DeviceWeights()] * plan.num_stages
+        slots_bytes = 0.0
+        for slot in plan.slots:
+            kinds = dict.fromkeys(self.layers[layer] for layer in slot if layer is not None)
+            slots_bytes += total(tuple(dict.fromkeys(weight for kind in kinds for weight in kind))).num_bytes
+            for stage, layer in enumerate(slot):
+                if layer is not None:
+                    of_stages[stage] += total(self.layers[layer])
+        embedding = total(tuple(weight for weight in self.outer if not weight.read_share))
+        head = total(tuple(weight for weight in self.outer if weight.read_share))
+        held = slots_bytes + embedding.num_bytes + head.num_bytes
+        return MeshWeights(embedding, head, tuple(of_stages), math.ceil(held))
+
+
+def _on_device(weight: WeightShape, splits: AxisSplits, num_kv_heads: int) -> DeviceWeights:
+    sizes: Mapping[str | None, int] = {ax.KV_HEADS: num_kv_heads}
+    shape = tuple(sizes.get(axis, n) for axis, n in zip(weight.axes, weight.shape, strict=True))
+    numbers = math.prod(splits.shard_shape(weight.axes, shape, weight.path))
+    num_bytes = numbers * weight.itemsize
+    is_expert = ax.EXPERTS in weight.axes
+    # A token's experts are on several devices, and those of a device have tokens of several.
+    tokens_share = weight.read_share if is_expert else 1.0
+    return DeviceWeights(
+        num_bytes=num_bytes,
+        dense_bytes=0 if is_expert or not weight.read_share else num_bytes,
+        expert_bytes=num_bytes if is_expert else 0,
+        token_numbers=numbers * tokens_share if weight.is_multiplied else 0,
+        num_products=int(weight.is_multiplied),
+    )
