@@ -57,11 +57,12 @@ def plan_decoder(
     weights_bytes: int,
     device: Device,
     free_bytes: int | None,
+    advise: bool = True,
 ) -> DecoderPlan:
     """Decides what `config`, whose `max_model_len` is decided, leaves open.
 
-    `weights_bytes` and `free_bytes` (None: unknown) are those of one device. Raises ValueError with the flag that would
-    help.
+    `weights_bytes` and `free_bytes` (None: unknown) are those of one device. Raises ValueError for what cannot be; if
+    `advise`, for what does not fit with the flags that would.
     """
     assert config.max_model_len is not None
     on_cpu = device.platform == "cpu"
@@ -88,7 +89,7 @@ def plan_decoder(
         page_size=page_size,
         attention=paged_attention.backend(attention.name),
         free_bytes=free_bytes,
-    ).plan()
+    ).plan(advise=advise)
     return DecoderPlan(
         slots_per_shard=slots_per_shard, page_size=page_size, attention=attention, buckets=buckets, memory=memory
     )

@@ -54,11 +54,13 @@ class Demand:
         model, splits, num_bytes = definition.decoder_config, definition.partitioner, definition.shard_bytes
         return cls(model=model, splits=splits, dtype=definition.dtype, weights_bytes=num_bytes, **fields)
 
-    def plan(self) -> MemoryPlan:
-        """Raises ValueError when it does not fit, naming the flags of which each alone would make it fit."""
+    def plan(self, *, advise: bool = True) -> MemoryPlan:
+        """Raises ValueError when it does not fit; if `advise`, naming the flags of which each alone would make it fit."""
         try:
             return self._plan()
         except ValueError as error:
+            if not advise:
+                raise
             flags = " or ".join(self._flags_that_fit())
             raise ValueError(f"{error}; would fit: {flags or 'a smaller model'}") from None
 

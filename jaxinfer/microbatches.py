@@ -13,9 +13,6 @@ from jaxinfer.attention import Prompts, Rows
 from jaxinfer.integers import cdiv
 from pallas_kernels.ragged import token_places
 
-_MOST_PER_STAGE = 4  # microbatches of prompts: 4 p of them keep p stages busy in 4 p of 5 p - 1 ticks
-_MIN_TOKENS, _CPU_MIN_TOKENS = 256, 32  # of a microbatch of more than p: fewer take a stage no less time
-
 
 class Work(NamedTuple):
     """What a stage needs to know of the tokens of a microbatch, which are those of rows, then those of prompts."""
@@ -39,14 +36,6 @@ class Work(NamedTuple):
         rows = self.rows and self.rows._replace(valid=self.rows.valid & counts)
         prompts = self.prompts and self.prompts._replace(lengths=jnp.where(counts, self.prompts.lengths, 0))
         return Work(self.positions, rows, prompts)
-
-
-def num_microbatches(num_stages: int, num_tokens: int) -> int:
-    """Of a step that prefills so many tokens of each data shard; 0: none."""
-    if num_stages == 1:
-        return 1
-    least = _CPU_MIN_TOKENS if jax.default_backend() == "cpu" else _MIN_TOKENS
-    return num_stages * min(_MOST_PER_STAGE, max(1, num_tokens // (num_stages * least)))
 
 
 def split(array: jax.Array, num_parts: int) -> jax.Array:

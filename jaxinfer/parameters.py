@@ -16,11 +16,10 @@ from flax import nnx
 from jaxinfer import models
 from jaxinfer.config import EncoderConfig, ModelConfig
 from jaxinfer.layouts import check_mesh
-from jaxinfer.microbatches import num_microbatches
 from jaxinfer.param_specs import ParamSpec, WeightSpec, param_specs, weight_specs
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.planning.weight_shapes import ModelWeights, WeightShape
-from jaxinfer.stages import StagePlan
+from jaxinfer.stages import StagePlan, num_microbatches
 from sharding_rules import axes as ax
 
 
@@ -137,7 +136,7 @@ class ModelDefinition:
             sum(int(weight.shard_bytes * weight.read_share) for weight in self.weights if weight.is_on(stage))
             for stage in range(num_stages)
         ]
-        return num_microbatches(num_stages, num_tokens=0) * max(of_stages)
+        return num_microbatches(num_stages, 0, self.partitioner.platform) * max(of_stages)
 
 
 @functools.lru_cache(maxsize=8)

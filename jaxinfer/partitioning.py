@@ -67,6 +67,11 @@ class Partitioner(AxisSplits):
         return self.mesh.devices.flat[0].device_kind if isinstance(self.mesh, Mesh) else None
 
     @property
+    def platform(self) -> str:
+        """As JAX calls what the mesh's devices are, wherever they are; of an abstract mesh, what it runs on here."""
+        return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else jax.default_backend()
+
+    @property
     def sizes(self) -> Mapping[str, int]:
         return self.mesh.shape
 

@@ -52,3 +52,14 @@ class StagePlan:
         """Of each stage the layer that the slot computes there; padding computes as another stage's."""
         layers = [layer for layer in self.slots[slot] if layer is not None]
         return tuple(layers[0] if layer is None else layer for layer in self.slots[slot])
+
+
+_MOST_PER_STAGE = 4  # microbatches of prompts: 4 p of them keep p stages busy in 4 p of 5 p - 1 turns
+
+
+def num_microbatches(num_stages: int, num_tokens: int, platform: str) -> int:
+    """Of a step that prefills so many tokens of each data shard; 0: none. `platform` is that of the devices."""
+    if num_stages == 1:
+        return 1
+    least = 32 if platform == "cpu" else 256  # tokens of a microbatch of more than p: fewer take a stage no less time
+    return num_stages * min(_MOST_PER_STAGE, max(1, num_tokens // (num_stages * least)))

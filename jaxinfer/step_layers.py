@@ -10,10 +10,10 @@ from jax import lax
 from jaxinfer.attention import PagedAttention, Prompts, Rows, attention_specs
 from jaxinfer.kv_cache import Cache
 from jaxinfer.layers.moe import Routing
-from jaxinfer.microbatches import Work, merge_tokens, num_microbatches, split, split_prompts, split_tokens
+from jaxinfer.microbatches import Work, merge_tokens, split, split_prompts, split_tokens
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.pipeline import Pipeline
-from jaxinfer.stages import StagePlan
+from jaxinfer.stages import StagePlan, num_microbatches
 from pallas_kernels import paged_attention
 from sharding_rules import axes as ax
 
@@ -77,7 +77,7 @@ class StepLayers:
             partitioner=partitioner,
             stage=self._run_stage,
             mask_work=Work.masked,
-            num_microbatches=num_microbatches(partitioner.axis_size(ax.STAGE), num_tokens),
+            num_microbatches=num_microbatches(partitioner.axis_size(ax.STAGE), num_tokens, partitioner.platform),
             num_rounds=num_rounds,
         )
 

@@ -11,9 +11,15 @@ def refuse_unknown(owner: str, given: Iterable[str], known: Iterable[str]) -> No
     known = sorted(known)
     for name in given:
         if name not in known:
-            closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            hint = f"did you mean {closest[0]!r}? " if closest else ""
-            raise TypeError(f"{owner} has no field {name!r}; {hint}known: {', '.join(known)}")
+            raise TypeError(f"{owner} has no field {name!r}; {suggestion(name, known)}")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """For the end of an error: the closest name, and all of them."""
+    known = [*known]
+    closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    hint = f"did you mean {closest[0]!r}? " if closest else ""
+    return f"{hint}known: {', '.join(known)}"
 
 
 class StrictFields:

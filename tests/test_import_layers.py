@@ -44,6 +44,7 @@ LAYERS = {
     "jaxinfer.page_allocator": 1,
     "jaxinfer.planner": 1,
     "jaxinfer.planning": 1,
+    "jaxinfer.planning.candidates": 5,
     "jaxinfer.process_group": 1,
     "jaxinfer.progress": 1,
     "jaxinfer.prompts": 1,

@@ -46,22 +46,19 @@ class DeviceWeights:
       num_bytes: that it holds.
       dense_bytes: of them, those that every step reads.
       expert_bytes: of them, those of experts, of which a step reads those that its tokens go to.
-      token_numbers: that a token is multiplied by.
-      num_products: matrices among them.
+      dense_numbers: that every token is multiplied by.
+      expert_numbers: that a token is multiplied by on average, of experts.
     """
 
     num_bytes: float = 0
     dense_bytes: float = 0
     expert_bytes: float = 0
-    token_numbers: float = 0
-    num_products: int = 0
+    dense_numbers: float = 0
+    expert_numbers: float = 0
 
     def __add__(self, other: "DeviceWeights") -> "DeviceWeights":
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return DeviceWeights(*(a + b for a, b in pairs))
-
-    def __mul__(self, count: int) -> "DeviceWeights":
-        return DeviceWeights(*(count * a for a in dataclasses.astuple(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +150,8 @@ def _on_device(weight: WeightShape, splits: AxisSplits, num_kv_heads: int) -> De
     shape = tuple(sizes.get(axis, n) for axis, n in zip(weight.axes, weight.shape, strict=True))
     numbers = math.prod(splits.shard_shape(weight.axes, shape, weight.path))
     num_bytes = numbers * weight.itemsize
-    is_expert = ax.EXPERTS in weight.axes
-    # A token's experts are on several devices, and those of a device have tokens of several.
-    tokens_share = weight.read_share if is_expert else 1.0
-    return DeviceWeights(
-        num_bytes=num_bytes,
-        dense_bytes=0 if is_expert or not weight.read_share else num_bytes,
-        expert_bytes=num_bytes if is_expert else 0,
-        token_numbers=numbers * tokens_share if weight.is_multiplied else 0,
-        num_products=int(weight.is_multiplied),
-    )
+    if ax.EXPERTS in weight.axes:
+        per_token = numbers * weight.read_share if weight.is_multiplied else 0
+        return DeviceWeights(num_bytes, expert_bytes=num_bytes, expert_numbers=per_token)
+    dense = DeviceWeights(num_bytes, dense_numbers=numbers if weight.is_multiplied else 0)
+    return dataclasses.replace(dense, dense_bytes=num_bytes if weight.read_share else 0)

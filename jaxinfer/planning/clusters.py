@@ -1,0 +1,164 @@
+"""The devices that a plan is for, and the links that a mesh lays its axes over. Host only."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from jaxinfer.planning.hardware import GPUS, Link
+from jaxinfer.unknown_names import suggestion
+from sharding_rules import axes as ax
+
+CPU = "cpu"
+_MOST_DEVICES = 4096
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a step gets of a device, as far as is known.
+
+    Attributes:
+      bytes_per_s: of memory that is read in long pieces.
+      flops: of matrix products, per second, by the number of tokens that are multiplied at once: pairs of tokens and
+        rate, ascending. In between a rate is what lies between, and beyond the ends that of the end.
+      attention_flops: of attention's products, likewise per second.
+      layer_s: what a layer takes beside that: starting kernels, and what is too small to count.
+      step_s: what a step takes beside its layers.
+    """
+
+    bytes_per_s: float
+    flops: tuple[tuple[int, float], ...]
+    attention_flops: float
+    layer_s: float
+    step_s: float
+
+    def flops_at(self, num_tokens: float) -> float:
+        """Of products of so many tokens, between the measured sizes in proportion of their logarithms."""
+        low = high = self.flops[0]
+        for point in self.flops:
+            low, high = high, point
+            if point[0] >= num_tokens:
+                break
+        if high[0] <= num_tokens or low[0] >= high[0]:
+            return high[1]
+        share = math.log(max(num_tokens, low[0]) / low[0]) / math.log(high[0] / low[0])
+        return low[1] ** (1 - share) * high[1] ** share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """Of a GPU's data sheet, what a step is expected to get. Assumed, not measured: no GPU was at hand.
+
+    Decoding at four fifths of the bandwidth is the state of the art for 7 to 8 billion parameters (gpt-fast, on an
+    A100), and engines were published to prefill at half of the products' peak. A layer is about eight kernels of two
+    microseconds beyond their work.
+    """
+
+    bandwidth: float = 0.8
+    flops: float = 0.5
+    attention_flops: float = 0.4
+    link: float = 0.8
+    layer_s: float = 16e-6
+    step_s: float = 100e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Equal devices on equal nodes.
+
+    Attributes:
+      name: as `--devices` spells its devices, such as "h100".
+      device_kind: as JAX calls them.
+      platform: likewise, "gpu" or "cpu".
+      memory_bytes: of a device.
+      rates: of a device.
+      link: between the devices of a node.
+      network: between nodes.
+    """
+
+    name: str
+    device_kind: str
+    platform: str
+    memory_bytes: int
+    rates: Rates
+    num_nodes: int
+    devices_per_node: int
+    link: Link
+    network: Link
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_nodes * self.devices_per_node
+
+    @property
+    def compute_capability(self) -> str | None:
+        """Of a GPU, as JAX has it: "9.0"."""
+        return ".".join(map(str, GPUS[self.name].capability)) if self.name in GPUS else None
+
+    def __str__(self) -> str:
+        inside = f" of {self.devices_per_node} over {self.link.name}" if self.devices_per_node > 1 else ""
+        across = f", nodes over {self.network.name}" if self.num_nodes > 1 else ""
+        nodes = f"{self.num_nodes} node{'s' if self.num_nodes > 1 else ''}"
+        return f"{self.num_devices} x {self.device_kind}, {nodes}{inside}{across}"
+
+    def link_of(self, mesh_axes: Iterable[str], mesh: Mapping[str, int]) -> Link:
+        """The slowest over which devices along these axes of a mesh meet. The last axis joins neighbours."""
+        order = [axis for axis in ax.MESH_AXES if axis in mesh]
+        widest = min((order.index(axis) for axis in mesh_axes if mesh.get(axis, 1) > 1), default=len(order))
+        span = math.prod(mesh[axis] for axis in order[widest:])
+        return self.link if self.devices_per_node % span == 0 else self.network
+
+
+def parse_devices(text: str, *, devices_per_node: int | None = None) -> tuple[str, int, int]:
+    """The GPU's name, nodes, and devices of each: from "h100:8", "h200:2x8" or "l40s".
+
+    `devices_per_node` is what a node has of more devices than it usually has. Raises ValueError for what there is not.
+    """
+    match = re.fullmatch(r"([a-z0-9-]+?)(?::(?:(\d+)x)?(\d+))?", text.strip().lower())
+    if match is None:
+        raise ValueError(f"--devices={text}: must be a device and how many, as h100:8, or nodes of them, as h100:2x8")
+    name, nodes, count = match[1], match[2], int(match[3] or 1)
+    if name != CPU and name not in GPUS:
+        raise ValueError(f"--devices={text}: unknown device {name!r}; {suggestion(name, (CPU, *GPUS))}")
+    if count < 1 or nodes == "0" or int(nodes or 1) * count > _MOST_DEVICES:
+        raise ValueError(f"--devices={text}: must be 1 to {_MOST_DEVICES} devices")
+    if nodes is not None:
+        if devices_per_node not in (None, count):
+            raise ValueError(f"--devices={text} has {count} on a node and --num_gpus_per_node={devices_per_node}")
+        return name, int(nodes), count
+    if devices_per_node is not None and devices_per_node < 1:
+        raise ValueError(f"--num_gpus_per_node={devices_per_node}: must be at least 1")
+    most = devices_per_node or (GPUS[name].devices_per_node if name in GPUS else count)
+    if count <= most:
+        return name, 1, count
+    if count % most:
+        raise ValueError(
+            f"--devices={text}: {count} devices are no nodes of {most}; give --num_gpus_per_node, or {name}:NxM"
+        )
+    return name, count // most, most
+
+
+def gpu_cluster(name: str, num_nodes: int, devices_per_node: int, efficiency: Efficiency) -> Cluster:
+    """Of GPUs as `hardware` describes them."""
+    gpu = GPUS[name]
+    rates = Rates(
+        bytes_per_s=efficiency.bandwidth * gpu.bandwidth,
+        flops=((1, efficiency.flops * gpu.flops),),
+        attention_flops=efficiency.attention_flops * gpu.flops,
+        layer_s=efficiency.layer_s,
+        step_s=efficiency.step_s,
+    )
+    link, network = (
+        dataclasses.replace(link, bytes_per_s=efficiency.link * link.bytes_per_s) for link in (gpu.link, gpu.network)
+    )
+    return Cluster(
+        name=name,
+        device_kind=gpu.device_kind,
+        platform="gpu",
+        memory_bytes=gpu.memory_bytes,
+        rates=rates,
+        num_nodes=num_nodes,
+        devices_per_node=devices_per_node,
+        link=link,
+        network=network,
+    )

@@ -1,0 +1,264 @@
+"""How long a step takes on each device of a mesh, from what it has to read, multiply and send. Host only.
+
+Each kind of work takes as long as the slower of memory and arithmetic (Williams et al. 2009, "Roofline"), one kind
+after another; collectives are not hidden behind them, as XLA does not by default. A pipeline is a sequence of turns, in
+each of which every stage computes a microbatch.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jaxinfer.config import MoEConfig
+from jaxinfer.integers import cdiv
+from jaxinfer.layouts import AxisSplits
+from jaxinfer.planning.clusters import Cluster
+from jaxinfer.planning.hardware import Link
+from jaxinfer.planning.weight_shapes import DeviceWeights, MeshWeights
+from jaxinfer.stages import num_microbatches
+from sharding_rules import axes as ax
+
+_SAMPLING_PASSES = 8  # over float32 logits: softmax, noise, and the search for where top-k and top-p cut
+_FLOAT32 = 4
+
+
+class AttentionLoad(NamedTuple):
+    """Of one layer on one device.
+
+    Attributes:
+      num_q_heads: on the device.
+      head_dim, out_dim: of keys, and of values.
+      token_bytes: that the cache has of a token there.
+      window: tokens that a query sees; None: all.
+    """
+
+    num_q_heads: int
+    head_dim: int
+    out_dim: int
+    token_bytes: int
+    window: int | None
+
+    def seen(self, num_tokens: float) -> float:
+        """Of so many tokens."""
+        return num_tokens if self.window is None else min(num_tokens, self.window)
+
+    def flops(self, num_tokens: float) -> float:
+        """Of a query that sees so many tokens, if there is no window."""
+        return 2 * self.num_q_heads * (self.head_dim + self.out_dim) * self.seen(num_tokens)
+
+
+class Collective(NamedTuple):
+    """That a device takes part in.
+
+    Attributes:
+      op: as XLA calls it.
+      mesh_axes: along which the devices lie.
+      num_bytes: of what comes out on each, in one.
+      times: how many of these.
+    """
+
+    op: str
+    mesh_axes: tuple[str, ...]
+    num_bytes: float
+    times: int = 1
+
+    def seconds(self, group_size: int, link: Link) -> float:
+        """A ring's time: each device sends its part to the others once, and for a sum twice."""
+        if group_size == 1:
+            return 0.0
+        if self.op == "collective-permute":
+            return self.times * (link.latency_s + self.num_bytes / link.bytes_per_s)
+        passes = 2 if self.op == "all-reduce" else 1
+        sent = passes * (group_size - 1) / group_size * self.num_bytes
+        return self.times * (link.latency_s + sent / link.bytes_per_s)
+
+
+class Load(NamedTuple):
+    """What a step does in each data shard.
+
+    Attributes:
+      rows: sequences that decode.
+      context: tokens that each of them has cached, on average.
+      chunk_tokens: tokens of prompts.
+      chunk_context: tokens that each of these sees, on average.
+    """
+
+    rows: int
+    context: float
+    chunk_tokens: int = 0
+    chunk_context: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step, by what they go to; `fill_s` to stages that wait for others. See `MeshModel.step_time`."""
+
+    weights_s: float = 0.0
+    products_s: float = 0.0
+    attention_s: float = 0.0
+    sampling_s: float = 0.0
+    collectives_s: float = 0.0
+    overhead_s: float = 0.0
+    fill_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+    @property
+    def bound(self) -> str:
+        """What takes the most."""
+        names = {
+            "weights_s": "reading weights",
+            "products_s": "arithmetic",
+            "attention_s": "attention",
+            "sampling_s": "sampling",
+            "collectives_s": "collectives",
+            "overhead_s": "launches",
+            "fill_s": "pipeline fill",
+        }
+        return names[max(names, key=lambda name: getattr(self, name))]
+
+    def __mul__(self, factor: float) -> "StepTime":
+        return StepTime(**{name: factor * value for name, value in dataclasses.asdict(self).items()})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshModel:
+    """A decoder on a mesh of devices, as numbers.
+
+    Attributes, where the name does not say it:
+      attention: of each slot for layers on a device.
+      has_experts: of these, whether it has experts.
+      itemsize: bytes of an activation's number.
+      is_exchanged: whether tokens travel to the devices that have their experts.
+    """
+
+    cluster: Cluster
+    splits: AxisSplits
+    weights: MeshWeights
+    attention: tuple[AttentionLoad, ...]
+    has_experts: tuple[bool, ...]
+    moe: MoEConfig | None
+    embed_dim: int
+    vocab_size: int
+    itemsize: int
+    is_exchanged: bool
+
+    @property
+    def num_stages(self) -> int:
+        return self.splits.axis_size(ax.STAGE)
+
+    def num_microbatches(self, load: Load) -> int:
+        return num_microbatches(self.num_stages, load.chunk_tokens, self.cluster.platform)
+
+    def step_time(self, load: Load, num_steps: int = 1) -> StepTime:
+        """Of one token of every row, in a dispatch of `num_steps` of them, and of the prompts' tokens.
+
+        A pipeline of p stages does m microbatches in m + p - 1 turns, and n tokens of each row in n * m + p - 1.
+        """
+        parts, stages = self.num_microbatches(load), self.num_stages
+        part = load._replace(rows=cdiv(load.rows, parts), chunk_tokens=cdiv(load.chunk_tokens, parts))
+        turn = self._turn_time(part)
+        turns = parts + (stages - 1) / num_steps
+        overhead = turn.overhead_s * parts + self.cluster.rates.step_s / num_steps
+        fill = turn.total_s * (turns - parts)
+        return dataclasses.replace(turn * parts, overhead_s=overhead, fill_s=fill)
+
+    def _turn_time(self, load: Load) -> StepTime:
+        rates, num_tokens = self.cluster.rates, load.rows + load.chunk_tokens
+        read = multiplied = 0.0
+        for work in (max(self.weights.stages, key=lambda of_stage: of_stage.num_bytes), self.weights.head):
+            rows = num_tokens if work is not self.weights.head else self._num_drawn(load)
+            for num_bytes, flops, at_once in self._products(work, rows):
+                memory, arithmetic = num_bytes / rates.bytes_per_s, flops / rates.flops_at(at_once)
+                read, multiplied = (
+                    (read + memory, multiplied) if memory >= arithmetic else (read, multiplied + arithmetic)
+                )
+        of_layers = (self.layer_collectives(slot, num_tokens) for slot in range(len(self.attention)))
+        collectives = itertools.chain(*of_layers, self.turn_collectives(load))
+        return StepTime(
+            weights_s=read,
+            products_s=multiplied,
+            attention_s=self._attention_s(load),
+            sampling_s=self._sampling_s(load),
+            collectives_s=sum(map(self._seconds, collectives)),
+            overhead_s=len(self.attention) * rates.layer_s,
+        )
+
+    def _products(self, work: DeviceWeights, num_tokens: float) -> Iterator[tuple[float, float, float]]:
+        """Bytes read, FLOPs, and tokens at once: of what all tokens are multiplied by, and of experts."""
+        yield work.dense_bytes, 2 * work.dense_numbers * num_tokens, num_tokens
+        if self.moe is not None and work.expert_bytes:
+            together = num_tokens * (self.splits.num_shards(ax.EXPERTS) if self.is_exchanged else 1)
+            share = self.moe.num_experts_per_token / self.moe.num_experts
+            touched = 1 - (1 - share) ** together
+            yield touched * work.expert_bytes, 2 * work.expert_numbers * together, max(1, together * share)
+
+    def _attention_s(self, load: Load) -> float:
+        rates, spread, seconds = self.cluster.rates, self.splits.context_size, 0.0
+        for layer in self.attention:
+            num_bytes = load.rows * layer.token_bytes * layer.seen(load.context)
+            flops = load.rows * layer.flops(load.context)
+            seconds += max(num_bytes / rates.bytes_per_s, flops / rates.attention_flops) / spread
+            if load.chunk_tokens:
+                num_bytes = layer.token_bytes * layer.seen(2 * load.chunk_context)  # which end where the mean is twice
+                flops = load.chunk_tokens * layer.flops(load.chunk_context)
+                seconds += max(num_bytes / rates.bytes_per_s, flops / rates.attention_flops) / spread
+        return seconds
+
+    def _num_drawn(self, load: Load) -> float:
+        """Tokens that are drawn in a turn; a chunk that is a prompt's last is one of few."""
+        return max(1, load.rows + (1 if load.chunk_tokens else 0))
+
+    def _sampling_s(self, load: Load) -> float:
+        numbers = self._num_drawn(load) * self.vocab_size / self.splits.num_shards(ax.VOCAB)
+        return _SAMPLING_PASSES * _FLOAT32 * numbers / self.cluster.rates.bytes_per_s
+
+    def _seconds(self, collective: Collective) -> float:
+        size = math.prod(map(self.splits.axis_size, collective.mesh_axes))
+        return collective.seconds(size, self.cluster.link_of(collective.mesh_axes, self.splits.sizes))
+
+    def layer_collectives(self, slot: int, num_tokens: float) -> list[Collective]:
+        """Of one layer, for so many tokens of each data shard in a turn."""
+        hidden = num_tokens * self.embed_dim * self.itemsize
+        splits, found = self.splits, []
+        if splits.context_size > 1:
+            layer = self.attention[slot]
+            of_heads = num_tokens * layer.num_q_heads * _FLOAT32
+            found += [
+                Collective("all-reduce", splits.context_axes, of_heads),
+                Collective("all-reduce", splits.context_axes, of_heads * (layer.out_dim + 1)),
+            ]
+        found.append(Collective("all-reduce", splits.mesh_axes(ax.HEADS), hidden))
+        if not self.has_experts[slot]:
+            return [*found, Collective("all-reduce", splits.mesh_axes(ax.MLP), hidden)]
+        assert self.moe is not None
+        if self.moe.shared_mlp_dim:
+            found.append(Collective("all-reduce", splits.mesh_axes(ax.MLP), hidden))
+        parts = splits.mesh_axes(ax.EXPERT_MLP)
+        if not self.is_exchanged:
+            return [*found, Collective("all-reduce", (*splits.mesh_axes(ax.EXPERTS), *parts), hidden)]
+        travelling = hidden * self.moe.num_experts_per_token
+        return [
+            *found,
+            Collective("all-to-all", splits.mesh_axes(ax.EXPERTS), travelling, 2),
+            Collective("all-reduce", parts, travelling),
+        ]
+
+    def turn_collectives(self, load: Load) -> list[Collective]:
+        """Of a turn, beside its layers: looking tokens up, logits, and what goes on to the next stage."""
+        hidden = (load.rows + load.chunk_tokens) * self.embed_dim * self.itemsize
+        logits = self._num_drawn(load) * self.vocab_size * _FLOAT32
+        found = [
+            Collective("all-reduce", self.splits.mesh_axes(ax.VOCAB), hidden),
+            Collective("all-gather", self.splits.mesh_axes(ax.VOCAB), logits),
+        ]
+        if self.num_stages > 1:
+            found += [
+                Collective("collective-permute", (ax.STAGE,), hidden),
+                Collective("all-reduce", (ax.STAGE,), hidden),
+            ]
+        return found
