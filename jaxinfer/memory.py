@@ -55,7 +55,7 @@ class Demand:
         return cls(model=model, splits=splits, dtype=definition.dtype, weights_bytes=num_bytes, **fields)
 
     def plan(self, *, advise: bool = True) -> MemoryPlan:
-        """Raises ValueError when it does not fit; if `advise`, naming the flags of which each alone would make it fit."""
+        """Raises ValueError when it does not fit: if `advise`, with the flags of which each alone would make it fit."""
         try:
             return self._plan()
         except ValueError as error:

@@ -117,12 +117,24 @@ class MemoryPlan(MemoryNeeds):
         )
 
 
+class DoesNotFit(ValueError):
+    """What is asked of a device's memory is more than it has.
+
+    Attributes:
+      short: the same in the bytes alone.
+    """
+
+    def __init__(self, message: str, short: str):
+        super().__init__(message)
+        self.short = short
+
+
 def plan_memory(
     needs: MemoryNeeds, *, sequences_per_shard: int, memory_fraction: float, kv_cache_bytes: int | None
 ) -> MemoryPlan:
     """Sizes a device's cache: `kv_cache_bytes` if given, else what the sequences can use as far as memory goes.
 
-    Raises ValueError when the pages that memory or `kv_cache_bytes` allows cannot hold one longest sequence.
+    Raises DoesNotFit when the pages that memory or `kv_cache_bytes` allows cannot hold one longest sequence.
     """
     page_bytes, context_size, free_bytes = needs.page_bytes, needs.context_size, needs.free_bytes
     per_sequence = cdiv(needs.max_model_len, needs.page_size)
@@ -133,17 +145,21 @@ def plan_memory(
     if kv_cache_bytes is not None:
         num_pages = min(num_pages, kv_cache_bytes // page_bytes)
         if kv_cache_bytes < needed:
-            raise ValueError(f"--kv_cache_bytes={kv_cache_bytes} is less than {of_sequence}")
+            text = f"--kv_cache_bytes={kv_cache_bytes} is less than {of_sequence}"
+            raise DoesNotFit(text, text)
     if free_bytes is not None:
-        room = max(0, int(free_bytes * memory_fraction) - needs.weights_bytes - needs.workspace_bytes)
+        allowed = int(free_bytes * memory_fraction)
+        room = max(0, allowed - needs.weights_bytes - needs.workspace_bytes)
         if kv_cache_bytes is None:
             num_pages = min(num_pages, room // page_bytes)
         if room < max(needed, num_pages * page_bytes):
             weights, workspace, free = map(format_bytes, (needs.weights_bytes, needs.workspace_bytes, free_bytes))
             wanted = of_sequence if room < needed else f"--kv_cache_bytes={kv_cache_bytes}"
-            raise ValueError(
+            cache = format_bytes(max(needed, num_pages * page_bytes))
+            raise DoesNotFit(
                 f"{weights} of weights and {workspace} of workspace leave {room} bytes for the cache of {free} free on "
-                f"a device (--memory_fraction={memory_fraction}), less than {wanted}"
+                f"a device (--memory_fraction={memory_fraction}), less than {wanted}",
+                f"{weights} weights + {workspace} workspace + {cache} cache > {format_bytes(allowed)} a device",
             )
     if num_pages in needs.unreachable_pages:
         num_pages = needs.unreachable_pages.start - 1

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, logging
 
-from jaxinfer import cli_flags, devices
+from jaxinfer import cli_flags, devices, engine_flags
 from jaxinfer.cli_output import (
     Printer,
     Prompt,
@@ -76,7 +76,7 @@ def run() -> None:
 
     Raises ValueError for what cannot run, RuntimeError at the end if outputs ended with an error.
     """
-    config, sampling = cli_flags.engine_fields(), cli_flags.sampling_fields()
+    config, sampling = engine_flags.engine_fields(), cli_flags.sampling_fields()
     EngineConfig(**config)
     has_others = find_launch(**cli_flags.launch_fields()) is not None
     if has_others:  # from now on they are told when this process fails

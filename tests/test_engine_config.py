@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from absl import flags
 
-from jaxinfer import cli_flags
+from jaxinfer import engine_flags
 from jaxinfer.engine_config import NOT_FLAGS, EngineConfig
 
 
@@ -57,6 +57,6 @@ def test_whole_numbers_are_numbers_and_the_ends_of_ranges_are_legal():
 
 def test_every_field_is_a_flag_but_those_named():
     module = flags.FLAGS.find_module_defining_flag("max_num_seqs")
-    assert module == cli_flags.__name__
+    assert module == engine_flags.__name__
     names = {flag.name for flag in flags.FLAGS.get_flags_for_module(module)}
     assert {field.name for field in dataclasses.fields(EngineConfig)} - names == NOT_FLAGS

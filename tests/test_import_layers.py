@@ -45,6 +45,9 @@ LAYERS = {
     "jaxinfer.planner": 1,
     "jaxinfer.planning": 1,
     "jaxinfer.planning.candidates": 5,
+    "jaxinfer.planning.plan": 5,
+    "jaxinfer.planning.report": 5,
+    "jaxinfer.plan_flags": 7,
     "jaxinfer.process_group": 1,
     "jaxinfer.progress": 1,
     "jaxinfer.prompts": 1,
@@ -107,6 +110,8 @@ LAYERS = {
     "jaxinfer.engine_thread": 6,
     # Programs.
     "jaxinfer.cli_flags": 7,
+    "jaxinfer.engine_flags": 7,
+    "jaxinfer.plan_mesh": 7,
     "jaxinfer.cli_output": 7,
     "jaxinfer.convert_checkpoint": 7,
     "jaxinfer.run_inference": 7,

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from jaxinfer import cli_flags, kv_cache
+from jaxinfer import cli_flags, engine_flags, kv_cache
 from jaxinfer.batch import Buckets
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.memory import Demand
@@ -64,7 +64,7 @@ def engine_config(name: str) -> EngineConfig:
     """As `run_inference` would make it."""
     with flagsaver.flagsaver():
         cli_flags.parse(["run_inference", f"--config={CONFIGS / name}.toml"])
-        fields = cli_flags.engine_fields()
+        fields = engine_flags.engine_fields()
     return EngineConfig(**fields)
 
 

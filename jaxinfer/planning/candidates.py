@@ -1,4 +1,4 @@
-"""Every mesh over a cluster's devices: what an engine on it would hold and how fast it would be, or why it cannot be."""
+"""Every mesh over a cluster's devices: what an engine would hold there and how fast it would be, or why it cannot."""
 
 import bisect
 import dataclasses
@@ -14,6 +14,7 @@ from jaxinfer.decoder_plan import DecoderPlan
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.layers.experts import is_exchanged
 from jaxinfer.layouts import Layout, mesh_text
+from jaxinfer.planner import DoesNotFit
 from jaxinfer.planning.clusters import Cluster
 from jaxinfer.planning.roofline import AttentionLoad, MeshModel
 from jaxinfer.planning.weight_shapes import ModelWeights
@@ -78,7 +79,8 @@ class Planner:
         for num_devices in range(1, self.cluster.num_devices + 1):
             is_all = num_devices == self.cluster.num_devices
             if is_all or (self.workload.objective == "cost" and self.cluster.num_devices % num_devices == 0):
-                for sizes in meshes(num_devices):
+                axes = [axis for axis in ax.MESH_AXES if axis != ax.EXPERT or self.model.moe is not None]
+                for sizes in meshes(num_devices, tuple(axes)):
                     for sharding in self._strategies(sizes):
                         yield self.candidate(mesh_text(sizes), sharding)
 
@@ -119,6 +121,8 @@ class Planner:
             page_size = plan(1).page_size
             most = bisect.bisect_left(range(1, _MOST_ROWS + 1), True, key=lambda rows: not holds(rows))
             mesh_model = self._mesh_model(model, splits, of_mesh, page_size)
+        except DoesNotFit as error:
+            return Rejection(name, error.short)
         except ValueError as error:
             return Rejection(name, str(error))
 
@@ -154,8 +158,8 @@ class Planner:
         )
 
 
-def meshes(num_devices: int) -> Iterator[dict[str, int]]:
-    """Every mesh of so many devices, without axes of size 1."""
+def meshes(num_devices: int, axes: tuple[str, ...] = ax.MESH_AXES) -> Iterator[dict[str, int]]:
+    """Every mesh of so many devices along some of the axes, without those of size 1."""
 
     def split(count: int, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
         if not axes:
@@ -167,7 +171,7 @@ def meshes(num_devices: int) -> Iterator[dict[str, int]]:
                 for rest in split(count // size, axes[1:]):
                     yield {axes[0]: size, **rest}
 
-    for sizes in split(num_devices, ax.MESH_AXES):
+    for sizes in split(num_devices, axes):
         yield {axis: size for axis, size in sizes.items() if size > 1} or {ax.DATA: 1}
 
 

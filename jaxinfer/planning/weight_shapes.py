@@ -116,6 +116,15 @@ class ModelWeights:
     def num_params(self) -> int:
         return sum(math.prod(w.shape) for w in (*self.outer, *(w for of in self.layers for w in of)))
 
+    def packed(self, itemsize: float) -> "ModelWeights":
+        """With so many bytes for a number of whatever is a matrix or a table; scales beside them are not counted."""
+
+        def pack(weights: tuple[WeightShape, ...]) -> tuple[WeightShape, ...]:
+            return tuple(w._replace(itemsize=itemsize) if len(w.shape) > 1 else w for w in weights)
+
+        kinds = {layer: pack(layer) for layer in dict.fromkeys(self.layers)}
+        return ModelWeights(self.config, pack(self.outer), tuple(kinds[layer] for layer in self.layers))
+
     def on_mesh(self, splits: AxisSplits) -> MeshWeights:
         """Raises ValueError for what does not divide, or cannot be split."""
         check_mesh(self.config, splits)

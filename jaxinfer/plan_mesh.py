@@ -1,0 +1,104 @@
+"""`plan_mesh`: which mesh of which devices a model fits, and how fast it would be there. Nothing is loaded.
+
+    plan_mesh --model=path/to/model --devices=h100:8
+    plan_mesh --model=path/to/config.json --devices=h200:2x8 --objective=latency --prompt_tokens=8192
+    plan_mesh --model=path/to/model --devices=h100:8 --compile=3          # as XLA sees them, with no GPU here
+
+The plan goes to stdout. A user's mistake ends in one line and exit code 1.
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+from jaxinfer import devices, engine_flags, plan_flags
+from jaxinfer.cli_output import say
+from jaxinfer.engine_config import EngineConfig
+
+_PLACEHOLDER = "path/to/model"  # in the command to paste, where a config.json was given
+
+
+def main(argv: list[str]) -> int:
+    """The exit code. `argv` is what the flags left over."""
+    try:
+        if argv[1:]:
+            raise ValueError(f"unexpected argument {argv[1]!r}; the model is given as --model={argv[1]}")
+        run()
+    except KeyboardInterrupt:
+        say("plan_mesh: interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, RuntimeError, OSError) as error:
+        if logging.get_verbosity() >= logging.DEBUG:
+            raise
+        say(f"plan_mesh: error: {error}")
+        return 1
+    return 0
+
+
+def run() -> None:
+    """Prints the plan. Raises ValueError for what cannot be planned, RuntimeError where no mesh can be."""
+    fields, workload = engine_flags.engine_fields(), plan_flags.workload()
+    EngineConfig(**fields)
+    if plan_flags.DEVICES.value is None:
+        raise ValueError("--devices is missing; give what to plan for, as --devices=h100:8")
+    devices.prefer_cpu()
+    if logging.get_verbosity() < logging.DEBUG:
+        logging.set_verbosity(logging.WARNING)
+    from jaxinfer.planning import plan, report
+    from jaxinfer.planning.candidates import Candidate, ranked
+
+    cluster = plan.cluster(
+        plan_flags.DEVICES.value,
+        devices_per_node=plan_flags.NUM_GPUS_PER_NODE.value,
+        **{flag.name: flag.value for flag in _LINKS if flag.value is not None},
+    )
+    mem_fraction = plan_flags.MEM_FRACTION.value if cluster.platform == "gpu" else None
+    given = {name for name in fields if flags.FLAGS[name].present}
+    planner = plan.planner(
+        fields.pop("model", None),
+        {name: value for name, value in fields.items() if name in given},
+        cluster,
+        workload,
+        weight_dtype=plan_flags.WEIGHT_DTYPE.value,
+        mem_fraction=mem_fraction,
+    )
+    print(report.heading(planner, mem_fraction), end="\n\n")
+    found = [*planner.candidates()]
+    best = ranked([c for c in found if isinstance(c, Candidate)], workload.objective)
+    if best:
+        print(report.table(best[: plan_flags.TOP.value]), end="\n\n")
+    if rejected := [r for r in found if not isinstance(r, Candidate)]:
+        print(f"{len(rejected)} meshes cannot be:\n{report.rejections(rejected)}", end="\n\n")
+    if not best:
+        raise RuntimeError("no mesh of these devices can be; the lines above say why, in bytes of a device")
+    print(report.assumptions(cluster), end="\n\n")
+    model = engine_flags_model()
+    print(f"to run the first:\n{report.command(best[0], model, mem_fraction)}")
+
+
+_LINKS = (
+    plan_flags.LINK_GB_S,
+    plan_flags.NETWORK_GB_S,
+    plan_flags.LINK_LATENCY_S,
+    plan_flags.NETWORK_LATENCY_S,
+)
+
+
+def engine_flags_model() -> str:
+    """For the command to paste."""
+    model = flags.FLAGS["model"].value
+    return _PLACEHOLDER if model is None or pathlib.Path(model).is_file() else model
+
+
+def cli() -> None:
+    """The console script."""
+    app.run(main, flags_parser=plan_flags.parse)
+
+
+if __name__ == "__main__":
+    cli()

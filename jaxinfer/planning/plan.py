@@ -1,0 +1,112 @@
+"""From what a user asks to a `Planner`: the model's numbers read, the cluster described, every "auto" decided."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxinfer import models
+from jaxinfer.config import EncoderConfig, ModelConfig
+from jaxinfer.engine_config import EngineConfig
+from jaxinfer.hf_config import HFConfig
+from jaxinfer.model_files import read_json_object
+from jaxinfer.parameters import model_weights
+from jaxinfer.planning.candidates import Planner
+from jaxinfer.planning.clusters import CPU, Cluster, Efficiency, gpu_cluster, parse_devices
+from jaxinfer.planning.workload import DEFAULT_CHUNK, Workload
+from jaxinfer.resolve import find_model_dir
+
+_PACKED_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.5}
+
+
+def cluster(
+    text: str,
+    *,
+    devices_per_node: int | None = None,
+    link_gb_s: float | None = None,
+    network_gb_s: float | None = None,
+    link_latency_s: float | None = None,
+    network_latency_s: float | None = None,
+) -> Cluster:
+    """That `--devices` spells, with the links that are given in place of the usual. Raises ValueError."""
+    name, num_nodes, count = parse_devices(text, devices_per_node=devices_per_node)
+    if name == CPU:
+        from jaxinfer.planning.calibration import cpu_cluster
+
+        return cpu_cluster(num_nodes * count)
+    found = gpu_cluster(name, num_nodes, count, Efficiency())
+    links = {"link": (link_gb_s, link_latency_s), "network": (network_gb_s, network_latency_s)}
+    for field, (gb_s, latency_s) in links.items():
+        for flag, value in ((f"{field}_gb_s", gb_s), (f"{field}_latency_s", latency_s)):
+            if value is not None and not value > 0:
+                raise ValueError(f"--{flag}={value}: must be above 0")
+        link = getattr(found, field)
+        if gb_s is not None:
+            link = dataclasses.replace(link, bytes_per_s=1e9 * gb_s, name=f"{gb_s:g} GB/s")
+        if latency_s is not None:
+            link = dataclasses.replace(link, latency_s=latency_s)
+        found = dataclasses.replace(found, **{field: link})
+    return found
+
+
+def planner(
+    model: str | None,
+    asked: Mapping[str, Any],
+    cluster: Cluster,
+    workload: Workload,
+    *,
+    weight_dtype: str = "auto",
+    mem_fraction: float | None = None,
+) -> Planner:
+    """For a model directory or a config.json; None: the demonstration model.
+
+    `asked` are the fields of EngineConfig that the user chose, `mem_fraction` what JAX gets of a GPU's memory. Raises
+    ValueError for what no mesh could change.
+    """
+    config = read_model_config(model)
+    wanted = {"max_model_len": workload.num_tokens, "max_num_batched_tokens": DEFAULT_CHUNK[cluster.platform]} | asked
+    engine = EngineConfig(**wanted)
+    assert engine.max_model_len is not None
+    for name in ("mesh", "max_num_seqs", "expert_placement"):
+        if name in asked:
+            raise ValueError(f"--{name}={asked[name]}: is what is planned; leave it out")
+    if engine.max_model_len > config.max_position:
+        raise ValueError(
+            f"{engine.max_model_len} tokens are beyond the {config.max_position} positions that the model was made for; "
+            f"use smaller --prompt_tokens, --output_tokens or --max_model_len"
+        )
+    if engine.max_model_len < workload.num_tokens:
+        raise ValueError(
+            f"--max_model_len={engine.max_model_len} is less than the {workload.num_tokens} tokens of a request "
+            f"(--prompt_tokens={workload.prompt_tokens} --output_tokens={workload.output_tokens})"
+        )
+    if mem_fraction is not None and not 0 < mem_fraction <= 1:
+        raise ValueError(f"--mem_fraction={mem_fraction}: must be above 0 and at most 1")
+    dtype = jnp.dtype(
+        ("float32" if cluster.platform == "cpu" else "bfloat16") if engine.dtype == "auto" else engine.dtype
+    )
+    weights = model_weights(config, dtype)
+    if weight_dtype != "auto":
+        weights = weights.packed(_PACKED_BYTES[weight_dtype])
+    return Planner(
+        config=engine,
+        model=config,
+        weights=weights,
+        dtype=dtype,
+        cluster=cluster,
+        free_bytes=int((mem_fraction or 1.0) * cluster.memory_bytes),
+        workload=workload,
+    )
+
+
+def read_model_config(model: str | None) -> ModelConfig:
+    """Of a model directory, or of a config.json alone. Raises ValueError for what is no decoder."""
+    path = None if model is None else pathlib.Path(model).expanduser()
+    is_file = path is not None and path.is_file()
+    hf = HFConfig(read_json_object(path), str(path)) if is_file else HFConfig.read(find_model_dir(model))
+    config = models.for_architecture(hf.architecture).parse_config(hf)
+    if isinstance(config, EncoderConfig):
+        raise ValueError(f"{hf.architecture} is an encoder, without a cache to plan for; it runs on data and tensor")
+    return config

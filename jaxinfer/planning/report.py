@@ -1,0 +1,131 @@
+"""A plan in words: what was asked, the meshes that can be and those that cannot, and how to run one."""
+
+import dataclasses
+import shlex
+from collections.abc import Iterable, Sequence
+
+from jaxinfer.engine_config import EngineConfig
+from jaxinfer.planner import format_bytes
+from jaxinfer.planning.candidates import Candidate, Planner, Rejection
+from jaxinfer.planning.clusters import Cluster
+
+_PLANNED = ("mesh", "sharding", "dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+
+
+def heading(planner: Planner, mem_fraction: float | None) -> str:
+    """The model, the devices, the requests. `mem_fraction` is what JAX gets of a GPU's memory."""
+    weights, cluster, asked = planner.weights, planner.cluster, planner.workload
+    of_device = f"{format_bytes(planner.free_bytes)} of each for the engine"
+    if mem_fraction is not None:
+        of_device += f" ({_mem_fraction(mem_fraction)})"
+    limits = [f"--{name}={value:g}" for name in ("qps", "ttft_s", "tpot_s") if (value := getattr(asked, name))]
+    return "\n".join(
+        [
+            f"{planner.model.family}: {weights.num_params / 1e9:.2f} billion parameters, "
+            f"{format_bytes(weights.num_bytes)} of weights, computed in {planner.dtype.name}",
+            f"{cluster}; {of_device}, which uses --memory_fraction={planner.config.memory_fraction:g} of it",
+            f"requests of {asked.prompt_tokens} + {asked.output_tokens} tokens in a cache for "
+            f"{planner.config.max_model_len}; best {asked.objective} first{', within ' if limits else ''}{' '.join(limits)}",
+        ]
+    )
+
+
+def table(candidates: Sequence[Candidate]) -> str:
+    """A row for each. Bytes are those of a device; times are of the whole mesh."""
+    rows = [
+        [
+            "",
+            "mesh",
+            "weights",
+            "workspace",
+            "cache",
+            "a token",
+            "seqs",
+            "TTFT",
+            "TPOT",
+            "tokens/s",
+            "a device",
+            "decoding is",
+        ]
+    ]
+    for rank, candidate in enumerate(candidates, 1):
+        memory, performance = candidate.plan.memory, candidate.performance
+        sizes = (memory.weights_bytes, memory.workspace_bytes, memory.cache_bytes, memory.page_bytes / memory.page_size)
+        rows.append(
+            [
+                str(rank),
+                candidate.mesh,
+                *map(format_bytes, sizes),
+                str(performance.num_seqs),
+                format_seconds(performance.ttft_s),
+                format_seconds(performance.tpot_s),
+                f"{performance.tokens_per_s:,.0f}",
+                f"{performance.tokens_per_s / candidate.num_devices:,.0f}",
+                performance.decode.bound,
+            ]
+        )
+    return aligned(rows, left=(1, len(rows[0]) - 1))
+
+
+def rejections(rejected: Iterable[Rejection]) -> str:
+    """A line for each mesh."""
+    return aligned([["", rejection.mesh, rejection.reason] for rejection in rejected], left=(1, 2))
+
+
+def assumptions(cluster: Cluster) -> str:
+    """What times are computed with."""
+    rates = cluster.rates
+    return (
+        f"times are computed, not measured: {rates.bytes_per_s / 1e9:,.0f} GB/s of memory, "
+        f"{rates.flops_at(2**20) / 1e12:,.3g} TFLOP/s in products and {rates.attention_flops / 1e12:,.3g} in attention, "
+        f"{rates.layer_s * 1e6:.0f} us a layer and {rates.step_s * 1e6:.0f} a step beside that, "
+        f"links of {cluster.link.bytes_per_s / 1e9:,.0f} GB/s and {cluster.link.latency_s * 1e6:.0f} us"
+        + (
+            f", between nodes {cluster.network.bytes_per_s / 1e9:,.0f} GB/s and {cluster.network.latency_s * 1e6:.0f} us"
+            if cluster.num_nodes > 1
+            else ""
+        )
+    )
+
+
+def command(candidate: Candidate, model: str, mem_fraction: float | None) -> str:
+    """That runs the plan, ready to paste; of several nodes on each of them."""
+    config, defaults, cluster = candidate.config, EngineConfig(), candidate.model.cluster
+    values = {name: getattr(config, name) for name in (*_PLANNED, *_others(config, defaults))}
+    flags = [f"--model={shlex.quote(model)}"]
+    flags += [f"--{name}={value}" for name, value in values.items() if value != getattr(defaults, name)]
+    if cluster.platform == "cpu" and candidate.num_devices > 1:
+        flags.append(f"--num_cpu_devices={candidate.num_devices}")
+    num_nodes = -(-candidate.num_devices // cluster.devices_per_node)
+    if num_nodes > 1:
+        flags += ["--coordinator_address=HOST:PORT", f"--num_processes={num_nodes}", "--process_id=ID"]
+    before = f"{_mem_fraction(mem_fraction)} " if mem_fraction is not None else ""
+    return f"{before}run_inference " + " ".join(flags)
+
+
+def _others(config: EngineConfig, defaults: EngineConfig) -> list[str]:
+    """Fields that the user chose beside those that are planned."""
+    names = [field.name for field in dataclasses.fields(EngineConfig) if field.name not in (*_PLANNED, "model")]
+    return [name for name in names if getattr(config, name) != getattr(defaults, name)]
+
+
+def _mem_fraction(fraction: float) -> str:
+    return f"XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """As "1.25 s" or "9.1 ms"."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Iterable[int]) -> str:
+    """Columns of text, those of `left` to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = set(left)
+    lines = (
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
