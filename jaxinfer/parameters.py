@@ -141,10 +141,20 @@ class ModelDefinition:
 
 @functools.lru_cache(maxsize=8)
 def model_weights(config: ModelConfig, dtype: jnp.dtype) -> ModelWeights:
-    """What each mesh would have of a decoder, for arithmetic."""
-    definition = ModelDefinition.create(config, Partitioner.abstract(""), dtype)
+    """What each mesh would have of a decoder, for arithmetic: from its first layers, up to one of each kind."""
+    like = _layers_alike(config)
+    first = dataclasses.replace(config, num_layers=max(like) + 1, windows=config.windows[: max(like) + 1])
+    definition = ModelDefinition.create(first, Partitioner.abstract(""), dtype)
     shapes = (WeightShape(w.path, w.shape, w.axes, w.dtype.itemsize, w.read_share) for w in definition.weights)
-    return ModelWeights.create(config, shapes)
+    return ModelWeights.create(config, shapes, like)
+
+
+def _layers_alike(config: ModelConfig) -> tuple[int, ...]:
+    """For each layer the first whose parameters have the same shapes."""
+    if config.moe is not None and config.moe.placements:  # layers may have different numbers of copies
+        return tuple(range(config.num_layers))
+    has_experts = [config.has_experts(layer) for layer in range(config.num_layers)]
+    return tuple(map(has_experts.index, has_experts))
 
 
 def _as_stored(config: ModelConfig | EncoderConfig) -> ModelConfig | EncoderConfig:

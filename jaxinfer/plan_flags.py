@@ -1,5 +1,7 @@
 """The flags of `plan_mesh` beside those of the engine."""
 
+from typing import Any
+
 from absl import flags
 
 from jaxinfer import engine_flags
@@ -37,4 +39,5 @@ def parse(argv: list[str]) -> list[str]:
 def workload() -> Workload:
     """What is asked for. Raises ValueError for what cannot be."""
     own = (PROMPT_TOKENS, OUTPUT_TOKENS, OBJECTIVE, QPS, TTFT_S, TPOT_S)
-    return Workload(**{flag.name: flag.value for flag in own})
+    fields: dict[str, Any] = {flag.name: flag.value for flag in own}
+    return Workload(**fields)

@@ -1,8 +1,8 @@
 """Every mesh over a cluster's devices: what an engine would hold there and how fast it would be, or why it cannot."""
 
 import bisect
+import collections
 import dataclasses
-import functools
 from collections.abc import Iterator
 
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxinfer.layers.experts import is_exchanged
 from jaxinfer.layouts import Layout, mesh_text
 from jaxinfer.planner import DoesNotFit
 from jaxinfer.planning.clusters import Cluster
-from jaxinfer.planning.roofline import AttentionLoad, MeshModel
+from jaxinfer.planning.roofline import AttentionLoad, LayerKind, MeshModel
 from jaxinfer.planning.weight_shapes import ModelWeights
 from jaxinfer.planning.workload import Performance, Workload, best_rows, predict
 from jaxinfer.stages import StagePlan
@@ -59,11 +59,12 @@ class Planner:
     """A model that is looking for a mesh.
 
     Attributes:
-      config: what is asked of the engine: its `max_model_len` is decided, its mesh and number of sequences are not.
+      config: what is asked of the engine. Its `max_model_len` is decided; a mesh in it is the only one.
       model: its numbers.
       weights: its parameters' shapes.
       dtype: of weights and activations.
       free_bytes: of a device, for the engine.
+      num_seqs: that decode together; None: as many as are best.
     """
 
     config: EngineConfig
@@ -73,9 +74,13 @@ class Planner:
     cluster: Cluster
     free_bytes: int
     workload: Workload
+    num_seqs: int | None = None
 
     def candidates(self) -> Iterator[Candidate | Rejection]:
         """Of every mesh; for the lowest cost over fewer devices, too."""
+        if self.config.mesh:
+            yield self.candidate(self.config.mesh, self.config.sharding)
+            return
         for num_devices in range(1, self.cluster.num_devices + 1):
             is_all = num_devices == self.cluster.num_devices
             if is_all or (self.workload.objective == "cost" and self.cluster.num_devices % num_devices == 0):
@@ -92,68 +97,92 @@ class Planner:
     def candidate(self, mesh: str, sharding: str = "auto") -> Candidate | Rejection:
         """Of one mesh, with as many sequences as are best for the workload."""
         name = mesh if sharding in ("auto", self.config.sharding) else f"{mesh} ({sharding})"
-        config = dataclasses.replace(self.config, mesh=mesh, sharding=sharding)
         try:
-            splits = Layout.create(mesh, sharding, self.cluster.device_kind)
-            of_mesh = self.weights.on_mesh(splits)
-            model, _ = decoder_plan.with_experts(self.model, config, splits, self.cluster)
-            assert isinstance(model, ModelConfig)
-
-            @functools.cache
-            def plan(rows: int) -> DecoderPlan:
-                return decoder_plan.plan_decoder(
-                    dataclasses.replace(config, max_num_seqs=rows * splits.num_shards(ax.BATCH)),
-                    model,
-                    splits,
-                    dtype=self.dtype,
-                    weights_bytes=of_mesh.num_bytes,
-                    device=self.cluster,
-                    free_bytes=self.free_bytes,
-                    advise=False,
-                )
-
-            def holds(rows: int) -> bool:
-                try:
-                    return plan(rows).memory.max_concurrency >= rows * splits.num_shards(ax.BATCH)
-                except ValueError:
-                    return False
-
-            page_size = plan(1).page_size
-            most = bisect.bisect_left(range(1, _MOST_ROWS + 1), True, key=lambda rows: not holds(rows))
-            mesh_model = self._mesh_model(model, splits, of_mesh, page_size)
+            return _OnMesh(self, mesh, sharding).candidate(name)
         except DoesNotFit as error:
             return Rejection(name, error.short)
         except ValueError as error:
             return Rejection(name, str(error))
 
-        @functools.cache
+
+class _OnMesh:
+    """One mesh under consideration. Raises ValueError where the model does not divide over it."""
+
+    def __init__(self, planner: Planner, mesh: str, sharding: str):
+        self._planner = planner
+        self._config = dataclasses.replace(planner.config, mesh=mesh, sharding=sharding)
+        self._splits = splits = Layout.create(mesh, sharding, planner.cluster.device_kind)
+        self._num_shards = splits.num_shards(ax.BATCH)
+        self._weights = planner.weights.on_mesh(splits)
+        model, _ = decoder_plan.with_experts(planner.model, self._config, splits, planner.cluster)
+        assert isinstance(model, ModelConfig)
+        self._model = model
+
+    def candidate(self, name: str) -> Candidate:
+        """Raises ValueError where nothing that is asked for fits, or it is too slow."""
+        workload, num_seqs = self._planner.workload, self._planner.num_seqs
+        mesh_model = self._mesh_model(self._plan(1).page_size)
+        most = bisect.bisect_left(range(1, _MOST_ROWS + 1), True, key=lambda rows: not self._holds(rows))
+
         def performance_of(rows: int) -> Performance:
-            return predict(mesh_model, self.workload, rows, config.max_num_batched_tokens, config.decode_steps)
+            config = self._config
+            return predict(mesh_model, workload, rows, config.max_num_batched_tokens, config.decode_steps)
 
-        performance = best_rows(self.workload, most, performance_of)
-        if missed := performance.misses(self.workload):
-            return Rejection(name, missed)
-        rows = performance.num_seqs // splits.num_shards(ax.BATCH)
-        config = dataclasses.replace(config, max_num_seqs=performance.num_seqs)
-        return Candidate(mesh=name, config=config, plan=plan(rows), model=mesh_model, performance=performance)
+        if num_seqs is None:
+            performance = best_rows(workload, most, performance_of)
+            num_seqs = performance.num_seqs
+        else:  # those that do not fit wait
+            rows = decoder_plan.rows_per_shard(dataclasses.replace(self._config, max_num_seqs=num_seqs), self._splits)
+            performance = performance_of(min(rows, most))
+        if missed := performance.misses(workload):
+            raise ValueError(missed)
+        return Candidate(
+            mesh=name,
+            config=dataclasses.replace(self._config, max_num_seqs=num_seqs),
+            plan=self._plan(num_seqs // self._num_shards),
+            model=mesh_model,
+            performance=performance,
+        )
 
-    def _mesh_model(self, model: ModelConfig, splits: Layout, weights, page_size: int) -> MeshModel:
+    def _plan(self, rows: int) -> DecoderPlan:
+        """With so many sequences in each data shard."""
+        planner = self._planner
+        return decoder_plan.plan_decoder(
+            dataclasses.replace(self._config, max_num_seqs=rows * self._num_shards),
+            self._model,
+            self._splits,
+            dtype=planner.dtype,
+            weights_bytes=self._weights.num_bytes,
+            device=planner.cluster,
+            free_bytes=planner.free_bytes,
+            advise=False,
+        )
+
+    def _holds(self, rows: int) -> bool:
+        try:
+            return self._plan(rows).memory.max_concurrency >= rows * self._num_shards
+        except ValueError:
+            return False
+
+    def _mesh_model(self, page_size: int) -> MeshModel:
+        planner, model, splits = self._planner, self._model, self._splits
         slots = StagePlan.create(model.num_layers, splits.axis_size(ax.STAGE)).slots
-        loads = []
-        for of_slot in attention_specs(model, splits, page_size, self.config.cache_dtype):
+        kinds: collections.Counter[tuple[AttentionLoad, bool]] = collections.Counter()
+        specs = attention_specs(model, splits, page_size, planner.config.cache_dtype)
+        for slot, of_slot in zip(slots, specs, strict=True):
             spec = max(of_slot, key=lambda spec: spec.window or model.max_position)
-            token_bytes = spec.token_bytes(self.dtype.itemsize)
-            loads.append(AttentionLoad(spec.num_q_heads, spec.head_dim, spec.out_dim, token_bytes, spec.window))
+            token_bytes = spec.token_bytes(planner.dtype.itemsize)
+            load = AttentionLoad(spec.num_q_heads, spec.head_dim, spec.out_dim, token_bytes, spec.window)
+            kinds[load, any(layer is not None and model.has_experts(layer) for layer in slot)] += 1
         return MeshModel(
-            cluster=self.cluster,
+            cluster=planner.cluster,
             splits=splits,
-            weights=weights,
-            attention=tuple(loads),
-            has_experts=tuple(any(layer is not None and model.has_experts(layer) for layer in slot) for slot in slots),
+            weights=self._weights,
+            layers=tuple(LayerKind(*kind, num_slots) for kind, num_slots in kinds.items()),
             moe=model.moe,
             embed_dim=model.embed_dim,
             vocab_size=model.vocab_size,
-            itemsize=self.dtype.itemsize,
+            itemsize=planner.dtype.itemsize,
             is_exchanged=is_exchanged(splits),
         )
 

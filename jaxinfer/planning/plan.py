@@ -1,6 +1,7 @@
 """From what a user asks to a `Planner`: the model's numbers read, the cluster described, every "auto" decided."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +12,13 @@ from jaxinfer import models
 from jaxinfer.config import EncoderConfig, ModelConfig
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.hf_config import HFConfig
+from jaxinfer.layouts import parse_mesh
 from jaxinfer.model_files import read_json_object
 from jaxinfer.parameters import model_weights
 from jaxinfer.planning.candidates import Planner
 from jaxinfer.planning.clusters import CPU, Cluster, Efficiency, gpu_cluster, parse_devices
 from jaxinfer.planning.workload import DEFAULT_CHUNK, Workload
-from jaxinfer.resolve import find_model_dir
+from jaxinfer.resolve import DEMO_MODEL, find_model_dir
 
 _PACKED_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.5}
 
@@ -66,16 +68,23 @@ def planner(
     ValueError for what no mesh could change.
     """
     config = read_model_config(model)
-    wanted = {"max_model_len": workload.num_tokens, "max_num_batched_tokens": DEFAULT_CHUNK[cluster.platform]} | asked
+    wanted: dict[str, Any] = {
+        "max_model_len": workload.num_tokens,
+        "max_num_batched_tokens": DEFAULT_CHUNK[cluster.platform],
+        **asked,
+    }
     engine = EngineConfig(**wanted)
     assert engine.max_model_len is not None
-    for name in ("mesh", "max_num_seqs", "expert_placement"):
-        if name in asked:
-            raise ValueError(f"--{name}={asked[name]}: is what is planned; leave it out")
+    if engine.expert_placement is not None:
+        raise ValueError(
+            f"--expert_placement={engine.expert_placement}: is for one mesh, which is planned; leave it out"
+        )
+    if (needed := math.prod(parse_mesh(engine.mesh).values())) > cluster.num_devices:
+        raise ValueError(f"--mesh={engine.mesh} needs {needed} devices, and --devices has {cluster.num_devices}")
     if engine.max_model_len > config.max_position:
         raise ValueError(
-            f"{engine.max_model_len} tokens are beyond the {config.max_position} positions that the model was made for; "
-            f"use smaller --prompt_tokens, --output_tokens or --max_model_len"
+            f"{engine.max_model_len} tokens are beyond the {config.max_position} positions that the model was made for "
+            f"(max_position_embeddings); use smaller --prompt_tokens, --output_tokens or --max_model_len"
         )
     if engine.max_model_len < workload.num_tokens:
         raise ValueError(
@@ -98,14 +107,14 @@ def planner(
         cluster=cluster,
         free_bytes=int((mem_fraction or 1.0) * cluster.memory_bytes),
         workload=workload,
+        num_seqs=asked.get("max_num_seqs"),
     )
 
 
 def read_model_config(model: str | None) -> ModelConfig:
     """Of a model directory, or of a config.json alone. Raises ValueError for what is no decoder."""
-    path = None if model is None else pathlib.Path(model).expanduser()
-    is_file = path is not None and path.is_file()
-    hf = HFConfig(read_json_object(path), str(path)) if is_file else HFConfig.read(find_model_dir(model))
+    path = pathlib.Path(model or DEMO_MODEL).expanduser()
+    hf = HFConfig(read_json_object(path), str(path)) if path.is_file() else HFConfig.read(find_model_dir(model))
     config = models.for_architecture(hf.architecture).parse_config(hf)
     if isinstance(config, EncoderConfig):
         raise ValueError(f"{hf.architecture} is an encoder, without a cache to plan for; it runs on data and tensor")

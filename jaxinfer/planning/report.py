@@ -25,7 +25,8 @@ def heading(planner: Planner, mem_fraction: float | None) -> str:
             f"{format_bytes(weights.num_bytes)} of weights, computed in {planner.dtype.name}",
             f"{cluster}; {of_device}, which uses --memory_fraction={planner.config.memory_fraction:g} of it",
             f"requests of {asked.prompt_tokens} + {asked.output_tokens} tokens in a cache for "
-            f"{planner.config.max_model_len}; best {asked.objective} first{', within ' if limits else ''}{' '.join(limits)}",
+            f"{planner.config.max_model_len}; best {asked.objective} first"
+            + (f", within {' '.join(limits)}" if limits else ""),
         ]
     )
 
@@ -75,16 +76,14 @@ def rejections(rejected: Iterable[Rejection]) -> str:
 def assumptions(cluster: Cluster) -> str:
     """What times are computed with."""
     rates = cluster.rates
-    return (
+    text = (
         f"times are computed, not measured: {rates.bytes_per_s / 1e9:,.0f} GB/s of memory, "
-        f"{rates.flops_at(2**20) / 1e12:,.3g} TFLOP/s in products and {rates.attention_flops / 1e12:,.3g} in attention, "
-        f"{rates.layer_s * 1e6:.0f} us a layer and {rates.step_s * 1e6:.0f} a step beside that, "
-        f"links of {cluster.link.bytes_per_s / 1e9:,.0f} GB/s and {cluster.link.latency_s * 1e6:.0f} us"
-        + (
-            f", between nodes {cluster.network.bytes_per_s / 1e9:,.0f} GB/s and {cluster.network.latency_s * 1e6:.0f} us"
-            if cluster.num_nodes > 1
-            else ""
-        )
+        f"{rates.flops_at(2**20) / 1e12:,.3g} TFLOP/s in products, {rates.attention_flops / 1e12:,.3g} in attention, "
+        f"{rates.layer_s * 1e6:.0f} us a layer and {rates.step_s * 1e6:.0f} us a step beside that"
+    )
+    links = [cluster.link] * (cluster.devices_per_node > 1) + [cluster.network] * (cluster.num_nodes > 1)
+    return text + "".join(
+        f", {link.name} at {link.bytes_per_s / 1e9:,.3g} GB/s and {link.latency_s * 1e6:.0f} us" for link in links
     )
 
 

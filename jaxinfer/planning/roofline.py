@@ -6,7 +6,6 @@ each of which every stage computes a microbatch.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -47,6 +46,14 @@ class AttentionLoad(NamedTuple):
     def flops(self, num_tokens: float) -> float:
         """Of a query that sees so many tokens, if there is no window."""
         return 2 * self.num_q_heads * (self.head_dim + self.out_dim) * self.seen(num_tokens)
+
+
+class LayerKind(NamedTuple):
+    """Slots for layers that cost the same on a device."""
+
+    attention: AttentionLoad
+    has_experts: bool
+    num_slots: int
 
 
 class Collective(NamedTuple):
@@ -130,8 +137,7 @@ class MeshModel:
     """A decoder on a mesh of devices, as numbers.
 
     Attributes, where the name does not say it:
-      attention: of each slot for layers on a device.
-      has_experts: of these, whether it has experts.
+      layers: the slots for layers on a device, by kind.
       itemsize: bytes of an activation's number.
       is_exchanged: whether tokens travel to the devices that have their experts.
     """
@@ -139,8 +145,7 @@ class MeshModel:
     cluster: Cluster
     splits: AxisSplits
     weights: MeshWeights
-    attention: tuple[AttentionLoad, ...]
-    has_experts: tuple[bool, ...]
+    layers: tuple[LayerKind, ...]
     moe: MoEConfig | None
     embed_dim: int
     vocab_size: int
@@ -177,15 +182,17 @@ class MeshModel:
                 read, multiplied = (
                     (read + memory, multiplied) if memory >= arithmetic else (read, multiplied + arithmetic)
                 )
-        of_layers = (self.layer_collectives(slot, num_tokens) for slot in range(len(self.attention)))
-        collectives = itertools.chain(*of_layers, self.turn_collectives(load))
+        waits = sum(map(self._seconds, self.turn_collectives(load)))
+        waits += sum(
+            kind.num_slots * sum(map(self._seconds, self.layer_collectives(kind, num_tokens))) for kind in self.layers
+        )
         return StepTime(
             weights_s=read,
             products_s=multiplied,
             attention_s=self._attention_s(load),
             sampling_s=self._sampling_s(load),
-            collectives_s=sum(map(self._seconds, collectives)),
-            overhead_s=len(self.attention) * rates.layer_s,
+            collectives_s=waits,
+            overhead_s=sum(kind.num_slots for kind in self.layers) * rates.layer_s,
         )
 
     def _products(self, work: DeviceWeights, num_tokens: float) -> Iterator[tuple[float, float, float]]:
@@ -199,14 +206,15 @@ class MeshModel:
 
     def _attention_s(self, load: Load) -> float:
         rates, spread, seconds = self.cluster.rates, self.splits.context_size, 0.0
-        for layer in self.attention:
+        for layer, _, num_slots in self.layers:
             num_bytes = load.rows * layer.token_bytes * layer.seen(load.context)
             flops = load.rows * layer.flops(load.context)
-            seconds += max(num_bytes / rates.bytes_per_s, flops / rates.attention_flops) / spread
+            of_layer = max(num_bytes / rates.bytes_per_s, flops / rates.attention_flops)
             if load.chunk_tokens:
                 num_bytes = layer.token_bytes * layer.seen(2 * load.chunk_context)  # which end where the mean is twice
                 flops = load.chunk_tokens * layer.flops(load.chunk_context)
-                seconds += max(num_bytes / rates.bytes_per_s, flops / rates.attention_flops) / spread
+                of_layer += max(num_bytes / rates.bytes_per_s, flops / rates.attention_flops)
+            seconds += num_slots * of_layer / spread
         return seconds
 
     def _num_drawn(self, load: Load) -> float:
@@ -221,19 +229,19 @@ class MeshModel:
         size = math.prod(map(self.splits.axis_size, collective.mesh_axes))
         return collective.seconds(size, self.cluster.link_of(collective.mesh_axes, self.splits.sizes))
 
-    def layer_collectives(self, slot: int, num_tokens: float) -> list[Collective]:
+    def layer_collectives(self, kind: LayerKind, num_tokens: float) -> list[Collective]:
         """Of one layer, for so many tokens of each data shard in a turn."""
         hidden = num_tokens * self.embed_dim * self.itemsize
         splits, found = self.splits, []
         if splits.context_size > 1:
-            layer = self.attention[slot]
+            layer = kind.attention
             of_heads = num_tokens * layer.num_q_heads * _FLOAT32
             found += [
                 Collective("all-reduce", splits.context_axes, of_heads),
                 Collective("all-reduce", splits.context_axes, of_heads * (layer.out_dim + 1)),
             ]
         found.append(Collective("all-reduce", splits.mesh_axes(ax.HEADS), hidden))
-        if not self.has_experts[slot]:
+        if not kind.has_experts:
             return [*found, Collective("all-reduce", splits.mesh_axes(ax.MLP), hidden)]
         assert self.moe is not None
         if self.moe.shared_mlp_dim:

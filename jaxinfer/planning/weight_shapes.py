@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxinfer.config import ModelConfig
@@ -92,8 +92,10 @@ class ModelWeights:
     layers: tuple[tuple[WeightShape, ...], ...]
 
     @classmethod
-    def create(cls, config: ModelConfig, shapes: Iterable[WeightShape]) -> "ModelWeights":
-        """From every parameter, with its whole path."""
+    def create(
+        cls, config: ModelConfig, shapes: Iterable[WeightShape], like: Sequence[int] | None = None
+    ) -> "ModelWeights":
+        """From every parameter, with its whole path, of the layers that `like` has for each layer; None: of all."""
         outer: list[WeightShape] = []
         by_layer: dict[int, list[WeightShape]] = collections.defaultdict(list)
         for weight in shapes:
@@ -104,7 +106,7 @@ class ModelWeights:
             else:
                 outer.append(weight)
         kinds: dict[tuple[WeightShape, ...], tuple[WeightShape, ...]] = {}
-        layers = (tuple(by_layer[layer]) for layer in range(config.num_layers))
+        layers = (tuple(by_layer[layer]) for layer in like or range(config.num_layers))
         return cls(config, tuple(outer), tuple(kinds.setdefault(layer, layer) for layer in layers))
 
     @property
