@@ -1,0 +1,339 @@
+"""The arithmetic of plans: clusters, the time of a step, what is best. All of it by hand."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from jaxinfer.config import MoEConfig
+from jaxinfer.layouts import Layout
+from jaxinfer.planning.candidates import Candidate, Rejection, meshes, ranked
+from jaxinfer.planning.clusters import Cluster, Rates, parse_devices
+from jaxinfer.planning.hardware import GPUS, Link
+from jaxinfer.planning.roofline import AttentionLoad, Collective, LayerKind, Load, MeshModel
+from jaxinfer.planning.weight_shapes import DeviceWeights, MeshWeights
+from jaxinfer.planning.workload import Workload, best_rows, predict
+from sharding_rules import axes as ax
+from tests import plans
+
+FAST = Link(name="fast", bytes_per_s=1e6, latency_s=0.5)
+SLOW = Link(name="slow", bytes_per_s=1e5, latency_s=2.0)
+RATES = Rates(bytes_per_s=1000.0, flops=((1, 4000.0),), attention_flops=2000.0, layer_s=0.25, step_s=1.0)
+ATTENTION = AttentionLoad(num_q_heads=2, head_dim=4, out_dim=4, token_bytes=16, window=None)
+
+
+def cluster(num_nodes: int = 1, devices_per_node: int = 8) -> Cluster:
+    return Cluster(
+        name="h100",
+        device_kind="NVIDIA H100 80GB HBM3",
+        platform="gpu",
+        memory_bytes=10**9,
+        rates=RATES,
+        num_nodes=num_nodes,
+        devices_per_node=devices_per_node,
+        link=FAST,
+        network=SLOW,
+    )
+
+
+def mesh_model(mesh: str = "", sharding: str = "auto", **changes: Any) -> MeshModel:
+    """Of a layer of 100 numbers in 2 bytes each, and a head of 50."""
+    layer = DeviceWeights(num_bytes=200, dense_bytes=200, dense_numbers=100)
+    head = DeviceWeights(num_bytes=100, dense_bytes=100, dense_numbers=50)
+    splits = Layout.create(mesh, sharding)
+    fields: dict[str, Any] = {
+        "cluster": cluster(),
+        "splits": splits,
+        "weights": MeshWeights(DeviceWeights(), head, (layer,) * splits.axis_size(ax.STAGE), 300),
+        "layers": (LayerKind(ATTENTION, has_experts=False, num_slots=3),),
+        "moe": None,
+        "embed_dim": 5,
+        "vocab_size": 10,
+        "itemsize": 2,
+        "is_exchanged": False,
+    }
+    return MeshModel(**fields | changes)
+
+
+def test_a_step_takes_what_it_reads_or_multiplies():
+    """One row: 300 bytes at 1000 a second against 300 FLOPs at 4000. 40 rows: twelve thousand FLOPs."""
+    alone = mesh_model().step_time(Load(rows=1, context=100))
+    assert (alone.weights_s, alone.products_s, alone.collectives_s, alone.fill_s) == (pytest.approx(0.3), 0, 0, 0)
+    assert alone.attention_s == pytest.approx(3 * 16 * 100 / 1000)  # against 2 * 2 * 8 * 100 / 2000
+    assert alone.sampling_s == pytest.approx(8 * 4 * 10 / 1000)
+    assert alone.overhead_s == pytest.approx(3 * 0.25 + 1)
+    assert alone.total_s == pytest.approx(0.3 + 4.8 + 0.32 + 1.75)
+    assert alone.bound == "attention"
+    many = mesh_model().step_time(Load(rows=40, context=1))
+    assert (many.weights_s, many.products_s) == (0, pytest.approx(40 * 2 * 150 / 4000))
+
+
+def test_prompts_are_multiplied_by_the_layers_and_their_last_tokens_by_the_head():
+    step = mesh_model().step_time(Load(rows=0, context=0, chunk_tokens=100, chunk_context=50))
+    assert step.products_s == pytest.approx(100 * 2 * 100 / 4000)
+    assert step.weights_s == pytest.approx(0.1)  # the head's, for one token
+    assert step.attention_s == pytest.approx(3 * 100 * 2 * 2 * 8 * 50 / 2000)
+
+
+def test_a_window_is_what_is_read():
+    windowed = LayerKind(ATTENTION._replace(window=10), has_experts=False, num_slots=3)
+    step = mesh_model(layers=(windowed,)).step_time(Load(rows=1, context=100))
+    assert step.attention_s == pytest.approx(3 * 16 * 10 / 1000)
+
+
+def test_dispatches_of_several_steps_share_what_a_step_costs():
+    one, eight = (mesh_model().step_time(Load(1, 1), num_steps) for num_steps in (1, 8))
+    assert one.overhead_s - eight.overhead_s == pytest.approx(1 - 1 / 8)
+
+
+def test_a_pipeline_is_filled_once_for_each_dispatch():
+    """Two stages of half the layers each take two microbatches of one row: two turns a token, and one to fill."""
+    load = Load(rows=2, context=100)
+    model = mesh_model("stage:2")
+    turn = model._turn_time(load._replace(rows=1)).total_s
+    assert model.step_time(load, 1).fill_s == pytest.approx(turn)
+    assert model.step_time(load, 10).fill_s == pytest.approx(turn / 10)
+    assert model.step_time(load, 1).weights_s == pytest.approx(2 * 0.3)  # read for each microbatch
+    assert model.num_microbatches(load) == 2
+    assert model.num_microbatches(Load(rows=2, context=1, chunk_tokens=2048)) == 8  # of 256 tokens
+
+
+def test_experts_are_read_as_they_are_touched():
+    """Of 8 experts with 2 for each token: a quarter by one token, 1 - 0.75 ** 4 by four."""
+    moe = MoEConfig(num_experts=8, num_experts_per_token=2, mlp_dim=4)
+    layer = DeviceWeights(num_bytes=800, expert_bytes=800, expert_numbers=100)
+    weights = MeshWeights(DeviceWeights(), DeviceWeights(), (layer,), 800)
+    kinds = (LayerKind(ATTENTION, has_experts=True, num_slots=1),)
+    model = mesh_model(moe=moe, weights=weights, layers=kinds)
+    assert model.step_time(Load(1, 1)).weights_s == pytest.approx(0.25 * 0.8)
+    assert model.step_time(Load(4, 1)).weights_s == pytest.approx((1 - 0.75**4) * 0.8)
+    split = mesh_model("expert:4", moe=moe, weights=weights, layers=kinds, is_exchanged=True)
+    assert split.step_time(Load(1, 1)).weights_s == pytest.approx((1 - 0.75**4) * 0.8)  # the tokens of four devices
+
+
+def test_collectives_take_a_ring():
+    """A sum of n bytes over g devices sends 2 (g - 1) / g n, gathering or exchanging half of it."""
+    assert Collective("all-reduce", ("tensor",), 1e6).seconds(4, FAST) == pytest.approx(0.5 + 2 * 0.75)
+    assert Collective("all-gather", ("tensor",), 1e6).seconds(4, FAST) == pytest.approx(0.5 + 0.75)
+    assert Collective("all-to-all", ("expert",), 1e6, 2).seconds(4, FAST) == pytest.approx(2 * (0.5 + 0.75))
+    assert Collective("collective-permute", ("stage",), 1e6).seconds(2, FAST) == pytest.approx(1.5)
+    assert Collective("all-reduce", ("tensor",), 1e6).seconds(1, FAST) == 0
+
+
+@pytest.mark.parametrize(
+    ("mesh", "expected"),
+    [
+        ("tensor:2", ["all-reduce tensor 20", "all-reduce tensor 20"]),
+        ("data:2", ["all-reduce  20", "all-reduce  20"]),
+        (
+            "context:2,tensor:2",
+            [
+                "all-reduce context 16",
+                "all-reduce context 80",
+                "all-reduce tensor 20",
+                "all-reduce context,tensor 20",
+            ],
+        ),
+    ],
+)
+def test_what_travels_in_a_layer(mesh: str, expected: list[str]):
+    """Of two tokens of 5 numbers in 2 bytes; parts of attention have 2 heads of 4 + 1 numbers in float32, and 1."""
+    model = mesh_model(mesh)
+    found = model.layer_collectives(model.layers[0], 2)
+    assert [f"{c.op} {','.join(c.mesh_axes)} {c.num_bytes}" for c in found] == expected
+
+
+@pytest.mark.parametrize("sharding", ["auto", "expert_sums"])
+def test_what_travels_for_experts(sharding: str):
+    moe = MoEConfig(num_experts=8, num_experts_per_token=2, mlp_dim=4)
+    model = mesh_model("expert:2", sharding, moe=moe, is_exchanged=sharding == "auto")
+    found = model.layer_collectives(LayerKind(ATTENTION, has_experts=True, num_slots=1), 3)
+    experts = [(c.op, c.num_bytes, c.times) for c in found if "expert" in c.mesh_axes]
+    heads = [] if sharding == "auto" else [("all-reduce", 30, 1)]
+    assert experts == heads + [("all-to-all", 60, 2) if sharding == "auto" else ("all-reduce", 30, 1)]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axes", "name"),
+    [
+        ({"tensor": 8}, ["tensor"], "fast"),
+        ({"data": 2, "tensor": 8}, ["tensor"], "fast"),
+        ({"data": 2, "tensor": 8}, ["data"], "slow"),
+        ({"stage": 4, "tensor": 4}, ["stage"], "slow"),
+        ({"stage": 4, "expert": 2, "tensor": 2}, ["expert", "tensor"], "fast"),
+        ({"tensor": 16}, ["tensor"], "slow"),
+        ({"expert": 1, "tensor": 8}, ["expert"], "fast"),
+    ],
+)
+def test_the_axes_that_leave_a_node_are_the_first(mesh: dict[str, int], axes: list[str], name: str):
+    assert cluster(2, 8).link_of(axes, mesh).name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("h100:8", ("h100", 1, 8)),
+        ("h100", ("h100", 1, 1)),
+        ("H200:2x8", ("h200", 2, 8)),
+        ("h100:16", ("h100", 2, 8)),
+        ("a6000-48g:4", ("a6000-48g", 1, 4)),
+        ("a6000-48g:8", ("a6000-48g", 2, 4)),
+        ("cpu", ("cpu", 1, 1)),
+        ("cpu:16", ("cpu", 1, 16)),
+    ],
+)
+def test_devices_as_they_are_spelled(text: str, expected: tuple[str, int, int]):
+    assert parse_devices(text) == expected
+
+
+def test_as_many_on_a_node_as_are_given():
+    assert parse_devices("h100:16", devices_per_node=4) == ("h100", 4, 4)
+    assert parse_devices("h100:2", devices_per_node=4) == ("h100", 1, 2)
+    assert parse_devices("h100:2x4", devices_per_node=4) == ("h100", 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "per_node", "message"),
+    [
+        ("h100:0", None, "must be 1 to 4096 devices"),
+        ("h100:0x8", None, "must be 1 to 4096 devices"),
+        ("h100:1000x1000", None, "must be 1 to 4096 devices"),
+        ("h101:8", None, "unknown device 'h101'; did you mean 'h100'"),
+        ("h100:-2", None, "must be a device and how many"),
+        ("h100:8.5", None, "must be a device and how many"),
+        ("", None, "must be a device and how many"),
+        ("h100:12", None, "12 devices are no nodes of 8"),
+        ("h100:8", 0, "--num_gpus_per_node=0: must be at least 1"),
+        ("h100:2x8", 4, "has 8 on a node and --num_gpus_per_node=4"),
+    ],
+)
+def test_devices_that_there_are_not(text: str, per_node: int | None, message: str):
+    with pytest.raises(ValueError, match=message):
+        parse_devices(text, devices_per_node=per_node)
+
+
+def test_gpus_are_what_their_names_say():
+    for name, gpu in GPUS.items():
+        _, _, size = name.partition("-")
+        if size:
+            assert gpu.memory_bytes / 1e9 == pytest.approx(int(size.removesuffix("g")), rel=0.08), name
+        assert 70 < gpu.flops / gpu.bandwidth < 500, name  # tokens at once from which arithmetic counts
+
+
+def test_every_mesh_once():
+    """Ordered ways to write 8 as a product of five factors: 35; of 12 over four axes: 40."""
+    found = [tuple(sizes.items()) for sizes in meshes(8)]
+    assert len(found) == len(set(found)) == 35
+    assert len([*meshes(12, (ax.DATA, ax.STAGE, ax.CONTEXT, ax.TENSOR))]) == 40
+    assert [*meshes(1)] == [{"data": 1}]
+
+
+WORKLOAD = Workload(prompt_tokens=100, output_tokens=10)
+
+
+def test_a_request_alone():
+    """Ten tokens and a hundred of prompt, in steps of at most 40: three, then ten."""
+    found = predict(mesh_model(), WORKLOAD, 1, 40, 1)
+    prefill = mesh_model().step_time(Load(0, 105, 40, 50)).total_s
+    decode = mesh_model().step_time(Load(1, 105)).total_s
+    assert found.ttft_s == pytest.approx(3 * prefill)
+    assert found.tpot_s == pytest.approx(decode)
+    assert found.request_s == pytest.approx(3 * prefill + 9 * decode)
+    assert found.tokens_per_s == pytest.approx(10 / (2.5 * prefill + 10 * decode))
+
+
+def test_requests_together_prefill_beside_each_others_decoding():
+    """Four in each of two shards: ten steps of a token of each, into ten of which go the prompts, 36 tokens a step."""
+    found = predict(mesh_model("data:2"), WORKLOAD, 4, 40, 1)
+    mixed = mesh_model("data:2").step_time(Load(3, 105, 36, 50)).total_s
+    assert found.num_seqs == 8
+    assert found.tokens_per_s == pytest.approx(8 * 10 / (4 * 100 / 36 * mixed))
+    assert found.requests_per_s == pytest.approx(found.tokens_per_s / 10)
+
+
+def test_what_is_best_for_whom():
+    model, asked = mesh_model(), Workload(prompt_tokens=1, output_tokens=50)
+    of = lambda rows: predict(model, asked, rows, 2048, 1)  # noqa: E731
+    throughput = best_rows(asked, 64, of)
+    assert throughput.num_seqs == 64
+    assert best_rows(dataclasses.replace(asked, objective="latency"), 64, of).num_seqs == 1
+    busy = dataclasses.replace(asked, objective="latency", qps=1.5 * of(1).requests_per_s)
+    served = best_rows(busy, 64, of)
+    assert 1 < served.num_seqs < 8 and served.misses(busy) is None
+    limited = dataclasses.replace(asked, tpot_s=1.5 * of(1).tpot_s)
+    within = best_rows(limited, 64, of)
+    assert within.misses(limited) is None and within.num_seqs < throughput.num_seqs
+
+
+def test_more_sequences_are_not_always_more_tokens():
+    """With 40 tokens a step, 40 sequences leave no room for prompts."""
+    of = lambda rows: predict(mesh_model(), WORKLOAD, rows, 40, 1)  # noqa: E731
+    assert best_rows(WORKLOAD, 40, of).num_seqs < 40
+
+
+def test_what_is_missed_is_said():
+    found = predict(mesh_model(), WORKLOAD, 1, 2048, 1)
+    for limit in ("ttft_s", "tpot_s"):
+        asked = dataclasses.replace(WORKLOAD, **{limit: getattr(found, limit) / 2})
+        assert f"--{limit}=" in str(found.misses(asked))
+    assert "--qps=1e+06" in str(found.misses(dataclasses.replace(WORKLOAD, qps=1e6)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"objective": "speed"}, "--objective=speed: unknown; did you mean"),
+        ({"prompt_tokens": 0}, "--prompt_tokens=0: must be at least 1"),
+        ({"qps": 0.0}, "--qps=0.0: must be above 0"),
+        ({"tpot_s": float("nan")}, "--tpot_s=nan: must be above 0"),
+    ],
+)
+def test_workloads_that_cannot_be(fields: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        Workload(**fields)
+
+
+def found_of(**asked: Any) -> list[Candidate | Rejection]:
+    return [*plans.planner("llama_3_1_8b_instruct", "h100:4", **asked).candidates()]
+
+
+def test_the_best_is_first():
+    planned = {objective: found_of(objective=objective) for objective in ("latency", "throughput", "cost")}
+    best = {
+        objective: ranked([c for c in found if isinstance(c, Candidate)], objective)
+        for objective, found in planned.items()
+    }
+    assert best["latency"][0].mesh == "tensor:4"
+    assert best["throughput"][0].mesh == "data:4"
+    assert best["cost"][0].num_devices == 1 and len(planned["cost"]) > len(planned["throughput"])
+    for objective, of in (
+        ("latency", lambda c: c.performance.request_s),
+        ("throughput", lambda c: -c.performance.tokens_per_s),
+    ):
+        assert [*map(of, best[objective])] == sorted(map(of, best[objective]))
+
+
+def test_a_candidate_holds_all_its_sequences():
+    for found in found_of(prompt_tokens=8000, output_tokens=1000):
+        memory = plans.candidate(found).plan.memory
+        assert memory.max_concurrency >= plans.candidate(found).performance.num_seqs
+
+
+def test_limits_reject_meshes_with_their_numbers():
+    rejected = [r for r in found_of(objective="latency", tpot_s=0.004) if isinstance(r, Rejection)]
+    assert rejected
+    assert all("tpot_s is 0.00" in r.reason and "--tpot_s=0.004" in r.reason for r in rejected)
+
+
+def test_as_many_sequences_as_are_given():
+    given = plans.planner("llama_3_1_8b_instruct", "h100:4", num_seqs=12)
+    assert plans.candidate(given.candidate("data:4")).performance.num_seqs == 12
+    assert "--max_num_seqs=13 does not divide over data:4; use 16" in plans.reason(
+        plans.planner("llama_3_1_8b_instruct", "h100:4", num_seqs=13).candidate("data:4")
+    )
+
+
+def test_experts_are_split_both_ways_and_only_where_there_are_some():
+    names = {found.mesh for found in plans.planner("mixtral_8x7b_instruct_v0_1", "h100:2").candidates()}
+    assert {"expert:2", "expert:2 (expert_sums)"} <= names
+    assert not any("expert" in found.mesh for found in found_of())
