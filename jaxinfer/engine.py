@@ -14,6 +14,7 @@ import numpy as np
 from jaxinfer.beam_search import beam_params, beam_search
 from jaxinfer.checkpoint.reader import load_weights
 from jaxinfer.compilations import num_compilations
+from jaxinfer.device_memory import accounted
 from jaxinfer.distributed import process_group
 from jaxinfer.embedder import POOLINGS, Embedder
 from jaxinfer.engine_config import EngineConfig
@@ -50,21 +51,22 @@ class Engine:
             self.progress.line("\n".join(mesh_lines))
         self._resolved = resolved
         self.progress.line(resolved.summary)
-        with self.progress.phase("loading weights", "bytes") as advance, self.stats.timed("load_s"):
-            weights = load_weights(resolved.model_dir, resolved.definition, advance)
-        if isinstance(resolved, ResolvedEncoder):
-            self._running = Embedder(resolved, weights, self.stats)
-        else:
-            self._running = EngineCore.create(resolved, weights, self.stats, runner_type(group))
-            self._intake = Intake(
-                tokenizer=resolved.tokenizer,
-                generation=resolved.generation,
-                vocab_size=resolved.definition.config.vocab_size,
-                max_model_len=resolved.max_model_len,
-                seed=config.seed,
-            )
-        with self.progress.phase("compiling", "programs") as advance, self.stats.timed("compile_s"):
-            self._running.compile_all(advance)
+        with accounted(resolved.memory, "loading and compiling"):
+            with self.progress.phase("loading weights", "bytes") as advance, self.stats.timed("load_s"):
+                weights = load_weights(resolved.model_dir, resolved.definition, advance)
+            if isinstance(resolved, ResolvedEncoder):
+                self._running = Embedder(resolved, weights, self.stats)
+            else:
+                self._running = EngineCore.create(resolved, weights, self.stats, runner_type(group))
+                self._intake = Intake(
+                    tokenizer=resolved.tokenizer,
+                    generation=resolved.generation,
+                    vocab_size=resolved.definition.config.vocab_size,
+                    max_model_len=resolved.max_model_len,
+                    seed=config.seed,
+                )
+            with self.progress.phase("compiling", "programs") as advance, self.stats.timed("compile_s"):
+                self._running.compile_all(advance)
         if group is not None:
             group.all_gather("ready", None)
         self._unfinished: dict[str, list[Request]] = {}  # all outputs of a prompt, by request id
@@ -255,7 +257,9 @@ class Engine:
     def _step_for(self, ours: set[str] | None) -> list[list[Request]]:
         """A step, and which of `ours` (None: of all) got on; others are kept for whoever waits for them."""
         self._check_open()
-        for request in self._core.step():
+        with accounted(self.resolved.memory, "running a step"):
+            advanced = self._core.step()
+        for request in advanced:
             if group := self._unfinished.get(request.request_id):
                 self._undelivered[request.request_id] = group
                 if _is_finished(group):

@@ -12,15 +12,17 @@ import jax.numpy as jnp
 
 from jaxinfer import devices, models
 from jaxinfer.batch import Buckets
+from jaxinfer.config import EncoderConfig, ModelConfig
 from jaxinfer.decoder_plan import plan_decoder, rows_per_shard, with_experts
 from jaxinfer.encoder_batch import EncoderBuckets
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.generation_config import GenerationDefaults, read_generation_config
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.kv_cache import CacheSpec, cache_spec
-from jaxinfer.parameters import ModelDefinition
+from jaxinfer.parameters import ModelDefinition, model_weights
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.planner import EncoderMemoryPlan, MemoryPlan, encoder_workspace_bytes
+from jaxinfer.planning.meshes import dividing
 from jaxinfer.sentence_modules import POOLING_FILE, TEXT_FILE, check_modules, check_text, read_pooling
 from jaxinfer.tokenizer import Tokenizer, load_tokenizer
 from pallas_kernels import grouped_matmul, paged_attention
@@ -28,6 +30,7 @@ from sharding_rules import axes as ax
 
 DEMO_MODEL = pathlib.Path(__file__).parent / "demo_model"
 _DEFAULT_MAX_MODEL_LEN = 4096
+_MOST_MESHES = 3  # in an error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,11 +127,26 @@ def _resolve_model(config: EngineConfig, mesh_devices: list[jax.Device] | None) 
         config=config,
         model_dir=model_dir,
         architecture=hf.architecture,
-        definition=ModelDefinition.create(model, partitioner, dtype),
+        definition=_definition(model, partitioner, dtype, config.sharding),
         tokenizer=tokenizer,
         max_model_len=_max_model_len(config, model.max_position),
         experts=experts,
     )
+
+
+def _definition(
+    model: ModelConfig | EncoderConfig, partitioner: Partitioner, dtype: jnp.dtype, sharding: str
+) -> ModelDefinition:
+    """Raises ValueError for a mesh over which the model does not divide, with those of as many devices that do."""
+    try:
+        return ModelDefinition.create(model, partitioner, dtype)
+    except ValueError as error:
+        if isinstance(model, EncoderConfig) or not (
+            found := dividing(model_weights(model, dtype), partitioner.num_devices, sharding)
+        ):
+            raise
+        meshes = " or ".join(f"--mesh={mesh}" for mesh in found[:_MOST_MESHES])
+        raise ValueError(f"{error}; of {partitioner.num_devices} devices would divide: {meshes}") from None
 
 
 def _resolve_decoder(model: ResolvedModel, free_bytes: int | None) -> ResolvedEngine:

@@ -72,6 +72,7 @@ LAYERS = {
     "jaxinfer.compilation_cache": 2,
     "jaxinfer.compilations": 2,
     "jaxinfer.context_parallel": 2,
+    "jaxinfer.device_memory": 2,
     "jaxinfer.devices": 2,
     "jaxinfer.distributed": 2,
     "jaxinfer.extras": 2,

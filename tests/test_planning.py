@@ -7,9 +7,10 @@ import pytest
 
 from jaxinfer.config import MoEConfig
 from jaxinfer.layouts import Layout
-from jaxinfer.planning.candidates import Candidate, Rejection, meshes, ranked
+from jaxinfer.planning.candidates import Candidate, Rejection, ranked
 from jaxinfer.planning.clusters import Cluster, Rates, parse_devices
 from jaxinfer.planning.hardware import GPUS, Link
+from jaxinfer.planning.meshes import dividing, meshes
 from jaxinfer.planning.roofline import AttentionLoad, Collective, LayerKind, Load, MeshModel
 from jaxinfer.planning.weight_shapes import DeviceWeights, MeshWeights
 from jaxinfer.planning.workload import Workload, best_rows, predict
@@ -226,6 +227,14 @@ def test_every_mesh_once():
     assert len(found) == len(set(found)) == 35
     assert len([*meshes(12, (ax.DATA, ax.STAGE, ax.CONTEXT, ax.TENSOR))]) == 40
     assert [*meshes(1)] == [{"data": 1}]
+
+
+def test_the_meshes_that_divide():
+    """40 heads over 16 devices: 8 of tensor at most; 40 layers take any number of stages."""
+    weights = plans.planner("llama_2_13b", "h100").weights
+    found = dividing(weights, 16, "auto")
+    assert found[:3] == ["context:2,tensor:8", "stage:2,tensor:8", "data:2,tensor:8"]
+    assert "stage:16" in found and not any("tensor:16" in mesh or "expert" in mesh for mesh in found)
 
 
 WORKLOAD = Workload(prompt_tokens=100, output_tokens=10)

@@ -16,6 +16,7 @@ from jaxinfer.layers.experts import is_exchanged
 from jaxinfer.layouts import Layout, mesh_text
 from jaxinfer.planner import DoesNotFit
 from jaxinfer.planning.clusters import Cluster
+from jaxinfer.planning.meshes import meshes
 from jaxinfer.planning.roofline import AttentionLoad, LayerKind, MeshModel
 from jaxinfer.planning.weight_shapes import ModelWeights
 from jaxinfer.planning.workload import Performance, Workload, best_rows, predict
@@ -185,23 +186,6 @@ class _OnMesh:
             itemsize=planner.dtype.itemsize,
             is_exchanged=is_exchanged(splits),
         )
-
-
-def meshes(num_devices: int, axes: tuple[str, ...] = ax.MESH_AXES) -> Iterator[dict[str, int]]:
-    """Every mesh of so many devices along some of the axes, without those of size 1."""
-
-    def split(count: int, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
-        if not axes:
-            if count == 1:
-                yield {}
-            return
-        for size in range(1, count + 1):
-            if count % size == 0:
-                for rest in split(count // size, axes[1:]):
-                    yield {axes[0]: size, **rest}
-
-    for sizes in split(num_devices, axes):
-        yield {axis: size for axis, size in sizes.items() if size > 1} or {ax.DATA: 1}
 
 
 def ranked(found: list[Candidate], objective: str) -> list[Candidate]:
