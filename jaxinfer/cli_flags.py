@@ -16,6 +16,9 @@ PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file", None, "Prompts: a line each, or .jsonl with prompt or prompt_token_ids."
 )
 OUTPUT_FILE = flags.DEFINE_string("output_file", None, "Where to write outputs as JSON lines, instead of stdout.")
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Say what would fit, and how fast it would be expected to be; load and run nothing."
+)
 CHAT = flags.DEFINE_bool("chat", False, "Treat each prompt as a user's message, through the model's chat template.")
 
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most tokens to generate per prompt.")

@@ -20,8 +20,12 @@ WEIGHT_DTYPE = flags.DEFINE_enum(
 )
 
 OBJECTIVE = flags.DEFINE_enum("objective", _DEFAULTS.objective, OBJECTIVES, "What is best; cost: tokens/s of a device.")
-PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", _DEFAULTS.prompt_tokens, "Of each request.")
-OUTPUT_TOKENS = flags.DEFINE_integer("output_tokens", _DEFAULTS.output_tokens, "Of each request.")
+PROMPT_TOKENS = flags.DEFINE_integer(
+    "prompt_tokens", None, f"Of each request. Default: {_DEFAULTS.prompt_tokens}, or what the model has room for."
+)
+OUTPUT_TOKENS = flags.DEFINE_integer(
+    "output_tokens", None, f"Of each request. Default: {_DEFAULTS.output_tokens}, or a quarter of what it has room for."
+)
 QPS = flags.DEFINE_float("qps", None, "Requests per second that have to be served.")
 TTFT_S = flags.DEFINE_float("ttft_s", None, "Most seconds from the start of a request's prefill to its first token.")
 TPOT_S = flags.DEFINE_float("tpot_s", None, "Most seconds for each further token.")
@@ -36,8 +40,13 @@ def parse(argv: list[str]) -> list[str]:
     return engine_flags.parse("plan_mesh", __name__, argv)
 
 
-def workload() -> Workload:
-    """What is asked for. Raises ValueError for what cannot be."""
-    own = (PROMPT_TOKENS, OUTPUT_TOKENS, OBJECTIVE, QPS, TTFT_S, TPOT_S)
-    fields: dict[str, Any] = {flag.name: flag.value for flag in own}
-    return Workload(**fields)
+def workload(max_position: int) -> Workload:
+    """What is asked for of a model for so many tokens. Raises ValueError for what cannot be."""
+    output_tokens = OUTPUT_TOKENS.value
+    if output_tokens is None:
+        output_tokens = min(_DEFAULTS.output_tokens, max(1, max_position // 4))
+    prompt_tokens = PROMPT_TOKENS.value
+    if prompt_tokens is None:
+        prompt_tokens = max(1, min(_DEFAULTS.prompt_tokens, max_position - output_tokens))
+    limits: dict[str, Any] = {flag.name: flag.value for flag in (OBJECTIVE, QPS, TTFT_S, TPOT_S)}
+    return Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, **limits)

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 def run() -> None:
     """Prints the plan. Raises ValueError for what cannot be planned, RuntimeError where no mesh can be."""
-    fields, workload = engine_flags.engine_fields(), plan_flags.workload()
+    fields = engine_flags.engine_fields()
     EngineConfig(**fields)
     if plan_flags.DEVICES.value is None:
         raise ValueError("--devices is missing; give what to plan for, as --devices=h100:8")
@@ -58,9 +58,11 @@ def run() -> None:
         **{flag.name: flag.value for flag in _LINKS if flag.value is not None},
     )
     mem_fraction = plan_flags.MEM_FRACTION.value if cluster.platform == "gpu" else None
+    model_config = plan.read_model_config(fields.pop("model", None))
+    workload = plan_flags.workload(model_config.max_position)
     given = {name for name in fields if flags.FLAGS[name].present}
     planner = plan.planner(
-        fields.pop("model", None),
+        model_config,
         {name: value for name, value in fields.items() if name in given},
         cluster,
         workload,
@@ -75,10 +77,13 @@ def run() -> None:
     if rejected := [r for r in found if not isinstance(r, Candidate)]:
         print(f"{len(rejected)} meshes cannot be:\n{report.rejections(rejected)}", end="\n\n")
     if not best:
-        raise RuntimeError("no mesh of these devices can be; the lines above say why, in bytes of a device")
+        enough = planner.more_devices()
+        hint = f"; --devices={cluster.name}:{enough} would do" if enough and not fields.get("mesh") else ""
+        raise RuntimeError(f"none of these meshes can be, as the lines above say{hint}")
     print(report.assumptions(cluster), end="\n\n")
-    model = engine_flags_model()
-    print(f"to run the first:\n{report.command(best[0], model, mem_fraction)}")
+    if (packed := plan_flags.WEIGHT_DTYPE.value) != "auto":
+        print(f"what if: no engine loads weights of {packed} yet\n")
+    print(f"to run the first:\n{report.command(best[0], _model_to_run(), mem_fraction)}")
 
 
 _LINKS = (
@@ -89,10 +94,10 @@ _LINKS = (
 )
 
 
-def engine_flags_model() -> str:
+def _model_to_run() -> str | None:
     """For the command to paste."""
     model = flags.FLAGS["model"].value
-    return _PLACEHOLDER if model is None or pathlib.Path(model).is_file() else model
+    return _PLACEHOLDER if model is not None and pathlib.Path(model).expanduser().is_file() else model
 
 
 def cli() -> None:

@@ -15,7 +15,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from jaxinfer import cli_flags, devices, engine_flags
 from jaxinfer.cli_output import (
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _START = time.perf_counter()
 
+_SEQS_OF_DRY_RUN = 8  # which knows of no prompts
 _NUM_SEQS = "max_num_seqs"  # which process 0 tells the others, who know of no prompts
 _BROKEN_PIPE, _INTERRUPTED = 141, 130  # exit codes of a shell's command that ends by the signal
 
@@ -79,6 +80,12 @@ def run() -> None:
     config, sampling = engine_flags.engine_fields(), cli_flags.sampling_fields()
     EngineConfig(**config)
     has_others = find_launch(**cli_flags.launch_fields()) is not None
+    if cli_flags.DRY_RUN.value:
+        if has_others:
+            raise ValueError("--dry_run: is for one process; plan_mesh --mesh plans for several machines")
+        _set_up_jax()
+        _dry_run(config)
+        return
     if has_others:  # from now on they are told when this process fails
         give_stdout_to_text()
         _set_up_jax()
@@ -121,6 +128,15 @@ def run() -> None:
             f'{len(failed)} of {len(prompts)} outputs ended with finish_reason "error": the model produced values that '
             f"are not finite; prompts {', '.join(failed[:10])}{', ...' if failed[10:] else ''}"
         )
+
+
+def _dry_run(config: dict[str, Any]) -> None:
+    from jaxinfer.planning import dry_run
+
+    given = {name: value for name, value in config.items() if flags.FLAGS[name].present}
+    config.setdefault("max_num_seqs", cli_flags.default_num_seqs(_SEQS_OF_DRY_RUN))
+    max_tokens = cli_flags.sampling_fields()["max_tokens"]
+    print(dry_run.describe(EngineConfig(**config), given, max_tokens))
 
 
 def _joined_group() -> "ProcessGroup | None":

@@ -45,6 +45,7 @@ LAYERS = {
     "jaxinfer.planner": 1,
     "jaxinfer.planning": 1,
     "jaxinfer.planning.candidates": 5,
+    "jaxinfer.planning.dry_run": 5,
     "jaxinfer.planning.plan": 5,
     "jaxinfer.planning.report": 5,
     "jaxinfer.plan_flags": 7,

@@ -90,6 +90,19 @@ class Planner:
                     for sharding in self._strategies(sizes):
                         yield self.candidate(mesh_text(sizes), sharding)
 
+    def more_devices(self) -> int | None:
+        """How many of these devices would do, twice as many again and again; None where that does not help."""
+        for factor in (2, 4, 8, 16, 32):
+            nodes, each = self.cluster.num_nodes, self.cluster.devices_per_node
+            grown = min(factor * each, max(each, self.cluster.most_per_node))
+            cluster = dataclasses.replace(
+                self.cluster, num_nodes=nodes * factor * each // grown, devices_per_node=grown
+            )
+            larger = dataclasses.replace(self, cluster=cluster)
+            if any(isinstance(found, Candidate) for found in larger.candidates()):
+                return cluster.num_devices
+        return None
+
     def _strategies(self, sizes: dict[str, int]) -> tuple[str, ...]:
         if self.config.sharding != "auto" or sizes.get(ax.EXPERT, 1) == 1 or self.model.moe is None:
             return (self.config.sharding,)

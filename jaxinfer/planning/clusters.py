@@ -91,6 +91,11 @@ class Cluster:
         return self.num_nodes * self.devices_per_node
 
     @property
+    def most_per_node(self) -> int:
+        """As these devices are usually sold."""
+        return GPUS[self.name].devices_per_node if self.name in GPUS else self.devices_per_node
+
+    @property
     def compute_capability(self) -> str | None:
         """Of a GPU, as JAX has it: "9.0"."""
         return ".".join(map(str, GPUS[self.name].capability)) if self.name in GPUS else None

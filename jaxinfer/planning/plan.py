@@ -46,7 +46,7 @@ def cluster(
                 raise ValueError(f"--{flag}={value}: must be above 0")
         link = getattr(found, field)
         if gb_s is not None:
-            link = dataclasses.replace(link, bytes_per_s=1e9 * gb_s, name=f"{gb_s:g} GB/s")
+            link = dataclasses.replace(link, bytes_per_s=1e9 * gb_s, name=f"a {field}")
         if latency_s is not None:
             link = dataclasses.replace(link, latency_s=latency_s)
         found = dataclasses.replace(found, **{field: link})
@@ -54,7 +54,7 @@ def cluster(
 
 
 def planner(
-    model: str | None,
+    model: ModelConfig,
     asked: Mapping[str, Any],
     cluster: Cluster,
     workload: Workload,
@@ -62,12 +62,11 @@ def planner(
     weight_dtype: str = "auto",
     mem_fraction: float | None = None,
 ) -> Planner:
-    """For a model directory or a config.json; None: the demonstration model.
+    """For a decoder.
 
     `asked` are the fields of EngineConfig that the user chose, `mem_fraction` what JAX gets of a GPU's memory. Raises
     ValueError for what no mesh could change.
     """
-    config = read_model_config(model)
     wanted: dict[str, Any] = {
         "max_model_len": workload.num_tokens,
         "max_num_batched_tokens": DEFAULT_CHUNK[cluster.platform],
@@ -81,9 +80,9 @@ def planner(
         )
     if (needed := math.prod(parse_mesh(engine.mesh).values())) > cluster.num_devices:
         raise ValueError(f"--mesh={engine.mesh} needs {needed} devices, and --devices has {cluster.num_devices}")
-    if engine.max_model_len > config.max_position:
+    if engine.max_model_len > model.max_position:
         raise ValueError(
-            f"{engine.max_model_len} tokens are beyond the {config.max_position} positions that the model was made for "
+            f"{engine.max_model_len} tokens are beyond the {model.max_position} positions that the model was made for "
             f"(max_position_embeddings); use smaller --prompt_tokens, --output_tokens or --max_model_len"
         )
     if engine.max_model_len < workload.num_tokens:
@@ -96,12 +95,12 @@ def planner(
     dtype = jnp.dtype(
         ("float32" if cluster.platform == "cpu" else "bfloat16") if engine.dtype == "auto" else engine.dtype
     )
-    weights = model_weights(config, dtype)
+    weights = model_weights(model, dtype)
     if weight_dtype != "auto":
         weights = weights.packed(_PACKED_BYTES[weight_dtype])
     return Planner(
         config=engine,
-        model=config,
+        model=model,
         weights=weights,
         dtype=dtype,
         cluster=cluster,
@@ -112,7 +111,7 @@ def planner(
 
 
 def read_model_config(model: str | None) -> ModelConfig:
-    """Of a model directory, or of a config.json alone. Raises ValueError for what is no decoder."""
+    """Of a model directory or of a config.json alone; None: the demonstration model. ValueError for no decoder."""
     path = pathlib.Path(model or DEMO_MODEL).expanduser()
     hf = HFConfig(read_json_object(path), str(path)) if path.is_file() else HFConfig.read(find_model_dir(model))
     config = models.for_architecture(hf.architecture).parse_config(hf)

@@ -21,7 +21,7 @@ def heading(planner: Planner, mem_fraction: float | None) -> str:
     limits = [f"--{name}={value:g}" for name in ("qps", "ttft_s", "tpot_s") if (value := getattr(asked, name))]
     return "\n".join(
         [
-            f"{planner.model.family}: {weights.num_params / 1e9:.2f} billion parameters, "
+            f"{planner.model.family}: {_count(weights.num_params)} parameters, "
             f"{format_bytes(weights.num_bytes)} of weights, computed in {planner.dtype.name}",
             f"{cluster}; {of_device}, which uses --memory_fraction={planner.config.memory_fraction:g} of it",
             f"requests of {asked.prompt_tokens} + {asked.output_tokens} tokens in a cache for "
@@ -87,11 +87,11 @@ def assumptions(cluster: Cluster) -> str:
     )
 
 
-def command(candidate: Candidate, model: str, mem_fraction: float | None) -> str:
-    """That runs the plan, ready to paste; of several nodes on each of them."""
+def command(candidate: Candidate, model: str | None, mem_fraction: float | None) -> str:
+    """That runs the plan, ready to paste; of several nodes on each of them. No `model` is the demonstration model."""
     config, defaults, cluster = candidate.config, EngineConfig(), candidate.model.cluster
     values = {name: getattr(config, name) for name in (*_PLANNED, *_others(config, defaults))}
-    flags = [f"--model={shlex.quote(model)}"]
+    flags = [] if model is None else [f"--model={shlex.quote(model)}"]
     flags += [f"--{name}={value}" for name, value in values.items() if value != getattr(defaults, name)]
     if cluster.platform == "cpu" and candidate.num_devices > 1:
         flags.append(f"--num_cpu_devices={candidate.num_devices}")
@@ -110,6 +110,10 @@ def _others(config: EngineConfig, defaults: EngineConfig) -> list[str]:
 
 def _mem_fraction(fraction: float) -> str:
     return f"XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:g}"
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
 
 
 def format_seconds(seconds: float) -> str:
