@@ -182,6 +182,14 @@ def build(plan: StepPlan, shape: StepShape, table: SlotTable) -> StepBatch:
     )
 
 
+def empty(shape: StepShape, buckets: Buckets) -> StepBatch:
+    """Of nothing: what any batch of this shape has of shapes and dtypes."""
+    shards = range(buckets.num_shards)
+    none = [np.zeros(0, np.int32) for _ in shards]
+    plan = StepPlan([[] for _ in shards], [[] for _ in shards], none, none, shape.num_steps)
+    return build(plan, shape, buckets.empty_table())
+
+
 def _chunk_arrays(by_shard: list[list[Chunk]], shape: StepShape) -> ChunkArrays:
     tokens = np.zeros((len(by_shard), shape.chunk_tokens), np.int32)
     starts, lengths = np.zeros((2, len(by_shard), shape.chunks), np.int32)

@@ -7,11 +7,12 @@ import dataclasses
 import pathlib
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 
-from jaxinfer import expert_placement
+from jaxinfer import batch, expert_placement
 from jaxinfer.attention import attention_specs
-from jaxinfer.batch import Buckets
+from jaxinfer.batch import Buckets, StepShape
 from jaxinfer.config import EncoderConfig, ModelConfig
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.integers import cdiv
@@ -20,6 +21,8 @@ from jaxinfer.memory import Demand
 from jaxinfer.planner import MemoryPlan
 from pallas_kernels import grouped_matmul, paged_attention
 from sharding_rules import axes as ax
+
+_SLOT_TOKEN, _SLOT_STOPPED = jnp.dtype(jnp.int32), jnp.dtype(jnp.bool_)  # `SlotState`
 
 
 class Device(Protocol):
@@ -46,6 +49,13 @@ class DecoderPlan:
     attention: paged_attention.Choice
     buckets: Buckets
     memory: MemoryPlan
+
+    def argument_bytes(self, shape: StepShape) -> int:
+        """That the program of a shape takes on one device: weights, cache, each slot's last token, and the batch."""
+        of_slots = self.slots_per_shard * (_SLOT_TOKEN.itemsize + _SLOT_STOPPED.itemsize)
+        arrays = jax.tree.leaves(batch.empty(shape, self.buckets))
+        of_batch = sum(array.nbytes // (self.buckets.num_shards if array.ndim else 1) for array in arrays)
+        return self.memory.weights_bytes + self.memory.cache_bytes + of_slots + of_batch
 
 
 def plan_decoder(

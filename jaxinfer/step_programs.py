@@ -5,14 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxinfer import batch, kv_cache
 from jaxinfer.batch import Buckets, StepBatch, StepShape
 from jaxinfer.extras import ExtrasSpec
 from jaxinfer.kv_cache import CacheSpec
 from jaxinfer.parameters import ModelDefinition
-from jaxinfer.step_plan import StepPlan
 from jaxinfer.steps import SlotState, StepFunctions, StepOutput, activation_shardings
 from sharding_rules import axes as ax
 
@@ -72,11 +70,7 @@ class StepPrograms:
 
     def batch(self, shape: StepShape) -> StepBatch:
         """The shapes and dtypes of any batch of this shape: those of an empty one."""
-        shards = range(self.slot_shape[0])
-        none = [np.zeros(0, np.int32) for _ in shards]
-        plan = StepPlan([[] for _ in shards], [[] for _ in shards], none, none, shape.num_steps)
-        empty = batch.build(plan, shape, self.buckets.empty_table())
-        return jax.tree.map(lambda a: self._array(a.dtype, *a.shape), empty)
+        return jax.tree.map(lambda a: self._array(a.dtype, *a.shape), batch.empty(shape, self.buckets))
 
     def _array(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.definition.partitioner.row_sharding(shape))
