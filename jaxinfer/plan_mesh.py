@@ -50,7 +50,7 @@ def run() -> None:
     if logging.get_verbosity() < logging.DEBUG:
         logging.set_verbosity(logging.WARNING)
     from jaxinfer.planning import plan, report
-    from jaxinfer.planning.candidates import Candidate, ranked
+    from jaxinfer.planning.candidates import Candidate
 
     cluster = plan.cluster(
         plan_flags.DEVICES.value,
@@ -69,21 +69,14 @@ def run() -> None:
         weight_dtype=plan_flags.WEIGHT_DTYPE.value,
         mem_fraction=mem_fraction,
     )
-    print(report.heading(planner, mem_fraction), end="\n\n")
     found = [*planner.candidates()]
-    best = ranked([c for c in found if isinstance(c, Candidate)], workload.objective)
-    if best:
-        print(report.table(best[: plan_flags.TOP.value]), end="\n\n")
-    if rejected := [r for r in found if not isinstance(r, Candidate)]:
-        print(f"{len(rejected)} meshes cannot be:\n{report.rejections(rejected)}", end="\n\n")
-    if not best:
+    print(report.text(planner, found, plan_flags.TOP.value, _model_to_run(), mem_fraction))
+    if not any(isinstance(each, Candidate) for each in found):
         enough = planner.more_devices()
         hint = f"; --devices={cluster.name}:{enough} would do" if enough and not fields.get("mesh") else ""
         raise RuntimeError(f"none of these meshes can be, as the lines above say{hint}")
-    print(report.assumptions(cluster), end="\n\n")
     if (packed := plan_flags.WEIGHT_DTYPE.value) != "auto":
-        print(f"what if: no engine loads weights of {packed} yet\n")
-    print(f"to run the first:\n{report.command(best[0], _model_to_run(), mem_fraction)}")
+        print(f"\nwhat if: no engine loads weights of {packed} yet")
 
 
 _LINKS = (

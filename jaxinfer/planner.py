@@ -122,11 +122,12 @@ class DoesNotFit(ValueError):
 
     Attributes:
       short: the same in the bytes alone.
+      excess_bytes: by which it is more.
     """
 
-    def __init__(self, message: str, short: str):
+    def __init__(self, message: str, short: str, excess_bytes: int):
         super().__init__(message)
-        self.short = short
+        self.short, self.excess_bytes = short, excess_bytes
 
 
 def plan_memory(
@@ -146,7 +147,7 @@ def plan_memory(
         num_pages = min(num_pages, kv_cache_bytes // page_bytes)
         if kv_cache_bytes < needed:
             text = f"--kv_cache_bytes={kv_cache_bytes} is less than {of_sequence}"
-            raise DoesNotFit(text, text)
+            raise DoesNotFit(text, text, needed - kv_cache_bytes)
     if free_bytes is not None:
         allowed = int(free_bytes * memory_fraction)
         room = max(0, allowed - needs.weights_bytes - needs.workspace_bytes)
@@ -155,11 +156,16 @@ def plan_memory(
         if room < max(needed, num_pages * page_bytes):
             weights, workspace, free = map(format_bytes, (needs.weights_bytes, needs.workspace_bytes, free_bytes))
             wanted = of_sequence if room < needed else f"--kv_cache_bytes={kv_cache_bytes}"
-            cache = format_bytes(max(needed, num_pages * page_bytes))
+            cache = max(needed, num_pages * page_bytes)
+            held, parts = (
+                needs.weights_bytes + needs.workspace_bytes + cache,
+                f"{weights} weights + {workspace} workspace",
+            )
             raise DoesNotFit(
                 f"{weights} of weights and {workspace} of workspace leave {room} bytes for the cache of {free} free on "
                 f"a device (--memory_fraction={memory_fraction}), less than {wanted}",
-                f"{weights} weights + {workspace} workspace + {cache} cache > {format_bytes(allowed)} a device",
+                f"{parts} + {format_bytes(cache)} cache > {format_bytes(allowed)} a device",
+                held - allowed,
             )
     if num_pages in needs.unreachable_pages:
         num_pages = needs.unreachable_pages.start - 1

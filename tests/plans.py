@@ -12,18 +12,8 @@ from jaxinfer.parameters import model_weights
 from jaxinfer.planning.candidates import Candidate, Planner, Rejection
 from jaxinfer.planning.clusters import Efficiency, gpu_cluster, parse_devices
 from jaxinfer.planning.workload import Workload
+from jaxinfer.tools.plan_cases import MEM_FRACTION
 from tests import published
-
-MEM_FRACTION = 0.95
-SIZE_130B = {
-    "vocab_size": 150_528,
-    "embed_dim": 12_288,
-    "num_layers": 70,
-    "num_q_heads": 96,
-    "num_kv_heads": 96,
-    "head_dim": 128,
-    "mlp_dim": 32_768,
-}
 
 
 def planner(

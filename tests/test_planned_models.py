@@ -9,6 +9,7 @@ from jaxinfer.parameters import ModelDefinition, model_weights
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.planner import GIB, KIB
 from jaxinfer.planning.candidates import Candidate, Rejection
+from jaxinfer.tools.plan_cases import SIZE_130B
 from tests import plans, published
 
 ROOM = 0.95 * 0.9  # of a GPU's memory: XLA_PYTHON_CLIENT_MEM_FRACTION, and --memory_fraction of that
@@ -65,7 +66,7 @@ def test_qwq_32b_in_bfloat16_on_two_a6000():
 
 def test_130_billion_parameters_on_h100():
     """In float16 260 GB, which four hold and two do not; in 4 bits 65, which one holds."""
-    asked: dict[str, Any] = {"dtype": "float16", "model": plans.SIZE_130B, "prompt_tokens": 512}
+    asked: dict[str, Any] = {"dtype": "float16", "model": SIZE_130B, "prompt_tokens": 512}
     for itemsize, gigabytes, num_gpus, mesh in ((2, 260, 4, "tensor:4"), (0.5, 65, 1, "data:1")):
         planner = plans.planner("llama_2_13b", f"h100:{num_gpus}", itemsize=itemsize, **asked)
         assert planner.weights.num_bytes / 1e9 == pytest.approx(gigabytes, rel=0.01)

@@ -20,7 +20,7 @@ import textwrap
 import sharding_rules
 from jaxinfer import Engine, SamplingParams, models
 from jaxinfer.checkpoint.hf_index import INDEX_FILE, SINGLE_FILE
-from jaxinfer.tools import parallel_matrix
+from jaxinfer.tools import parallel_matrix, plan_cases
 from pallas_kernels import grouped_matmul, paged_attention
 from pallas_kernels.paged_attention import AttentionSpec
 from pallas_kernels.paged_attention.pages import LARGEST
@@ -145,7 +145,7 @@ def fold(output: str) -> str:
     return "\n".join("\n".join(parts) for parts in folded).strip()
 
 
-TABLES = {"support": support, "kernels": kernels, "speed": speed}
+TABLES = {"support": support, "plan": plan_cases.example, "plans": plan_cases.table, "kernels": kernels, "speed": speed}
 
 
 def with_block(text: str, name: str, command: str, block: str) -> str:

@@ -49,10 +49,15 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Rejection:
-    """A mesh that cannot be, and why."""
+    """A mesh that cannot be, and why.
+
+    Attributes:
+      excess_bytes: of a device, where it is memory that it lacks.
+    """
 
     mesh: str
     reason: str
+    excess_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +119,7 @@ class Planner:
         try:
             return _OnMesh(self, mesh, sharding).candidate(name)
         except DoesNotFit as error:
-            return Rejection(name, error.short)
+            return Rejection(name, error.short, error.excess_bytes)
         except ValueError as error:
             return Rejection(name, str(error))
 

@@ -6,10 +6,26 @@ from collections.abc import Iterable, Sequence
 
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.planner import format_bytes
-from jaxinfer.planning.candidates import Candidate, Planner, Rejection
+from jaxinfer.planning.candidates import Candidate, Planner, Rejection, ranked
 from jaxinfer.planning.clusters import Cluster
 
 _PLANNED = ("mesh", "sharding", "dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+
+
+def text(
+    planner: Planner, found: Sequence[Candidate | Rejection], top: int, model: str | None, mem_fraction: float | None
+) -> str:
+    """All of it, with the best `top` meshes. Of `model` in the command, and `mem_fraction`, see below."""
+    best = ranked([each for each in found if isinstance(each, Candidate)], planner.workload.objective)
+    rejected = [each for each in found if isinstance(each, Rejection)]
+    parts = [heading(planner, mem_fraction)]
+    if best:
+        parts.append(table(best[:top]))
+    if rejected:
+        parts.append(f"{len(rejected)} of {len(found)} meshes cannot be:\n{rejections(rejected)}")
+    if best:
+        parts += [assumptions(planner.cluster), f"to run the first:\n{command(best[0], model, mem_fraction)}"]
+    return "\n\n".join(parts)
 
 
 def heading(planner: Planner, mem_fraction: float | None) -> str:
