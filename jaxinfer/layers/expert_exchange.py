@@ -73,9 +73,10 @@ def map_on_owners(
         is_back = routes.is_sent & (routes.place // room == i)
         return i + 1, jnp.where(is_back[:, None], back[routes.device, routes.place % room], results)
 
-    start = (jnp.zeros((), jnp.int32), jnp.zeros((slots.size, size), x.dtype))
+    # Something of this layer to be written over. Of zeros XLA makes those of all layers at once, and keeps them.
+    start = (jnp.zeros((), jnp.int32), jnp.repeat(x, k, axis=0))
     _, results = lax.while_loop(lambda state: state[0] < routes.num_rounds, one_round, start)
-    return results.reshape(*slots.shape, size)
+    return jnp.where(routes.is_sent[:, None], results, 0).reshape(*slots.shape, size)
 
 
 def _routes(slots: jax.Array, num_local: int, num_devices: int, room: int, axes: tuple[str, ...]) -> _Routes:
