@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxinfer import batch, kv_cache
 from jaxinfer.batch import Buckets, StepBatch, StepShape
 from jaxinfer.extras import ExtrasSpec
-from jaxinfer.kv_cache import CacheSpec
+from jaxinfer.kv_cache import Cache, CacheSpec
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.steps import SlotState, StepFunctions, StepOutput, activation_shardings
 from sharding_rules import axes as ax
@@ -55,8 +55,7 @@ class StepPrograms:
             max_chunk=self.extras_spec.max_chunk,
             counts_experts=self.counts_experts,
         )
-        cache = spec.layers(lambda: kv_cache.abstract_pages(spec, partitioner))
-        slots = SlotState(self._array(jnp.int32, *self.slot_shape), self._array(jnp.bool_, *self.slot_shape))
+        arguments = self.arguments(shape)
         replicated = partitioner.replicated  # so that every host can read the output
         expert_counts = replicated if self.counts_experts else None
         output = StepOutput(replicated, replicated, replicated, expert_counts=expert_counts)
@@ -64,9 +63,16 @@ class StepPrograms:
         if activations and not shape.chunk_tokens:
             activations = activations._replace(hidden=None)
         function = functions.one_token if shape.num_steps == 1 else functions.decode
-        shardings = (*jax.tree.map(lambda a: a.sharding, (cache, slots)), output, activations)
+        shardings = (*jax.tree.map(lambda a: a.sharding, arguments[1:3]), output, activations)
         jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=shardings)
-        return jitted.lower(self.definition.abstract_arrays, cache, slots, self.batch(shape))
+        return jitted.lower(*arguments)
+
+    def arguments(self, shape: StepShape) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Cache, SlotState, StepBatch]:
+        """The shapes, dtypes and shardings of what a program takes: weights, cache, slots, batch."""
+        spec, partitioner = self.cache_spec, self.definition.partitioner
+        cache = spec.layers(lambda: kv_cache.abstract_pages(spec, partitioner))
+        slots = SlotState(self._array(jnp.int32, *self.slot_shape), self._array(jnp.bool_, *self.slot_shape))
+        return self.definition.abstract_arrays, cache, slots, self.batch(shape)
 
     def batch(self, shape: StepShape) -> StepBatch:
         """The shapes and dtypes of any batch of this shape: those of an empty one."""

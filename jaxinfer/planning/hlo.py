@@ -1,0 +1,160 @@
+"""Collectives in the text of a program as XLA compiled it. Host only.
+
+XLA gives no other access to them. What is read was looked at in programs for CPUs and for NVIDIA GPUs, of jax 0.10.2
+and 0.12: results and devices are written in several ways, and what is not known raises ValueError.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+_OPS = (
+    "all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|collective-broadcast"  #
+)
+_INSTRUCTION = re.compile(rf"^ +(?:ROOT )?(%\S+) = (.*?) ({_OPS})(-start|-done)?\((.*)")
+_COMPUTATION = re.compile(r"^(ENTRY )?(%\S+) .*\{$")
+_CALLED = re.compile(r"(\w+)=\{?((?:%[\w.-]+(?:, )?)+)")
+_BRANCHES = ("branch_computations", "true_computation", "false_computation")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # [2,4]T(1,0): 0 to 7 as a matrix of 2 by 4, transposed
+_DEVICES = re.compile(r"(?:replica_groups|source_target_pairs)=(mesh\[.*?\].*?\{.*?\}|\{.*?\}(?=, \w+=|$)|\S+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One array that travels between devices.
+
+    Attributes:
+      op: as XLA calls it: "all-reduce".
+      dtype: likewise: "bf16".
+      num_elements: of the result on one device.
+      devices: one of the groups that exchange, or the devices that a value is passed on along: their places in the
+        flattened mesh. Empty: all.
+      scope: of the code that it comes from, which JAX names: "jit(decode)/while/body/layer_0/mlp/dot_general".
+      is_in_loop: whether it happens in each turn of some loop.
+      is_in_branch: whether it happens only where a condition says so.
+    """
+
+    op: str
+    dtype: str
+    num_elements: int
+    devices: tuple[int, ...]
+    scope: str
+    is_in_loop: bool
+    is_in_branch: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the result on one device."""
+        bits = 8 if self.dtype == "pred" else int(re.findall(r"\d+", self.dtype)[0])  # f8e4m3fn: 8
+        return -(-self.num_elements * bits // 8)
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """Of a module's text. Of several that XLA made one operation, each.
+
+    An operation that is started, and done later, is one. So is an all-to-all whose result is in pieces, one from each
+    device.
+    """
+    return list(_collectives(hlo))
+
+
+def _collectives(hlo: str) -> Iterator[Collective]:
+    instructions, places = _read(hlo)
+    done = {re.findall(r"%[\w.-]+", m[5])[0]: m[2] for _, m in instructions if m[4] == "-done"}
+    for computation, match in instructions:
+        name, result, op, phase, rest = match.groups()
+        if phase == "-done":
+            continue
+        scope = re.search(r'op_name="([^"]*)"', rest)
+        is_in_loop, is_in_branch = places.get(computation, (False, False))
+        for dtype, num_elements in _arrays(op, done.get(name, result)):
+            devices = _devices(rest)
+            yield Collective(op, dtype, num_elements, devices, scope[1] if scope else "", is_in_loop, is_in_branch)
+
+
+def _read(hlo: str) -> tuple[list[tuple[str, re.Match[str]]], dict[str, tuple[bool, bool]]]:
+    """Each collective with its computation, and of these whether they are in a loop, and whether in a branch."""
+    instructions, calls = [], {}
+    computation = entry = ""
+    for line in hlo.splitlines():
+        if header := _COMPUTATION.match(line):
+            computation = header[2]
+            entry = computation if header[1] else entry
+        elif match := _INSTRUCTION.match(line):
+            instructions.append((computation, match))
+        if line.startswith(" ") and "=%" in line or "={%" in line:
+            calls.setdefault(computation, []).extend(_CALLED.findall(line))
+    return instructions, _places(entry, calls)
+
+
+def _places(entry: str, calls: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[bool, bool]]:
+    places, queue = {entry: (False, False)}, [entry]
+    while queue:
+        caller = queue.pop()
+        in_loop, in_branch = places[caller]
+        for role, names in calls.get(caller, ()):
+            for name in names.split(", "):
+                before = places.get(name, (False, False))
+                place = (in_loop or role == "body" or before[0], in_branch or role in _BRANCHES or before[1])
+                if name not in places or place != before:
+                    places[name] = place
+                    queue.append(name)
+    return places
+
+
+def _arrays(op: str, result: str) -> list[tuple[str, int]]:
+    """(dtype, elements) of each.
+
+    >>> _arrays("all-reduce", "(f32[4,1,64]{2,1,0}, bf16[4])")
+    [('f32', 256), ('bf16', 4)]
+    """
+    arrays = [(dtype, math.prod(int(n) for n in sizes.split(",") if n)) for dtype, sizes in _ARRAY.findall(result)]
+    if "all-to-all" in op and len({dtype for dtype, _ in arrays}) == 1:
+        return [(arrays[0][0], sum(num for _, num in arrays))]
+    return arrays
+
+
+def _devices(attributes: str) -> tuple[int, ...]:
+    """Those of the first group.
+
+    >>> _devices("channel_id=1, replica_groups=[2,2]<=[2,2]T(1,0), use_global_device_ids=true")
+    (0, 2)
+    """
+    match = _DEVICES.search(attributes)
+    text = match[1].rstrip(",") if match else ""
+    if text.startswith("mesh"):
+        return _mesh_devices(text)
+    if iota := re.fullmatch(rf"\[\d+,(\d+)\]<={_IOTA}", text):
+        return tuple(_iota(iota[2], iota[3])[: int(iota[1])].tolist())
+    if not re.fullmatch(r"\{(\{[\d,]*\},?)*\}", text):
+        raise ValueError(f"a collective of unknown devices: {attributes[:300]!r}")
+    groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
+    if "source_target_pairs" not in attributes:
+        return tuple(groups[0]) if groups else ()
+    follows = dict(groups)
+    ring = [min(follows)]
+    while (following := follows.get(ring[-1])) is not None and following not in ring:
+        ring.append(following)
+    return tuple(ring)
+
+
+def _mesh_devices(text: str) -> tuple[int, ...]:
+    """Of "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}": those that differ in b."""
+    match = re.fullmatch(rf"mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{(.*?)\}}", text)
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])} if match else {}
+    names = re.findall(r"'(\w+)'", match[4]) if match else []
+    if match is None or ":" in match[4]:
+        raise ValueError(f"a collective over unknown devices: {text!r}")
+    ids = _iota(match[2], match[3]) if match[2] else np.arange(math.prod(sizes.values()))
+    grid = ids.reshape(list(sizes.values()))
+    return tuple(grid[tuple(slice(None) if name in names else 0 for name in sizes)].ravel().tolist())
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    shape = [int(n) for n in sizes.split(",")]
+    grid = np.arange(math.prod(shape)).reshape(shape)
+    return (grid.transpose([int(n) for n in order.split(",")]) if order else grid).ravel()

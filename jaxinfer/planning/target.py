@@ -1,0 +1,102 @@
+"""GPUs that are not there, for XLA to compile for: JAX's CUDA plugin needs a description of the GPU, and no driver.
+
+The plugin is `jax-cuda12-plugin`, or 13, with its `jax-cuda12-pjrt`, of JAX's version, and the compiler's last stage is
+in `nvidia-cuda-nvcc-cu12`: `pip install --no-deps` of the three is enough, for a process that has JAX_PLATFORMS=cpu.
+"""
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+
+from jaxinfer.planning.hardware import GPU
+
+# Since jax 0.11 Pallas' Triton lowering looks a GPU up by its name, and knows few of those that are not there: by which
+# it lowers for one that it does not know, of the same compute capability.
+_KNOWN_AS = {
+    "NVIDIA RTX A6000": "NVIDIA A10",
+    "NVIDIA GeForce RTX 3090": "NVIDIA A10",
+    "NVIDIA L40S": "NVIDIA L40",
+}
+
+
+def missing() -> str | None:
+    """What is not installed of what this needs, or None."""
+    for version in ("12", "13"):
+        if importlib.util.find_spec(f"jax_cuda{version}_plugin"):
+            return None
+    return "jax-cuda12-plugin (or 13) is not installed"
+
+
+def description(gpu: GPU) -> str:
+    """What XLA reads of it, a text protocol buffer."""
+    major, minor = gpu.capability
+    of_family = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    return f"""
+        gpu_device_info {{
+          threads_per_block_limit: 1024
+          threads_per_warp: 32
+          shared_memory_per_block: 49152
+          shared_memory_per_core: {gpu.shared_bytes}
+          shared_memory_per_block_optin: {gpu.block_shared_bytes}
+          threads_per_core_limit: {2048 if minor == 0 else 1536}
+          core_count: {gpu.num_cores}
+          fpus_per_core: {64 if gpu.capability == (8, 0) else 128}
+          block_dim_limit_x: 2147483647
+          block_dim_limit_y: 65535
+          block_dim_limit_z: 65535
+          memory_bandwidth: {int(gpu.bandwidth)}
+          l2_cache_size: {gpu.l2_bytes}
+          clock_rate_ghz: {gpu.clock_ghz}
+          device_memory_size: {gpu.memory_bytes}
+          cuda_compute_capability {{ major: {major} minor: {minor}{of_family} }}
+          registers_per_core_limit: 65536
+          registers_per_block_limit: 65536
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 10 }}
+        runtime_version {{ major: 12 minor: 9 }}
+        device_description_str: "{_KNOWN_AS.get(gpu.device_kind, gpu.device_kind)}"
+    """
+
+
+@functools.cache
+def devices(gpu: GPU, devices_per_node: int = 1, num_nodes: int = 1) -> tuple[jax.Device, ...]:
+    """So many of these GPUs. They can be compiled for and nothing else."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=description(gpu), topology=f"1x{num_nodes}x{devices_per_node}"
+    )
+    return tuple(topology.devices)
+
+
+@contextlib.contextmanager
+def compiling_for(mesh: Mesh) -> Iterator[dict[str, str | bool]]:
+    """Within it, programs are lowered and compiled for a mesh of `devices`, or of CPUs that are there.
+
+    Gives the options that XLA needs then: the code is as good as on a machine that has the GPUs, but for what is tried
+    out there: there is no device to time candidates on.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        yield {}
+        return
+    with _without_cache(), jax.set_mesh(mesh):  # Pallas asks the mesh which GPU it is
+        yield {"xla_gpu_autotune_level": "0", "xla_backend_optimization_level": "3"}
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """What is compiled without a GPU JAX writes to its cache on disk, and cannot read again."""
+    name = "jax_enable_compilation_cache"
+    was_enabled = getattr(jax.config, name)
+    jax.config.update(name, False)
+    compilation_cache.reset_cache()  # or what it found before is still believed
+    try:
+        yield
+    finally:
+        jax.config.update(name, was_enabled)
+        compilation_cache.reset_cache()
