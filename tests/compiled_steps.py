@@ -13,6 +13,7 @@ from jaxinfer.hf_config import HFConfig
 from jaxinfer.models import llama
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
+from jaxinfer.planning import hlo
 from tests.parity import driver, recipe
 
 CONFIG = recipe.tiny_config("llama", "gqa")
@@ -44,11 +45,6 @@ class Step:
         return [(op, size) for op, size in self.collectives if size >= self.activation_size]
 
 
-COLLECTIVE = re.compile(
-    r" = (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
-)
-
-
 @functools.cache
 def compile_step(
     num_layers: int, mesh: str, unsplit: str | None = None, chunk_tokens: int = 0, num_steps: int = SHAPES.num_steps
@@ -64,44 +60,26 @@ def compile_step(
     buckets = SHAPES.buckets()
     chunks, num_steps = (buckets.num_chunks, 1) if chunk_tokens else (0, num_steps)
     compiled = programs.lowered(StepShape(chunk_tokens, chunks, SHAPES.rows, buckets.pages[0], num_steps)).compile()
-    hlo, memory = compiled.as_text(), compiled.memory_analysis()
-    assert hlo is not None and memory is not None
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None
     spec = driver.cache_spec(definition, SHAPES)
     page_shape = kv_cache.cache_sharding(spec, partitioner).shard_shape(spec.shape)
     shape_text = ",".join(map(str, page_shape))
     return Step(
-        collectives=collectives(hlo),
-        cache_copies=re.findall(rf"f32\[{shape_text}\]\S* copy\(.*", hlo),
+        collectives=collectives(text),
+        cache_copies=re.findall(rf"f32\[{shape_text}\]\S* copy\(.*", text),
         alias_bytes=memory.alias_size_in_bytes,
         cache_bytes=2 * config.num_layers * math.prod(page_shape) * spec.dtype.itemsize,  # 2: keys and values
         activation_size=SHAPES.rows * config.embed_dim,
         logits_size=SHAPES.rows * config.vocab_size,
-        logits_stay_in_branch=only_in_branches(hlo, f"f32[{SHAPES.rows},{config.vocab_size}]"),
+        logits_stay_in_branch=all(
+            collective.is_in_branch
+            for collective in hlo.collectives(text)
+            if collective.op == "all-gather" and collective.num_elements == SHAPES.rows * config.vocab_size
+        ),
     )
 
 
-def collectives(hlo: str) -> list[tuple[str, int]]:
-    """(operation, elements of its result on one device) of each; of sums that XLA made one operation, of each sum."""
-    found = []
-    for result, op in COLLECTIVE.findall(hlo):
-        result = re.sub(r"^\(\(.*?\), ", "", result)  # of one that is started only: what it is given, before its result
-        shapes = re.findall(r"\[[\d,]*\]", result) if op == "all-reduce" else [result]
-        found += [(op, num_elements(shape)) for shape in shapes]
-    return found
-
-
-def only_in_branches(hlo: str, shape: str) -> bool:
-    """Whether every all-gather of `shape` stands in a computation that a conditional calls as a branch."""
-    branches = set(re.findall(r"%[\w.]+", " ".join(re.findall(r"branch_computations=\{(.*?)\}", hlo))))
-    computation = ""
-    for line in hlo.splitlines():
-        if not line.startswith(" ") and line.endswith("{"):
-            computation = line.split()[0]
-        elif re.search(rf" = {re.escape(shape)}\S* all-gather\(", line) and computation not in branches:
-            return False
-    return True
-
-
-def num_elements(shapes: str) -> int:
-    """ "(f32[4,1,64]{2,1,0}, f32[4])" -> 260"""
-    return sum(math.prod(int(n) for n in dims.split(",") if n) for dims in re.findall(r"\[([\d,]*)\]", shapes))
+def collectives(text: str) -> list[tuple[str, int]]:
+    """(operation, elements of its result on one device) of each."""
+    return [(collective.op, collective.num_elements) for collective in hlo.collectives(text)]

@@ -32,10 +32,15 @@ SMALL_BYTES = 2**20  # what the router keeps, and the places of rows
 RUNS = [
     *(("h100", name, 1024, "bfloat16") for name in MODELS),
     *(("h100", name, tokens, "bfloat16") for name in ("mixtral", "gpt_oss") for tokens in (1, 64)),
-    *((gpu, "qwen", tokens, "bfloat16") for gpu in gpu_targets.GPUS if gpu != "h100" for tokens in (8, 1024)),
-    ("a6000", "qwen", 128, "bfloat16"),
-    ("a6000", "gpt_oss", 2048, "float16"),
-    ("a6000", "gpt_oss", 2048, "float32"),
+    *(
+        (gpu, "qwen", tokens, "bfloat16")
+        for gpu in gpu_targets.EACH_CAPABILITY
+        if gpu != "h100"
+        for tokens in (8, 1024)
+    ),
+    ("a6000-48g", "qwen", 128, "bfloat16"),
+    ("a6000-48g", "gpt_oss", 2048, "float16"),
+    ("a6000-48g", "gpt_oss", 2048, "float32"),
 ]
 
 

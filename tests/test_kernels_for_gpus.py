@@ -26,13 +26,13 @@ DEEPSEEK = dataclasses.replace(LLAMA, num_q_heads=128, num_kv_heads=1, head_dim=
 SPECS = {"llama": LLAMA, "gemma": GEMMA, "gpt_oss": GPT_OSS, "phi_2": PHI_2, "qwen": QWEN, "deepseek": DEEPSEEK}
 RUNS = [
     *(("h100", name, "bfloat16", None) for name in SPECS),
-    *((gpu, "llama", "bfloat16", None) for gpu in gpu_targets.GPUS if gpu != "h100"),
-    ("a6000", "gemma", "float16", None),
-    ("a6000", "deepseek", "bfloat16", None),
+    *((gpu, "llama", "bfloat16", None) for gpu in gpu_targets.EACH_CAPABILITY if gpu != "h100"),
+    ("a6000-48g", "gemma", "float16", None),
+    ("a6000-48g", "deepseek", "bfloat16", None),
     ("h100", "llama", "float32", None),
     ("h100", "llama", "bfloat16", "int8"),
-    ("a100", "gemma", "float16", "int8"),
-    ("a6000", "deepseek", "bfloat16", "int8"),
+    ("a100-80g", "gemma", "float16", "int8"),
+    ("a6000-48g", "deepseek", "bfloat16", "int8"),
     *((gpu, "llama", "bfloat16", "float8_e4m3fn") for gpu in ("h100", "l40s", "b200")),
     ("h100", "deepseek", "bfloat16", "float8_e4m3fn"),
 ]

@@ -13,7 +13,7 @@ from jaxinfer.partitioning import Partitioner
 from jaxinfer.sampler_programs import SamplerPrograms
 from jaxinfer.sampling_params import MAX_LOGPROBS
 from sharding_rules import axes as ax
-from tests.compiled_steps import CONFIG, SHAPES, Step, collectives, compile_step, only_in_branches
+from tests.compiled_steps import CONFIG, SHAPES, Step, collectives, compile_step
 from tests.long_campaign import chosen
 from tests.parity import driver, recipe
 
@@ -46,14 +46,6 @@ def on_one_device(model_dir: pathlib.Path) -> list[list[int]]:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_same_tokens_as_on_one_device(mesh: str, model_dir: pathlib.Path, on_one_device: list[list[int]]):
     assert generate(model_dir, mesh) == on_one_device
-
-
-def test_a_gather_outside_a_branch_is_seen():
-    """The twin of the check above, on HLO made by hand."""
-    call = "  %c = f32[4] conditional(%p), branch_computations={%a, %b}\n}\n"
-    gather = "{\n  %g = f32[4,128]{0,1} all-gather(%x)\n}\n"
-    assert only_in_branches(f"%b () -> f32[4] {gather}%main () -> f32[4] {{\n{call}", "f32[4,128]")
-    assert not only_in_branches(f"%body () -> f32[4] {gather}%main () -> f32[4] {{\n{call}", "f32[4,128]")
 
 
 def expected_collectives(step: Step, num_layers: int, mesh: str) -> list[tuple[str, int]]:

@@ -1,6 +1,7 @@
 """What XLA makes of an engine's steps for a GPU. Compiled, not run: no GPU is needed."""
 
 import functools
+import math
 import pathlib
 import re
 
@@ -16,7 +17,7 @@ from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.tools import bench_models
 from tests import gpu_targets
-from tests.compiled_steps import collectives, num_elements
+from tests.compiled_steps import collectives
 from tests.parity import driver
 
 pytestmark = pytest.mark.skipif(gpu_targets.missing() is not None, reason=str(gpu_targets.missing()))
@@ -43,7 +44,7 @@ class Step:
         self.definition, self.memory, self.hlo, self.thunks = definition, memory, hlo, thunks.read_text("utf-8")
         spec = programs.cache_spec
         self.page_shape = kv_cache.cache_sharding(spec, partitioner).shard_shape(spec.shape)
-        self.cache_bytes = 2 * NUM_LAYERS * jnp.zeros(1, spec.dtype).nbytes * num_elements(f"[{self.pages}]")
+        self.cache_bytes = 2 * NUM_LAYERS * jnp.zeros(1, spec.dtype).nbytes * math.prod(self.page_shape)
 
     @property
     def pages(self) -> str:

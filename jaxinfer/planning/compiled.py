@@ -1,8 +1,8 @@
 """What XLA says of a step that it compiled: its memory, and what travels between devices.
 
-Of the very programs that an engine would run, on the devices of their mesh, which may be those of `target`. On CPUs
-collectives and arguments are the same, but for what XLA sums in another dtype there; temporaries are another
-compiler's.
+Of the very program that an engine would run, on the devices of its mesh, which may be those of `target`, or CPUs. There
+arguments and collectives are the same, but for sums of bfloat16, which are made in float32; temporaries are another
+compiler's. Of FLOPs it says nothing for GPUs that are not there.
 """
 
 import collections
@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,32 +18,28 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer.batch import StepShape
-from jaxinfer.parameters import ModelDefinition
 from jaxinfer.planning import hlo, target
-from jaxinfer.planning.layer_kinds import few_layers
+from jaxinfer.planning.weight_shapes import LAYERS
 from jaxinfer.step_programs import StepPrograms
-from sharding_rules import axes as ax
 
-_POINTER_BYTES = 8  # of an output, which XLA has a table of
-# Changes the machine code and nothing that is read here, and takes half of the time.
-_QUICK = {"xla_backend_optimization_level": "0"}
+_POINTER_BYTES = 8  # of each output, which XLA has a table of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """Arrays of one kind that travel, of a whole model.
+    """Arrays that travel, all alike.
 
     Attributes:
       op: as XLA calls it: "all-reduce".
       dtype: likewise: "bf16".
-      num_bytes: of the result on one device.
+      num_bytes: of the result on one device, in one.
       mesh_axes: over which it travels.
       group_size: devices along these.
-      in_layers: how many there are in all slots for layers of a device, which are its layers.
+      in_layers: how many there are in a device's layers.
       outside: how many there are elsewhere.
-      is_in_loop: whether that is in each turn of a loop: of the loop over a step's tokens, or a pipeline's ticks, or
-        of one within a layer. Else it is once for a step.
-      is_in_branch: whether there is a condition: of sampling, or of a stage that others differ from.
+      is_in_loop: whether that is for each turn of a loop, over a step's tokens or a pipeline's microbatches, or of one
+        within a layer. Else it is for a step.
+      is_in_branch: whether it is so under a condition only: where a step samples, or on a stage that is unlike others.
     """
 
     op: str
@@ -58,15 +55,17 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """Facts of one program, for one device. Bytes are of the whole model, whatever part of it was compiled.
+    """Of one program and one device. Where a few layers were compiled, the rest is added, but to temporaries.
+
+    Temporaries of a GPU do not grow with the layers, for each uses the memory of the one before it; tests/
+    test_compiled_for_gpus.py looks at that.
 
     Attributes:
-      num_layers: that were compiled. Each stands for layers of its kind: their arguments and collectives are added, and
-        of temporaries it is known that they do not grow with the layers.
+      num_layers: that were compiled.
       argument_bytes: weights, cache, slots and batch.
-      output_bytes: of which `alias_bytes` are the arguments' own memory: cache and slots.
-      temporary_bytes: the most that there are at once, beside arguments and outputs.
-      collectives: what travels, the largest first.
+      output_bytes: of which `alias_bytes` are arguments' memory, of cache and slots.
+      temporary_bytes: the most at once of what is neither.
+      collectives: the largest first.
       lower_seconds, compile_seconds: that it took.
     """
 
@@ -80,42 +79,35 @@ class CompiledStep:
     compile_seconds: float
 
 
-def compile_step(programs: StepPrograms, shape: StepShape, *, all_layers: bool = False) -> CompiledStep:
-    """Compiles the program of a shape, with a few of the model's layers (`layer_kinds`) or all."""
-    start = time.perf_counter()
-    if all_layers:
-        few, counts = programs, (1,) * programs.cache_spec.num_slots
-    else:
-        few, counts = _with_few_layers(programs)
+def compile_step(programs: StepPrograms, shape: StepShape, counts: Sequence[int] | None = None) -> CompiledStep:
+    """Compiles the program of a shape. Of a model of few layers, `counts` are what `few_layers` says."""
     mesh = programs.definition.partitioner.device_mesh
+    counts = (1,) * programs.cache_spec.num_slots if counts is None else counts
+    start = time.perf_counter()
     with target.compiling_for(mesh) as options:
-        lowered = few.lowered(shape)
+        lowered = programs.lowered(shape)
         lowered_at = time.perf_counter()
-        compiled = lowered.compile({**options, **_QUICK})
-    seconds = {"lower_seconds": lowered_at - start, "compile_seconds": time.perf_counter() - lowered_at}
+        compiled = lowered.compile(options)
+    compiled_at = time.perf_counter()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
-    (weights, cache, *_), (few_weights, few_cache, *_) = programs.arguments(shape), few.arguments(shape)
-    cache_bytes = shard_bytes(cache) - shard_bytes(few_cache)  # of the layers that were not compiled
-    num_arrays = len(jax.tree.leaves(cache)) - len(jax.tree.leaves(few_cache))
+    weights, cache, *_ = programs.arguments(shape)
+    of_layers = (weight.path.split("/") for weight in programs.definition.weights)
+    times_more = [counts[int(path[1])] - 1 if path[0] == LAYERS else 0 for path in of_layers]
+    weights_bytes = sum(n * shard_bytes(weight) for n, weight in zip(times_more, weights, strict=True))
+    more = [(count - 1, of_slot) for count, of_slot in zip(counts, cache, strict=True)]
+    cache_bytes = sum(n * shard_bytes(of_slot) for n, of_slot in more)
+    num_arrays = sum(n * len(jax.tree.leaves(of_slot)) for n, of_slot in more)
     return CompiledStep(
-        num_layers=few.definition.config.num_layers,
-        argument_bytes=memory.argument_size_in_bytes + shard_bytes(weights) - shard_bytes(few_weights) + cache_bytes,
+        num_layers=programs.definition.config.num_layers,
+        argument_bytes=memory.argument_size_in_bytes + weights_bytes + cache_bytes,
         output_bytes=memory.output_size_in_bytes + cache_bytes + _POINTER_BYTES * num_arrays,
         alias_bytes=memory.alias_size_in_bytes + cache_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         collectives=_grouped(hlo.collectives(text), mesh, counts),
-        **seconds,
+        lower_seconds=lowered_at - start,
+        compile_seconds=compiled_at - lowered_at,
     )
-
-
-def _with_few_layers(programs: StepPrograms) -> tuple[StepPrograms, tuple[int, ...]]:
-    """The programs, and how many of the model's slots for layers each of theirs stands for."""
-    definition, partitioner = programs.definition, programs.definition.partitioner
-    few = few_layers(definition.decoder_config, partitioner.axis_size(ax.STAGE))
-    cache_spec = dataclasses.replace(programs.cache_spec, num_slots=len(few.counts))
-    definition = ModelDefinition.create(few.config, partitioner, definition.dtype)
-    return dataclasses.replace(programs, definition=definition, cache_spec=cache_spec), few.counts
 
 
 def shard_bytes(arrays: Any) -> int:
@@ -124,7 +116,7 @@ def shard_bytes(arrays: Any) -> int:
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
 
 
-def _grouped(found: list[hlo.Collective], mesh: Mesh, counts: tuple[int, ...]) -> tuple[Collective, ...]:
+def _grouped(found: list[hlo.Collective], mesh: Mesh, counts: Sequence[int]) -> tuple[Collective, ...]:
     in_layers, outside = collections.Counter(), collections.Counter()
     for one in found:
         devices = one.devices or tuple(range(mesh.size))

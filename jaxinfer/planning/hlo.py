@@ -4,6 +4,7 @@ XLA gives no other access to them. What is read was looked at in programs for CP
 and 0.12: results and devices are written in several ways, and what is not known raises ValueError.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -11,16 +12,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_OPS = (
-    "all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|collective-broadcast"  #
-)
+_OPS = "all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|collective-broadcast"
 _INSTRUCTION = re.compile(rf"^ +(?:ROOT )?(%\S+) = (.*?) ({_OPS})(-start|-done)?\((.*)")
 _COMPUTATION = re.compile(r"^(ENTRY )?(%\S+) .*\{$")
 _CALLED = re.compile(r"(\w+)=\{?((?:%[\w.-]+(?:, )?)+)")
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # [2,4]T(1,0): 0 to 7 as a matrix of 2 by 4, transposed
-_DEVICES = re.compile(r"(?:replica_groups|source_target_pairs)=(mesh\[.*?\].*?\{.*?\}|\{.*?\}(?=, \w+=|$)|\S+)")
+_DEVICES = re.compile(r"(replica_groups|source_target_pairs)=(mesh\[.*?\].*?\{.*?\}|\{.*?\}(?=, \w+=|$)|\S+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ def _collectives(hlo: str) -> Iterator[Collective]:
 
 def _read(hlo: str) -> tuple[list[tuple[str, re.Match[str]]], dict[str, tuple[bool, bool]]]:
     """Each collective with its computation, and of these whether they are in a loop, and whether in a branch."""
-    instructions, calls = [], {}
+    instructions, calls = [], collections.defaultdict(list)
     computation = entry = ""
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
@@ -86,8 +85,7 @@ def _read(hlo: str) -> tuple[list[tuple[str, re.Match[str]]], dict[str, tuple[bo
             entry = computation if header[1] else entry
         elif match := _INSTRUCTION.match(line):
             instructions.append((computation, match))
-        if line.startswith(" ") and "=%" in line or "={%" in line:
-            calls.setdefault(computation, []).extend(_CALLED.findall(line))
+        calls[computation] += _CALLED.findall(line)
     return instructions, _places(entry, calls)
 
 
@@ -125,33 +123,35 @@ def _devices(attributes: str) -> tuple[int, ...]:
     (0, 2)
     """
     match = _DEVICES.search(attributes)
-    text = match[1].rstrip(",") if match else ""
+    text = match[2].rstrip(",") if match else ""
+    if match and match[1] == "source_target_pairs":
+        return _ring({int(source): int(target) for source, target in re.findall(r"\{(\d+),(\d+)\}", text)})
     if text.startswith("mesh"):
         return _mesh_devices(text)
     if iota := re.fullmatch(rf"\[\d+,(\d+)\]<={_IOTA}", text):
         return tuple(_iota(iota[2], iota[3])[: int(iota[1])].tolist())
-    if not re.fullmatch(r"\{(\{[\d,]*\},?)*\}", text):
-        raise ValueError(f"a collective of unknown devices: {attributes[:300]!r}")
-    groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
-    if "source_target_pairs" not in attributes:
-        return tuple(groups[0]) if groups else ()
-    follows = dict(groups)
+    if groups := re.fullmatch(r"\{(?:\{([\d,]+)\}.*)?\}", text):
+        return tuple(map(int, groups[1].split(","))) if groups[1] else ()
+    raise ValueError(f"XLA wrote the devices of a collective in a way that is not known here: {attributes[:300]!r}")
+
+
+def _ring(follows: dict[int, int]) -> tuple[int, ...]:
+    """From its lowest device on."""
     ring = [min(follows)]
-    while (following := follows.get(ring[-1])) is not None and following not in ring:
+    while (following := follows.get(ring[-1], ring[0])) not in ring:
         ring.append(following)
     return tuple(ring)
 
 
 def _mesh_devices(text: str) -> tuple[int, ...]:
     """Of "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}": those that differ in b."""
-    match = re.fullmatch(rf"mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{(.*?)\}}", text)
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])} if match else {}
-    names = re.findall(r"'(\w+)'", match[4]) if match else []
-    if match is None or ":" in match[4]:
-        raise ValueError(f"a collective over unknown devices: {text!r}")
+    match = re.fullmatch(rf"mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{((?:'\w+',?)*)\}}", text)
+    if match is None:
+        raise ValueError(f"XLA wrote the devices of a collective in a way that is not known here: {text!r}")
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
     ids = _iota(match[2], match[3]) if match[2] else np.arange(math.prod(sizes.values()))
-    grid = ids.reshape(list(sizes.values()))
-    return tuple(grid[tuple(slice(None) if name in names else 0 for name in sizes)].ravel().tolist())
+    along = tuple(slice(None) if f"'{name}'" in match[4] else 0 for name in sizes)
+    return tuple(ids.reshape([*sizes.values()])[along].ravel().tolist())
 
 
 def _iota(sizes: str, order: str | None) -> np.ndarray:

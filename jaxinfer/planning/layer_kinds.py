@@ -1,7 +1,8 @@
 """A model of fewer layers, whose program has all that the program of the whole model has. Host only.
 
 Layers differ by their windows, and in having experts or an MLP; all of a kind are compiled to the same operations. In a
-pipeline a slot for layers has one on each stage (`stages`), so kinds are those of slots.
+pipeline a slot for layers has one on each stage (`stages`), so kinds are those of slots. At least two are compiled, so
+that there is a layer behind another.
 """
 
 import dataclasses
@@ -9,8 +10,6 @@ from typing import Any
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.stages import StagePlan
-
-_LEAST_SLOTS = 2  # so that there is a layer behind another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,22 +25,30 @@ class FewLayers:
     counts: tuple[int, ...]
 
 
-def few_layers(config: ModelConfig, num_stages: int) -> FewLayers:
+def few_layers(config: ModelConfig, num_stages: int, *, all_layers: bool = False) -> FewLayers:
     """One slot of each kind, in the order in which the model has them; two of the only kind, if there is one.
 
-    Windows (4, None, 4, None, 4) without stages: layers of windows 4 and None, for 3 and 2.
+    Windows (4, None, 4, None, 4) without stages: layers of windows 4 and None, for 3 and 2. With `all_layers`, the
+    model as it is.
     """
     plan = StagePlan.create(config.num_layers, num_stages)
-    slots = [plan.like(slot) for slot in range(len(plan.slots))]
-    by_kind: dict[Any, list[tuple[int, ...]]] = {}
-    for layers in slots:
-        by_kind.setdefault(tuple((config.window(layer), config.has_experts(layer)) for layer in layers), []).append(layers)
-    chosen = [(of_kind[0], len(of_kind)) for of_kind in by_kind.values()]
-    if len(chosen) < min(_LEAST_SLOTS, len(slots)):
-        (layers, count) = chosen[0]
-        chosen = [(layers, 1), (layers, count - 1)]
-    layers = [layers[stage] for stage in range(num_stages) for layers, _ in chosen]
-    return FewLayers(_of_layers(config, layers), tuple(count for _, count in chosen))
+    num_slots = len(plan.slots)
+    if all_layers:
+        return FewLayers(config, (1,) * num_slots)
+    by_kind: dict[Any, list[int]] = {}
+    for slot in range(num_slots):
+        by_kind.setdefault(tuple(_kind(config, layer) for layer in plan.like(slot)), []).append(slot)
+    chosen = {slots[0]: len(slots) for slots in by_kind.values()}
+    if len(chosen) == 1 < num_slots:
+        chosen = {0: 1, 1: num_slots - 1}
+    layers = [plan.like(slot)[stage] for stage in range(num_stages) for slot in chosen]
+    return FewLayers(_of_layers(config, layers), tuple(chosen.values()))
+
+
+def _kind(config: ModelConfig, layer: int) -> tuple[Any, ...]:
+    """Equal for layers that are compiled alike."""
+    placements = config.moe.placements if config.moe is not None else ()
+    return config.window(layer), config.has_experts(layer), placements[layer] if placements else ()
 
 
 def _of_layers(config: ModelConfig, layers: list[int]) -> ModelConfig:

@@ -66,12 +66,12 @@ def description(gpu: GPU) -> str:
 
 
 @functools.cache
-def devices(gpu: GPU, devices_per_node: int = 1, num_nodes: int = 1) -> tuple[jax.Device, ...]:
+def devices(gpu: GPU, devices_per_node: int = 1, num_nodes: int = 1) -> list[jax.Device]:
     """So many of these GPUs. They can be compiled for and nothing else."""
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=description(gpu), topology=f"1x{num_nodes}x{devices_per_node}"
     )
-    return tuple(topology.devices)
+    return list(topology.devices)
 
 
 @contextlib.contextmanager
