@@ -10,12 +10,16 @@ The plan goes to stdout. A user's mistake ends in one line and exit code 1.
 import os
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 
 from jaxinfer import devices, engine_flags, plan_flags
 from jaxinfer.cli_output import say
 from jaxinfer.engine_config import EngineConfig
+
+if TYPE_CHECKING:
+    from jaxinfer.planning.candidates import Candidate, Planner
 
 _PLACEHOLDER = "path/to/model"  # in the command to paste, where a config.json was given
 
@@ -47,10 +51,12 @@ def run() -> None:
     if plan_flags.DEVICES.value is None:
         raise ValueError("--devices is missing; give what to plan for, as --devices=h100:8")
     devices.prefer_cpu()
+    if plan_flags.COMPILE.value:  # where GPUs cannot be compiled for, CPU devices stand in for them
+        devices.set_num_cpu_devices(_num_devices())
     if logging.get_verbosity() < logging.DEBUG:
         logging.set_verbosity(logging.WARNING)
     from jaxinfer.planning import plan, report
-    from jaxinfer.planning.candidates import Candidate
+    from jaxinfer.planning.candidates import Candidate, ranked
 
     cluster = plan.cluster(
         plan_flags.DEVICES.value,
@@ -75,8 +81,18 @@ def run() -> None:
         enough = planner.more_devices()
         hint = f"; --devices={cluster.name}:{enough} would do" if enough and not fields.get("mesh") else ""
         raise RuntimeError(f"none of these meshes can be, as the lines above say{hint}")
+    if plan_flags.COMPILE.value:
+        _compile(planner, ranked([each for each in found if isinstance(each, Candidate)], workload.objective))
     if (packed := plan_flags.WEIGHT_DTYPE.value) != "auto":
         print(f"\nwhat if: no engine loads weights of {packed} yet")
+
+
+def _compile(planner: "Planner", best: "list[Candidate]") -> None:
+    from jaxinfer.planning import facts
+
+    print(f"\nsteps compiled for {facts.devices_for(planner)}:")
+    for candidate in best[: plan_flags.COMPILE.value]:
+        print(facts.text(candidate, facts.compile_steps(planner, candidate), planner.model.num_layers), flush=True)
 
 
 _LINKS = (
@@ -85,6 +101,13 @@ _LINKS = (
     plan_flags.LINK_LATENCY_S,
     plan_flags.NETWORK_LATENCY_S,
 )
+
+
+def _num_devices() -> int:
+    from jaxinfer.planning.clusters import parse_devices
+
+    _, num_nodes, each = parse_devices(plan_flags.DEVICES.value, devices_per_node=plan_flags.NUM_GPUS_PER_NODE.value)
+    return num_nodes * each
 
 
 def _model_to_run() -> str | None:

@@ -120,4 +120,3 @@ def example() -> str:
     planner = case.planner()
     printed = report.text(planner, [*planner.candidates()], _EXAMPLE_TOP, "path/to/model", MEM_FRACTION)
     return f"```text\n{printed}\n```"
-
