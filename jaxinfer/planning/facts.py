@@ -12,7 +12,6 @@ from jaxinfer.planning.compiled import CompiledStep, compile_step
 from jaxinfer.planning.hardware import GPUS
 from jaxinfer.planning.programs import devices_of, planned_programs, widest_shapes
 
-
 _MOST_COLLECTIVES = 6  # that are told one by one, the largest
 
 
