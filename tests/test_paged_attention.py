@@ -411,3 +411,14 @@ def test_write_puts_tokens_at_their_positions():
     assert out[7, 0, 3].tolist() == [1, 2] and out[2, 0, 0].tolist() == [3, 4]
     assert out[0, 0, 1].tolist() == [5, 6]
     assert np.count_nonzero(out) == 6
+
+
+def test_sizes_are_for_the_device_of_the_spec_wherever_that_is():
+    """A plan, or a program compiled for GPUs, is often made on a machine without any."""
+    module = backend("xla")
+    unknown = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=16, page_size=16, scale=1.0)
+    on_cpu, on_gpu = (dataclasses.replace(unknown, device_kind=kind) for kind in ("cpu", "NVIDIA H100 80GB HBM3"))
+    sizes = [(module.block_tokens(4096, s), module.group_rows(32, s), module.tile_tokens(s)) for s in (on_cpu, on_gpu)]
+    assert sizes == [(64, 2, 32), (4096, 32, 128)]
+    is_cpu = jax.default_backend() == "cpu"
+    assert unknown.is_on_cpu == is_cpu

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 from pallas_kernels.paged_attention.pages import LARGEST, SCALE_BYTES
 
 
@@ -20,7 +22,7 @@ class AttentionSpec:
       cache_dtype: of what pages hold where that is quantised, "int8" or "float8_e4m3fn"; None: as queries are.
       context_size: devices over which the pages of a sequence are spread; with several, each computes a part.
       dtype: of queries, for what some backends cannot; None: as they come.
-      device_kind: as JAX calls the device, for settings that were measured on it; None: nothing is known of it.
+      device_kind: as JAX calls the device, for settings that are for it; None: nothing is known of it.
     """
 
     num_q_heads: int
@@ -41,6 +43,11 @@ class AttentionSpec:
             raise ValueError(f"num_q_heads {self.num_q_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.cache_dtype not in (None, *LARGEST):
             raise ValueError(f"cache_dtype {self.cache_dtype!r} is unknown; known: None, {', '.join(LARGEST)}")
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the device is a CPU. One of which nothing is known is of the platform that JAX runs on here."""
+        return (self.device_kind or jax.default_backend()) == "cpu"
 
     @property
     def out_dim(self) -> int:

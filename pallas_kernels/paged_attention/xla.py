@@ -39,22 +39,22 @@ _CPU_GROUP_ROWS = 2
 _TILE_TOKENS, _CPU_TILE_TOKENS = 128, 32  # of ragged sequences, attended over as a row
 
 
-def block_tokens(context_tokens: int, page_size: int, context_size: int = 1) -> int:
+def block_tokens(context_tokens: int, spec: AttentionSpec) -> int:
     """Tokens of each sequence that are gathered at once; whole pages. At most a device's share of a sequence."""
-    most = -(-context_tokens // (page_size * context_size)) * page_size
-    if jax.default_backend() != "cpu":
+    most = -(-context_tokens // (spec.page_size * spec.context_size)) * spec.page_size
+    if not spec.is_on_cpu:
         return most
-    return min(most, max(1, _CPU_BLOCK_TOKENS // page_size) * page_size)
+    return min(most, max(1, _CPU_BLOCK_TOKENS // spec.page_size) * spec.page_size)
 
 
-def group_rows(num_rows: int) -> int:
+def group_rows(num_rows: int, spec: AttentionSpec) -> int:
     """Sequences that are attended over at once."""
-    return num_rows if jax.default_backend() != "cpu" else min(num_rows, _CPU_GROUP_ROWS)
+    return min(num_rows, _CPU_GROUP_ROWS) if spec.is_on_cpu else num_rows
 
 
-def tile_tokens() -> int:
+def tile_tokens(spec: AttentionSpec) -> int:
     """New tokens of a ragged sequence that are attended over as a row."""
-    return _TILE_TOKENS if jax.default_backend() != "cpu" else _CPU_TILE_TOKENS
+    return _CPU_TILE_TOKENS if spec.is_on_cpu else _TILE_TOKENS
 
 
 def unreachable_pages(spec: AttentionSpec) -> range:
@@ -71,10 +71,10 @@ def workspace_bytes(
     For `rows` sequences of one new token and `chunks` ragged ones of `chunk_tokens` together, over block tables of
     `context_tokens`.
     """
-    block = block_tokens(context_tokens, spec.page_size, spec.context_size)
-    tile = min(tile_tokens(), chunk_tokens)
+    block = block_tokens(context_tokens, spec)
+    tile = min(tile_tokens(spec), chunk_tokens)
     tiles = max_num_tiles(chunk_tokens, chunks, tile)
-    rows_at_once, tiles_at_once = group_rows(rows), group_rows(tiles)
+    rows_at_once, tiles_at_once = group_rows(rows, spec), group_rows(tiles, spec)
     gathered = block * spec.token_bytes(itemsize)  # of one sequence
     if spec.cache_dtype is not None:
         gathered += block * spec.token_numbers * itemsize  # as they are multiplied
@@ -111,7 +111,8 @@ def paged_attention(
         out = part.out / jnp.maximum(part.total, jnp.finfo(jnp.float32).tiny)[..., None]
         return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(*q.shape[:-1], spec.out_dim)
 
-    return _by_length(attend, lambda q, block_tables, positions: jnp.max(positions, axis=1), q, block_tables, positions)
+    length = lambda q, block_tables, positions: jnp.max(positions, axis=1)  # noqa: E731
+    return _by_length(spec, attend, length, q, block_tables, positions)
 
 
 def partial_paged_attention(
@@ -140,7 +141,7 @@ def partial_paged_attention(
     def num_seen(q: jax.Array, block_tables: jax.Array, columns: jax.Array, positions: jax.Array) -> jax.Array:
         return blocks.num_seen(columns, positions, spec.page_size)
 
-    return _by_length(attend, num_seen, q, block_tables, columns, positions)
+    return _by_length(spec, attend, num_seen, q, block_tables, columns, positions)
 
 
 def ragged_paged_attention(
@@ -159,7 +160,7 @@ def ragged_paged_attention(
     def attend(q: jax.Array, block_tables: jax.Array, positions: jax.Array) -> jax.Array:
         return paged_attention(q, k_pages, v_pages, block_tables, positions, spec=spec, sinks=sinks)
 
-    return ragged.attend_by_tiles(q, block_tables, starts, lengths, tile_tokens(), attend)
+    return ragged.attend_by_tiles(q, block_tables, starts, lengths, tile_tokens(spec), attend)
 
 
 def ragged_partial_paged_attention(
@@ -178,18 +179,20 @@ def ragged_partial_paged_attention(
     def attend(q: jax.Array, pages: tuple[jax.Array, jax.Array], positions: jax.Array) -> PartialSoftmax:
         return partial_paged_attention(q, k_pages, v_pages, *pages, positions, spec=spec)
 
-    return ragged.attend_by_tiles(q, (block_tables, columns), starts, lengths, tile_tokens(), attend)
+    return ragged.attend_by_tiles(q, (block_tables, columns), starts, lengths, tile_tokens(spec), attend)
 
 
 def _block_pages(spec: AttentionSpec, block_tables: jax.Array) -> int:
     context_tokens = block_tables.shape[1] * spec.page_size
-    return block_tokens(context_tokens, spec.page_size, spec.context_size) // spec.page_size
+    return block_tokens(context_tokens, spec) // spec.page_size
 
 
-def _by_length(attend: Callable[..., T], length: Callable[..., jax.Array], *arrays: jax.Array) -> T:
+def _by_length(
+    spec: AttentionSpec, attend: Callable[..., T], length: Callable[..., jax.Array], *arrays: jax.Array
+) -> T:
     """`attend(*arrays)`, whose arrays and results have a row for each sequence, for few of like `length` at a time."""
     b = arrays[0].shape[0]
-    rows = group_rows(b)
+    rows = group_rows(b, spec)
     if rows == b:
         return attend(*arrays)
     by_length = jnp.argsort(length(*arrays))
