@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxinfer.config import ModelConfig
-from jaxinfer.layouts import num_sharded_kv_heads
+from jaxinfer.layouts import AxisSplits, num_sharded_kv_heads
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.stages import StagePlan
 from pallas_kernels.paged_attention.pages import LARGEST, Pages, QuantizedPages, quantize
@@ -75,16 +75,16 @@ class CacheSpec:
 
 
 def cache_spec(
-    config: ModelConfig, partitioner: Partitioner, *, pages_per_shard: int, page_size: int, dtype: jnp.dtype
+    config: ModelConfig, splits: AxisSplits, *, pages_per_shard: int, page_size: int, dtype: jnp.dtype
 ) -> CacheSpec:
     """The cache for a model on a mesh, with `pages_per_shard` in each data shard, scratch pages included."""
-    plan = StagePlan.create(config.num_layers, partitioner.axis_size(ax.STAGE))
+    plan = StagePlan.create(config.num_layers, splits.axis_size(ax.STAGE))
     return CacheSpec(
         num_slots=len(plan.slots),
         num_stages=plan.num_stages,
         has_values=config.latent is None,
-        num_pages=pages_per_shard * partitioner.num_shards(ax.BATCH) * plan.num_stages,
-        num_kv_heads=num_sharded_kv_heads(config.num_kv_heads, partitioner),
+        num_pages=pages_per_shard * splits.num_shards(ax.BATCH) * plan.num_stages,
+        num_kv_heads=num_sharded_kv_heads(config.num_kv_heads, splits),
         page_size=page_size,
         head_dim=config.head_dim,
         dtype=jnp.dtype(dtype),

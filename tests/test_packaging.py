@@ -67,7 +67,7 @@ def required(lines: list[str]) -> set[str]:
 def test_what_is_imported_is_what_is_required():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     core, extras = required(project["dependencies"]), project["optional-dependencies"]
-    assert distributions(PACKAGES) == core - {"jinja2"} | required(extras["kubernetes"])
+    assert distributions(PACKAGES) == core - {"jinja2"} | required(extras["kubernetes"]) | required(extras["viz"])
     of_tools = core | required(extras["train"]) | required(extras["parity"])
     assert distributions(("tools",)) <= of_tools and of_tools - core <= distributions(("tools",))
 

@@ -15,6 +15,7 @@ from jaxinfer.engine_config import EngineConfig
 from jaxinfer.layers.experts import is_exchanged
 from jaxinfer.layouts import Layout, mesh_text
 from jaxinfer.planner import DoesNotFit
+from jaxinfer.planning.bars import memory_parts
 from jaxinfer.planning.clusters import Cluster
 from jaxinfer.planning.meshes import meshes
 from jaxinfer.planning.roofline import AttentionLoad, LayerKind, MeshModel
@@ -45,6 +46,11 @@ class Candidate:
     @property
     def num_devices(self) -> int:
         return self.model.splits.num_devices
+
+    @property
+    def memory_parts(self) -> dict[str, int]:
+        """Bytes of a device, by what they are for."""
+        return memory_parts(self.plan.memory, self.config.memory_fraction, self.model.cluster.memory_bytes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,18 +115,22 @@ class StepTime:
         return sum(dataclasses.astuple(self))
 
     @property
+    def parts(self) -> dict[str, float]:
+        """By names for people."""
+        return {
+            "reading weights": self.weights_s,
+            "arithmetic": self.products_s,
+            "attention": self.attention_s,
+            "sampling": self.sampling_s,
+            "collectives": self.collectives_s,
+            "launches": self.overhead_s,
+            "pipeline fill": self.fill_s,
+        }
+
+    @property
     def bound(self) -> str:
         """What takes the most."""
-        names = {
-            "weights_s": "reading weights",
-            "products_s": "arithmetic",
-            "attention_s": "attention",
-            "sampling_s": "sampling",
-            "collectives_s": "collectives",
-            "overhead_s": "launches",
-            "fill_s": "pipeline fill",
-        }
-        return names[max(names, key=lambda name: getattr(self, name))]
+        return max(self.parts, key=self.parts.__getitem__)
 
     def __mul__(self, factor: float) -> "StepTime":
         return StepTime(**{name: factor * value for name, value in dataclasses.asdict(self).items()})
@@ -164,24 +168,33 @@ class MeshModel:
 
         A pipeline of p stages does m microbatches in m + p - 1 turns, and n tokens of each row in n * m + p - 1.
         """
-        parts, stages = self.num_microbatches(load), self.num_stages
-        part = load._replace(rows=cdiv(load.rows, parts), chunk_tokens=cdiv(load.chunk_tokens, parts))
+        (parts, part), stages = self._microbatches(load), self.num_stages
         turn = self._turn_time(part)
         turns = parts + (stages - 1) / num_steps
         overhead = turn.overhead_s * parts + self.cluster.rates.step_s / num_steps
         fill = turn.total_s * (turns - parts)
         return dataclasses.replace(turn * parts, overhead_s=overhead, fill_s=fill)
 
+    def work(self, load: Load) -> tuple[float, float]:
+        """FLOPs of a step on a device, in products and attention, and the bytes of weights and cache it reads for them.
+
+        Of the stage that has the most weights, which it reads for each of its microbatches.
+        """
+        parts, part = self._microbatches(load)
+        done = [*((n, flops) for n, flops, _ in self._turn_products(part)), *self._attention(part)]
+        return parts * sum(flops for _, flops in done), parts * sum(num_bytes for num_bytes, _ in done)
+
+    def _microbatches(self, load: Load) -> tuple[int, Load]:
+        """How many, and each one's share."""
+        parts = self.num_microbatches(load)
+        return parts, load._replace(rows=cdiv(load.rows, parts), chunk_tokens=cdiv(load.chunk_tokens, parts))
+
     def _turn_time(self, load: Load) -> StepTime:
         rates, num_tokens = self.cluster.rates, load.rows + load.chunk_tokens
         read = multiplied = 0.0
-        for work in (max(self.weights.stages, key=lambda of_stage: of_stage.num_bytes), self.weights.head):
-            rows = num_tokens if work is not self.weights.head else self._num_drawn(load)
-            for num_bytes, flops, at_once in self._products(work, rows):
-                memory, arithmetic = num_bytes / rates.bytes_per_s, flops / rates.flops_at(at_once)
-                read, multiplied = (
-                    (read + memory, multiplied) if memory >= arithmetic else (read, multiplied + arithmetic)
-                )
+        for num_bytes, flops, at_once in self._turn_products(load):
+            memory, arithmetic = num_bytes / rates.bytes_per_s, flops / rates.flops_at(at_once)
+            read, multiplied = (read + memory, multiplied) if memory >= arithmetic else (read, multiplied + arithmetic)
         waits = sum(map(self._seconds, self.turn_collectives(load)))
         waits += sum(
             kind.num_slots * sum(map(self._seconds, self.layer_collectives(kind, num_tokens))) for kind in self.layers
@@ -189,11 +202,20 @@ class MeshModel:
         return StepTime(
             weights_s=read,
             products_s=multiplied,
-            attention_s=self._attention_s(load),
+            attention_s=sum(
+                max(num_bytes / rates.bytes_per_s, flops / rates.attention_flops)
+                for num_bytes, flops in self._attention(load)
+            ),
             sampling_s=self._sampling_s(load),
             collectives_s=waits,
             overhead_s=sum(kind.num_slots for kind in self.layers) * rates.layer_s,
         )
+
+    def _turn_products(self, load: Load) -> Iterator[tuple[float, float, float]]:
+        """As `_products`, of the layers of a stage and then of the head, for which only tokens that draw count."""
+        stage = max(self.weights.stages, key=lambda of_stage: of_stage.num_bytes)
+        yield from self._products(stage, load.rows + load.chunk_tokens)
+        yield from self._products(self.weights.head, self._num_drawn(load))
 
     def _products(self, work: DeviceWeights, num_tokens: float) -> Iterator[tuple[float, float, float]]:
         """Bytes read, FLOPs, and tokens at once: of what all tokens are multiplied by, and of experts."""
@@ -204,18 +226,15 @@ class MeshModel:
             touched = 1 - (1 - share) ** together
             yield touched * work.expert_bytes, 2 * work.expert_numbers * together, max(1, together * share)
 
-    def _attention_s(self, load: Load) -> float:
-        rates, spread, seconds = self.cluster.rates, self.splits.context_size, 0.0
+    def _attention(self, load: Load) -> Iterator[tuple[float, float]]:
+        """Bytes of the cache that are read, and FLOPs: of layers of each kind for their rows, and for a chunk."""
         for layer, _, num_slots in self.layers:
+            times = num_slots / self.splits.context_size
             num_bytes = load.rows * layer.token_bytes * layer.seen(load.context)
-            flops = load.rows * layer.flops(load.context)
-            of_layer = max(num_bytes / rates.bytes_per_s, flops / rates.attention_flops)
+            yield times * num_bytes, times * load.rows * layer.flops(load.context)
             if load.chunk_tokens:
                 num_bytes = layer.token_bytes * layer.seen(2 * load.chunk_context)  # which end where the mean is twice
-                flops = load.chunk_tokens * layer.flops(load.chunk_context)
-                of_layer += max(num_bytes / rates.bytes_per_s, flops / rates.attention_flops)
-            seconds += num_slots * of_layer / spread
-        return seconds
+                yield times * num_bytes, times * load.chunk_tokens * layer.flops(load.chunk_context)
 
     def _num_drawn(self, load: Load) -> float:
         """Tokens that are drawn in a turn; a chunk that is a prompt's last is one of few."""

@@ -37,6 +37,15 @@ class WeightShape(NamedTuple):
         """Whether tokens are multiplied by it, and not only added to or scaled."""
         return len(self.shape) > 1 and self.read_share > 0 and not self.path.endswith("bias")
 
+    @property
+    def num_bytes(self) -> float:
+        return self.itemsize * math.prod(self.shape)
+
+    def repeated(self, num_kv_heads: int) -> "WeightShape":
+        """With so many KV heads, as `num_sharded_kv_heads` has them."""
+        sizes: Mapping[str | None, int] = {ax.KV_HEADS: num_kv_heads}
+        return self._replace(shape=tuple(sizes.get(axis, n) for axis, n in zip(self.axes, self.shape, strict=True)))
+
 
 @dataclasses.dataclass(frozen=True)
 class DeviceWeights:
@@ -112,7 +121,7 @@ class ModelWeights:
     @property
     def num_bytes(self) -> float:
         """Of all, each once."""
-        return sum(w.itemsize * math.prod(w.shape) for w in (*self.outer, *(w for of in self.layers for w in of)))
+        return sum(w.num_bytes for w in (*self.outer, *(w for of in self.layers for w in of)))
 
     @property
     def num_params(self) -> int:
@@ -157,9 +166,7 @@ class ModelWeights:
 
 
 def _on_device(weight: WeightShape, splits: AxisSplits, num_kv_heads: int) -> DeviceWeights:
-    sizes: Mapping[str | None, int] = {ax.KV_HEADS: num_kv_heads}
-    shape = tuple(sizes.get(axis, n) for axis, n in zip(weight.axes, weight.shape, strict=True))
-    numbers = math.prod(splits.shard_shape(weight.axes, shape, weight.path))
+    numbers = math.prod(splits.shard_shape(weight.axes, weight.repeated(num_kv_heads).shape, weight.path))
     num_bytes = numbers * weight.itemsize
     if ax.EXPERTS in weight.axes:
         per_token = numbers * weight.read_share if weight.is_multiplied else 0

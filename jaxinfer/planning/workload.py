@@ -46,6 +46,16 @@ class Workload:
         """Of a request, from its first to its last."""
         return self.prompt_tokens + self.output_tokens
 
+    def decode_load(self, rows: int) -> Load:
+        """Of a step in which so many requests get a token each."""
+        return Load(rows, self.prompt_tokens + self.output_tokens / 2)
+
+    def chunk_load(self, rows: int, max_num_batched_tokens: int) -> Load:
+        """Of a step that prefills a chunk of one of so many requests, while the others decode."""
+        chunk = max(1, min(self.prompt_tokens, max_num_batched_tokens - (rows if rows > 1 else 0)))
+        decoding = self.decode_load(rows - 1)
+        return decoding._replace(chunk_tokens=chunk, chunk_context=self.prompt_tokens / 2)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Performance:
@@ -89,12 +99,11 @@ def predict(
     each sequence as many chunks as its prompt has, and a step for each of its output tokens.
     """
     num_shards = model.splits.num_shards(ax.BATCH)
-    context = workload.prompt_tokens + workload.output_tokens / 2
-    chunk = max(1, min(workload.prompt_tokens, max_num_batched_tokens - (rows if rows > 1 else 0)))
+    prefill = workload.chunk_load(rows, max_num_batched_tokens)
+    chunk, others = prefill.chunk_tokens, prefill.rows
     num_chunks = cdiv(workload.prompt_tokens, chunk)
-    decode = model.step_time(Load(rows, context), num_steps)
-    others = rows - 1
-    mixed = model.step_time(Load(others, context, chunk, workload.prompt_tokens / 2)).total_s
+    decode = model.step_time(workload.decode_load(rows), num_steps)
+    mixed = model.step_time(prefill).total_s
     chunk_steps = rows * workload.prompt_tokens / chunk
     plain_steps = max(0.0, workload.output_tokens - (chunk_steps if others else 0))
     seconds = chunk_steps * mixed + plain_steps * decode.total_s
