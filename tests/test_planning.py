@@ -69,6 +69,22 @@ def test_a_step_takes_what_it_reads_or_multiplies():
     assert (many.weights_s, many.products_s) == (0, pytest.approx(40 * 2 * 150 / 4000))
 
 
+@pytest.mark.parametrize(
+    ("mesh", "load", "flops", "num_bytes"),
+    [
+        ("", Load(rows=2, context=100), 2 * 2 * 150 + 3 * 2 * 32 * 100, 300 + 3 * 2 * 16 * 100),
+        ("context:2", Load(rows=2, context=100), 2 * 2 * 150 + 3 * 32 * 100, 300 + 3 * 16 * 100),
+        ("stage:2", Load(rows=2, context=100), 2 * 2 * 150 + 3 * 2 * 32 * 100, 2 * 300 + 3 * 2 * 16 * 100),
+        ("", Load(0, 0, 100, 50), 2 * 100 * 100 + 2 * 50 + 3 * 100 * 32 * 50, 300 + 3 * 16 * 100),
+    ],
+)
+def test_work_is_what_the_time_is_of(mesh: str, load: Load, flops: float, num_bytes: float):
+    """A query of 2 heads takes 2 * 2 * (4 + 4) FLOPs for each token that it sees. Microbatches read all weights."""
+    model = mesh_model(mesh)
+    assert model.work(load) == pytest.approx((flops, num_bytes))
+    assert model.step_time(load).total_s > max(flops / 4000, num_bytes / 1000)
+
+
 def test_prompts_are_multiplied_by_the_layers_and_their_last_tokens_by_the_head():
     step = mesh_model().step_time(Load(rows=0, context=0, chunk_tokens=100, chunk_context=50))
     assert step.products_s == pytest.approx(100 * 2 * 100 / 4000)

@@ -1,10 +1,12 @@
 """What a device's memory and a step's time go to, in plain characters for a terminal. Host only.
 
-Memory of a device, 79.65 GiB:
-# weights  = cache  + workspace  . free  / reserve
+    Memory of a device, 79.11 GiB:
+    # weights  = cache  + workspace  . free  / reserve
 
-data:2,tensor:4  # 32.87 GiB  = 34.07 GiB  + 461.0 MiB  . 0.71 GiB  / 11.55 GiB
-#################################==================================+.///////////
+    data:2,tensor:4  # 32.86 GiB  = 33.40 GiB  + 1.34 GiB  . 43.9 MiB  / 11.47 GiB
+    #################################==================================+.///////////
+
+Whatever is not zero has a character at least.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

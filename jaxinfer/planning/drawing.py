@@ -112,16 +112,16 @@ def _roof(area: "Axes", ends: tuple[float, float], bandwidth: float, peak: float
     area.plot([ridge, max(ridge, high)], [peak, peak], color=COLORS["arithmetic"], **style)
 
 
-def array(area: "Axes", array: Array, candidate: Candidate) -> None:
+def pieces(area: "Axes", array: Array, num_devices: int) -> None:
     """Its pieces, with the numbers of the devices that hold them, as far as there is room."""
     from matplotlib.patches import Rectangle
 
-    pieces, num_devices = array.pieces, candidate.model.splits.num_devices
-    rows, columns = pieces.rows, pieces.columns
+    cut = array.pieces
+    rows, columns = cut.rows, cut.columns
     cell = _width(area) / columns.num_pieces, _height(area) / rows.num_pieces
-    texts = {at: device_text(devices) for at, devices in pieces.devices.items()}
+    texts = {at: device_text(devices) for at, devices in cut.devices.items()}
     size = _size_that_fits(max(texts.values(), key=len), *cell)
-    for (row, column), devices in pieces.devices.items():
+    for (row, column), devices in cut.devices.items():
         face = _tint(COLORS[array.color], devices[0] / num_devices)
         area.add_patch(Rectangle((column, row), 1, 1, facecolor=face, edgecolor="white", linewidth=0.8))
         if size >= _LEAST_SIZE:
@@ -135,10 +135,10 @@ def array(area: "Axes", array: Array, candidate: Candidate) -> None:
     for spine in area.spines.values():
         spine.set_visible(False)
     text = f"{array.where}{format_bytes(array.num_bytes)}"
-    if pieces.num_pieces > 1:
-        text += f" = {pieces.num_pieces} x {format_bytes(array.num_bytes / pieces.num_pieces)}"
-    if pieces.num_copies > 1:
-        text += f", {pieces.num_copies} copies"
+    if cut.num_pieces > 1:
+        text += f" = {cut.num_pieces} x {format_bytes(array.num_bytes / cut.num_pieces)}"
+    if cut.num_copies > 1:
+        text += f", {cut.num_copies} copies"
     room = _width(area) + 0.35
     size = _size_that_fits(text, room, 1, 7)
     area.annotate(text, (0, 1), (0, 4), "axes fraction", "offset points", size=size, color=_FAINT)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".svg", ".png")
 MOST_CANDIDATES = 12
 
-_MARGIN, _HEADING, _TITLE = 0.35, 0.95, 0.45  # inches, as all lengths here
+_MARGIN, _LINE, _TITLE = 0.35, 0.16, 0.45  # inches, as all lengths here
 _WIDTH = 14.0
 _NAMES, _BARS, _REST = 2.1, 4.2, 2.0  # of the memory's part: names of meshes, bars, and what has no room in these
 _BAR, _AXIS, _LEAST_TOP = 0.36, 0.45, 3.4
@@ -55,7 +55,7 @@ def plot_plan(
     """Writes SVG or PNG, as the path ends: whole, or not at all.
 
     Of at least one candidate, the best first, of which all but the first `MOST_CANDIDATES` are left out; `heading` is
-    text above all, of at most four lines. Raises as `check` does.
+    text above all. Raises as `check` does.
     """
     path = check(path)
     import matplotlib.style
@@ -63,8 +63,8 @@ def plot_plan(
     data = io.BytesIO()
     kind = path.suffix.lower().removeprefix(".")
     with matplotlib.style.context(["default", STYLE]):
-        drawn = figure(planner, candidates[:MOST_CANDIDATES], heading)
-        drawn.savefig(data, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        page = figure(planner, candidates[:MOST_CANDIDATES], heading)
+        page.savefig(data, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(data.getvalue())
@@ -82,18 +82,19 @@ def figure(planner: Planner, candidates: Sequence[Candidate], heading: str) -> "
     top = max(_LEAST_TOP, _BAR * len(candidates)) + _AXIS
     num_rows = -(-len(arrays) // _NUM_COLUMNS)
     array_row = _ARRAY_TITLE + _ARRAY_HEIGHT + _ARRAY_GAP
-    height = _HEADING + 2 * _TITLE + top + num_rows * array_row + _MARGIN
-    figure = Figure(figsize=(_WIDTH, height))
+    beneath_heading = _MARGIN + _LINE * (heading.count("\n") + 2)
+    height = beneath_heading + 2 * _TITLE + top + num_rows * array_row + _MARGIN
+    page = Figure(figsize=(_WIDTH, height))
 
     def area(left: float, above: float, width: float, tall: float):
         """In inches from the left and from the top."""
-        return figure.add_axes((left / _WIDTH, 1 - (above + tall) / height, width / _WIDTH, tall / height))
+        return page.add_axes((left / _WIDTH, 1 - (above + tall) / height, width / _WIDTH, tall / height))
 
     def text(left: float, above: float, words: str, **style: Any) -> None:
-        figure.text(left / _WIDTH, 1 - above / height, words, va="top", linespacing=1.4, **style)
+        page.text(left / _WIDTH, 1 - above / height, words, va="top", linespacing=1.4, parse_math=False, **style)
 
     text(_MARGIN, _MARGIN, heading)
-    above = _HEADING
+    above = beneath_heading
     of_device = f"{planner.cluster.device_kind}, {format_bytes(planner.cluster.memory_bytes)}"
     text(_MARGIN, above, f"Memory of a device: {of_device}", weight="bold")
     right = _MARGIN + _NAMES + _BARS + _REST + 1.0
@@ -108,15 +109,16 @@ def figure(planner: Planner, candidates: Sequence[Candidate], heading: str) -> "
     for i, array in enumerate(arrays):
         row, column = divmod(i, _NUM_COLUMNS)
         left = _MARGIN + column * pitch + 0.35
-        drawing.array(area(left, above + row * array_row + _ARRAY_TITLE, pitch - 0.5, _ARRAY_HEIGHT), array, best)
-    return figure
+        drawing.pieces(
+            area(left, above + row * array_row + _ARRAY_TITLE, pitch - 0.5, _ARRAY_HEIGHT), array, best.num_devices
+        )
+    return page
 
 
 def _arrays_title(candidate: Candidate) -> str:
     """Of what is drawn of weights and cache."""
-    splits = candidate.model.splits
-    title = f"Which of the {splits.num_devices} devices of {candidate.mesh} hold which part"
-    return title if splits.num_devices > 1 else "What the device holds"
+    title = f"Which of the {candidate.num_devices} devices of {candidate.mesh} hold which part"
+    return title if candidate.num_devices > 1 else "What the device holds"
 
 
 def _arrays(planner: Planner, candidate: Candidate) -> list[drawing.Array]:
