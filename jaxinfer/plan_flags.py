@@ -32,6 +32,7 @@ TPOT_S = flags.DEFINE_float("tpot_s", None, "Most seconds for each further token
 
 TOP = flags.DEFINE_integer("top", 10, "How many meshes to print, the best first.", lower_bound=1)
 COMPILE = flags.DEFINE_integer("compile", 0, "Of how many of them to compile the steps.", lower_bound=0)
+BARS = flags.DEFINE_bool("bars", False, "Show memory and times of the best as bars, too.")
 PLOT = flags.DEFINE_string("plot", None, "Write the plan as a picture: a .svg or .png file.")
 
 

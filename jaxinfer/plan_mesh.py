@@ -55,9 +55,11 @@ def run() -> None:
         devices.set_num_cpu_devices(_num_devices())
     if logging.get_verbosity() < logging.DEBUG:
         logging.set_verbosity(logging.WARNING)
-    from jaxinfer.planning import plan, report
+    from jaxinfer.planning import plan, plots, report
     from jaxinfer.planning.candidates import Candidate, ranked
 
+    if plan_flags.PLOT.value:
+        plots.check(plan_flags.PLOT.value)
     cluster = plan.cluster(
         plan_flags.DEVICES.value,
         devices_per_node=plan_flags.NUM_GPUS_PER_NODE.value,
@@ -81,8 +83,14 @@ def run() -> None:
         enough = planner.more_devices()
         hint = f"; --devices={cluster.name}:{enough} would do" if enough and not fields.get("mesh") else ""
         raise RuntimeError(f"none of these meshes can be, as the lines above say{hint}")
+    best = ranked([each for each in found if isinstance(each, Candidate)], workload.objective)
+    if plan_flags.BARS.value:
+        print(f"\n{report.bars(best[: plan_flags.TOP.value])}")
+    if plan_flags.PLOT.value:
+        plots.plot_plan(plan_flags.PLOT.value, planner, best, report.heading(planner, mem_fraction))
+        say(f"plan_mesh: wrote {plan_flags.PLOT.value}")
     if plan_flags.COMPILE.value:
-        _compile(planner, ranked([each for each in found if isinstance(each, Candidate)], workload.objective))
+        _compile(planner, best)
     if (packed := plan_flags.WEIGHT_DTYPE.value) != "auto":
         print(f"\nwhat if: no engine loads weights of {packed} yet")
 

@@ -93,9 +93,18 @@ def test_what_if_weights_were_packed(capsys: pytest.CaptureFixture[str]):
     assert "no engine loads weights of int4 yet" in out
 
 
+def test_pictures(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path):
+    path = tmp_path / "plan.svg"
+    code, out, err = run(capsys, f"--model={LLAMA_70B}", "--devices=h100:8", "--top=2", "--bars", f"--plot={path}")
+    assert code == 0 and err == f"plan_mesh: wrote {path}\n"
+    assert "Memory of a device, 79.11 GiB:" in out and "Time of a step that decodes:" in out
+    assert "data:2,tensor:4" in path.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--devices=h100:8", "--plot=plan.gif"], "--plot=plan.gif: must end in "),
         ([], "--devices is missing; give what to plan for, as --devices=h100:8"),
         (["--devices=h100:0"], "--devices=h100:0: must be 1 to 4096 devices"),
         (["--devices=h1000:8"], "unknown device 'h1000'; did you mean 'h100'?"),
