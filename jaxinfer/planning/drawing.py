@@ -1,7 +1,7 @@
 """The parts of a plan's picture, each into an area of a figure. Needs matplotlib, of which `plots` made the areas.
 
 Colours are those of what memory is for: blue for weights, and for what waits for them, green for the cache. Pieces of
-an array are of their colour, the darker the higher the number of their first device.
+an array are of its colour, the darker the higher the number of their first device.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def memory(area: "Axes", candidates: Sequence[Candidate]) -> None:
         for name, num_bytes in candidate.memory_parts.items():
             gib, label = num_bytes / GIB, format_bytes(num_bytes)
             area.barh(place, gib, left=left, height=0.72, color=COLORS[name], label=name if place == 0 else None)
-            if _text_width(label, 7) < 0.95 * gib / device_gib * _width(area):
+            if _size_that_fits(label, gib / device_gib * _width(area), 1, 7) == 7:
                 color = "white" if name in ("weights", "cache") else _INK
                 area.text(left + gib / 2, place, label, ha="center", va="center", size=7, color=color)
             elif num_bytes:
@@ -92,7 +92,8 @@ def roofline(area: "Axes", planner: Planner, candidate: Candidate) -> None:
         _roof(area, ends, gpu.bandwidth, gpu.flops, "data sheet", ":")
     for marker, (name, (x, y)) in zip("o^s", points.items(), strict=False):
         color = COLORS["weights" if x < peak / bandwidth else "arithmetic"]
-        text = f"{name}: {x:.3g} FLOP/B, {_si(y)}FLOP/s"
+        intensity = f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+        text = f"{name}: {intensity} FLOP/B, {_si(y)}FLOP/s"
         area.plot(x, y, marker, color=color, markeredgecolor="white", markersize=8, label=text, zorder=3)
     low = min(y for _, y in points.values())
     area.set(xscale="log", yscale="log", xlim=ends, ylim=(low / 4, None))
@@ -112,7 +113,7 @@ def _roof(area: "Axes", ends: tuple[float, float], bandwidth: float, peak: float
     area.plot([ridge, max(ridge, high)], [peak, peak], color=COLORS["arithmetic"], **style)
 
 
-def pieces(area: "Axes", array: Array, num_devices: int) -> None:
+def pieces(area: "Axes", array: Array) -> None:
     """Its pieces, with the numbers of the devices that hold them, as far as there is room."""
     from matplotlib.patches import Rectangle
 
@@ -121,9 +122,10 @@ def pieces(area: "Axes", array: Array, num_devices: int) -> None:
     cell = _width(area) / columns.num_pieces, _height(area) / rows.num_pieces
     texts = {at: device_text(devices) for at, devices in cut.devices.items()}
     size = _size_that_fits(max(texts.values(), key=len), *cell)
-    for (row, column), devices in cut.devices.items():
-        face = _tint(COLORS[array.color], devices[0] / num_devices)
-        area.add_patch(Rectangle((column, row), 1, 1, facecolor=face, edgecolor="white", linewidth=0.8))
+    line = min(0.8, 0.15 * _POINTS * min(cell))
+    for rank, (row, column) in enumerate(sorted(cut.devices, key=cut.devices.__getitem__)):
+        face = _tint(COLORS[array.color], rank / len(cut.devices))
+        area.add_patch(Rectangle((column, row), 1, 1, facecolor=face, edgecolor="white", linewidth=line))
         if size >= _LEAST_SIZE:
             middle = column + 0.5, row + 0.5
             area.text(*middle, texts[row, column], ha="center", va="center", size=size, color=_INK)
@@ -161,14 +163,15 @@ def _rows(does: str, count: int, link: str = "") -> str:
 
 def _size_that_fits(text: str, width: float, height: float, most: float = 8) -> float:
     """Points, at most so many, of a text in so many inches."""
-    return min(most, 0.75 * height * _POINTS, 0.95 * width / _text_width(text, 1))
+    return min(most, 0.75 * height * _POINTS, 0.9 * width / _text_width(text, 1))
 
 
 def _text_width(text: str, size: float) -> float:
     """Inches."""
-    from matplotlib.textpath import TextPath
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
 
-    return TextPath((0, 0), text, size=size).get_extents().width / _POINTS
+    return text_to_path.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0] / _POINTS
 
 
 def _shortened(text: str, size: float, width: float) -> str:

@@ -109,9 +109,7 @@ def figure(planner: Planner, candidates: Sequence[Candidate], heading: str) -> "
     for i, array in enumerate(arrays):
         row, column = divmod(i, _NUM_COLUMNS)
         left = _MARGIN + column * pitch + 0.35
-        drawing.pieces(
-            area(left, above + row * array_row + _ARRAY_TITLE, pitch - 0.5, _ARRAY_HEIGHT), array, best.num_devices
-        )
+        drawing.pieces(area(left, above + row * array_row + _ARRAY_TITLE, pitch - 0.5, _ARRAY_HEIGHT), array)
     return page
 
 
