@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.planner import format_bytes
-from jaxinfer.planning.bars import memory_bars, memory_parts, step_bars
+from jaxinfer.planning.bars import memory_bars, step_bars
 from jaxinfer.planning.candidates import Candidate, Planner, Rejection, ranked
 from jaxinfer.planning.clusters import Cluster
 
@@ -87,11 +87,7 @@ def table(candidates: Sequence[Candidate]) -> str:
 
 def bars(candidates: Sequence[Candidate]) -> str:
     """Memory of a device and time of a step that decodes, as bars of characters, for each mesh."""
-    cluster = candidates[0].model.cluster
-    memory = {
-        candidate.mesh: memory_parts(candidate.plan.memory, candidate.config.memory_fraction, cluster.memory_bytes)
-        for candidate in candidates
-    }
+    memory = {candidate.mesh: candidate.memory_parts for candidate in candidates}
     steps = {candidate.mesh: candidate.performance.decode for candidate in candidates}
     return f"{memory_bars(memory)}\n\n{step_bars(steps)}"
 
