@@ -51,4 +51,4 @@ def test_a_step_that_hangs_is_ended(broken: pathlib.Path):
     script = broken / "tools" / "gpu_check.sh"
     script.write_text(script.read_text().replace('timeout --kill-after=5 "$limit"', "timeout 0.1"))
     result = check(broken, broken / "out", PYTHON=str(slow))
-    assert result.returncode == 124 and "decode_xla: not done after 60 s" in result.stdout
+    assert result.returncode == 124 and "decode_xla: not done after 600 s" in result.stdout

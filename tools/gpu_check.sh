@@ -10,7 +10,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 quick=
-[ "${1-}" = --quick ] && { quick=1; shift; }
+[ "${1-}" = --quick ] && { quick=600; shift; }  # seconds for a step: nobody waits, and a CPU may be busy
 folder=${1:-gpu_check}
 mkdir -p "$folder" || exit
 python=${PYTHON:-python}
@@ -21,6 +21,7 @@ num_steps=0 num_passed=0 status=0
 step() {  # step NAME SECONDS COMMAND...: runs the command for so long at most, and keeps what it prints
     local name=$1 limit=$2 start=$SECONDS result
     shift 2
+    [ -z "$quick" ] || limit=$quick
     num_steps=$((num_steps + 1))
     timeout --kill-after=5 "$limit" "$@" >"$folder/$name.log" 2>&1
     result=$?
