@@ -115,9 +115,7 @@ def test_a_plan_says_what_is_compiled(name: str, mesh: str):
     of_plan = planned_programs(planner, candidate, devices)
     assert of_plan.programs.backend == "xla"
     shape = widest_shapes(of_plan.programs.buckets)["decode"]
-    with driver.greedy_only():
-        step = compile_step(of_plan.programs, shape, of_plan.counts)
-    memory = candidate.plan.memory
+    step, memory = compile_step(of_plan.programs, shape, of_plan.counts), candidate.plan.memory
     of_step = shard_bytes(of_plan.programs.arguments(shape)[2:])
     assert step.argument_bytes == memory.weights_bytes + memory.cache_bytes + of_step
 
