@@ -19,13 +19,16 @@ _LLAMA = {
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
-    "num_key_value_heads": 8,
 }
-_NAMES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_NAMES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
 SHAPES = {
-    "61m": (16000, 512, 1408, 14, 8),
-    "254m": (32000, 1024, 2816, 16, 16),
-    "8b": (128256, 4096, 14336, 32, 32),
+    "12m": (8192, 256, 704, 10, 8, 8),
+    "46m": (16000, 512, 1408, 10, 8, 8),
+    "61m": (16000, 512, 1408, 14, 8, 8),
+    "125m": (32000, 768, 2048, 12, 12, 4),
+    "254m": (32000, 1024, 2816, 16, 16, 8),
+    "476m": (32000, 1536, 4096, 15, 24, 8),
+    "8b": (128256, 4096, 14336, 32, 32, 8),
 }
 
 

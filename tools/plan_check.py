@@ -1,0 +1,160 @@
+"""Holds the step times that plan_mesh computes against those of the engine's own compiled steps, on one device.
+
+    python tools/plan_check.py                                               # five random Llamas, float32, CPU
+    python tools/plan_check.py --output=docs/benchmarks/plan_cpu.json
+    python tools/plan_check.py --devices=h100 --models=8b --rounds=20        # on that GPU, bfloat16
+
+Steps decode 1 and 8 rows behind a short and a long context, or prefill a chunk of a prompt. Those of a model are timed
+by turns, and the figure is the median of the rounds. A CPU is calibrated anew before each model, for a machine that is
+shared has no rates that last; a GPU's are computed from its data sheet. The model being timed is never asked for
+anything that the prediction is made of.
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from jaxinfer import models
+from jaxinfer.config import ModelConfig
+from jaxinfer.engine_config import EngineConfig
+from jaxinfer.hf_config import HFConfig
+from jaxinfer.parameters import ModelDefinition, model_weights
+from jaxinfer.partitioning import Partitioner
+from jaxinfer.planning import plan
+from jaxinfer.planning.candidates import Planner, Rejection
+from jaxinfer.planning.clusters import Cluster
+from jaxinfer.planning.roofline import Load, StepTime
+from jaxinfer.planning.step_timer import StepTimer
+from jaxinfer.planning.workload import Workload
+from jaxinfer.tools import bench_models, bench_record
+
+_DEVICES = flags.DEFINE_string("devices", "cpu", "What the steps run on, as plan_mesh spells it; one of them.")
+_MODELS = flags.DEFINE_list("models", ["12m", "46m", "125m", "254m", "476m"], "Shapes of random Llamas.")
+_LAYERS = flags.DEFINE_integer("layers", None, "Layers, instead of the shapes'.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds.", lower_bound=1)
+_ROWS = flags.DEFINE_list("rows", ["1", "8"], "Sequences that decode together.")
+_CONTEXTS = flags.DEFINE_list("contexts", ["128", "900"], "Tokens that each of them has cached.")
+_CHUNK = flags.DEFINE_integer("chunk", 512, "Tokens of the chunk.", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", None, "File for the record.")
+
+_NUM_STEPS = EngineConfig().decode_steps
+_DTYPES = {"cpu": "float32", "gpu": "bfloat16"}
+
+
+class Step(NamedTuple):
+    """A kind of step of a model, predicted and measured.
+
+    Attributes:
+      seconds: of each round.
+    """
+
+    load: Load
+    predicted: StepTime
+    seconds: list[float]
+
+    @property
+    def measured_s(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def ratio(self) -> float:
+        """Above 1: it was faster than predicted."""
+        return self.predicted.total_s / self.measured_s
+
+    def record(self) -> dict[str, Any]:
+        """As JSON has it."""
+        low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else 3 * self.seconds
+        parts = {name: 1e3 * value for name, value in vars(self.predicted).items() if value}
+        return {
+            **self.load._asdict(),
+            "predicted_ms": 1e3 * self.predicted.total_s,
+            "measured_ms": 1e3 * self.measured_s,
+            "measured_iqr_ms": [1e3 * low, 1e3 * high],
+            "ratio": self.ratio,
+            "predicted_of": {name.removesuffix("_s"): value for name, value in parts.items()},
+        }
+
+    def __str__(self) -> str:
+        load = self.load
+        what = f"chunk of {load.chunk_tokens}" if load.chunk_tokens else f"{load.rows} x {load.context:g}"
+        predicted, measured = (f"{1e3 * s:9.2f} ms" for s in (self.predicted.total_s, self.measured_s))
+        return f"  {what:14} {predicted} {measured} {self.ratio:7.2f}   {self.predicted.bound}"
+
+
+def loads(rows: Sequence[int], contexts: Sequence[int], chunk: int) -> list[Load]:
+    """Steps that decode, and the first of a prompt."""
+    return [*(Load(n, context) for context in contexts for n in rows), Load(0, 0, chunk, chunk / 2)]
+
+
+def check(
+    config: ModelConfig,
+    cluster: Cluster,
+    of_steps: Sequence[Load],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Step]:
+    """Each of `of_steps` of a model with random weights, on the first device. Raises ValueError if it does not fit."""
+    dtype = jnp.dtype(_DTYPES[cluster.platform])
+    planned = Planner(
+        config=EngineConfig(max_model_len=config.max_position, max_num_seqs=1),
+        model=config,
+        weights=model_weights(config, dtype),
+        dtype=dtype,
+        cluster=cluster,
+        free_bytes=cluster.memory_bytes,
+        workload=Workload(objective="latency"),
+    ).candidate("data:1")
+    if isinstance(planned, Rejection):
+        raise ValueError(planned.reason)
+    definition = ModelDefinition.create(config, Partitioner.create(devices=jax.devices()[:1]), dtype)
+    timer = StepTimer(
+        definition,
+        definition.init(),
+        of_steps,
+        page_size=planned.plan.page_size,
+        backend=planned.plan.attention.name,
+        num_steps=_NUM_STEPS,
+        clock=clock,
+    )
+    for load in of_steps:
+        timer.seconds(load)  # what happens the first time only
+    seconds = [[timer.seconds(load) for load in of_steps] for _ in range(rounds)]
+    timer.close()
+    predicted = (planned.model.step_time(load, 1 if load.chunk_tokens else _NUM_STEPS) for load in of_steps)
+    return [Step(*of_step) for of_step in zip(of_steps, predicted, map(list, zip(*seconds, strict=True)), strict=True)]
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    of_steps = loads([*map(int, _ROWS.value)], [*map(int, _CONTEXTS.value)], _CHUNK.value)
+    results = []
+    for name in _MODELS.value:
+        hf = HFConfig(bench_models.hf_config(name, _LAYERS.value))
+        config = models.for_architecture(hf.architecture).parse_config(hf)
+        cluster = plan.cluster(_DEVICES.value)
+        if cluster.platform != jax.default_backend():
+            raise app.UsageError(f"--devices={_DEVICES.value} is a {cluster.platform}, and JAX runs on {jax.devices()[0]}")
+        steps = check(config, cluster, of_steps, _ROUNDS.value)
+        num_params = model_weights(config, jnp.dtype("float32")).num_params
+        print(f"{name}: {num_params / 1e6:.0f} M parameters     predicted     measured   ratio   bound by")
+        print(*steps, sep="\n", flush=True)
+        rates = dataclasses.asdict(cluster.rates)
+        results.append({"model": name, "num_params": num_params, "rates": rates, "steps": [s.record() for s in steps]})
+    ratios = [step["ratio"] for result in results for step in result["steps"]]
+    print(f"predicted over measured: {min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.2f}")
+    record = bench_record.describe_run("plan_check") | {"rounds": _ROUNDS.value, "results": results}
+    if _OUTPUT.value:
+        pathlib.Path(_OUTPUT.value).write_text(json.dumps(record, indent=4) + "\n", encoding="utf-8")
+    bench_record.print_record(record)
+
+
+if __name__ == "__main__":
+    app.run(main)
