@@ -5,9 +5,9 @@
     python tools/plan_check.py --devices=h100 --models=8b --rounds=20        # on that GPU, bfloat16
 
 Steps decode 1 and 8 rows behind a short and a long context, or prefill a chunk of a prompt. Those of a model are timed
-by turns, and the figure is the median of the rounds. A CPU is calibrated anew before each model, for a machine that is
-shared has no rates that last; a GPU's are computed from its data sheet. The model being timed is never asked for
-anything that the prediction is made of.
+by turns, and the figure is the median of the rounds. A CPU is calibrated in the same rounds, for on a machine that is
+shared nothing is as fast as an hour ago; a GPU's rates are computed from its data sheet. Nothing that a prediction is
+made of was measured of the model that it is for.
 """
 
 import dataclasses
@@ -30,7 +30,8 @@ from jaxinfer.parameters import ModelDefinition, model_weights
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.planning import plan
 from jaxinfer.planning.candidates import Planner, Rejection
-from jaxinfer.planning.clusters import Cluster
+from jaxinfer.planning.calibration import Calibration, cpu_cluster
+from jaxinfer.planning.clusters import CPU, Cluster, parse_devices
 from jaxinfer.planning.roofline import Load, StepTime
 from jaxinfer.planning.step_timer import StepTimer
 from jaxinfer.planning.workload import Workload
@@ -99,55 +100,64 @@ def check(
     cluster: Cluster,
     of_steps: Sequence[Load],
     rounds: int,
+    calibration: Calibration | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Step]:
-    """Each of `of_steps` of a model with random weights, on the first device. Raises ValueError if it does not fit."""
+    """Each of `of_steps` of a model with random weights, on the first device, beside `calibration`.
+
+    Without that the rates are those of `cluster`. Raises ValueError if the model does not fit.
+    """
     dtype = jnp.dtype(_DTYPES[cluster.platform])
     planned = Planner(
-        config=EngineConfig(max_model_len=config.max_position, max_num_seqs=1),
+        config=EngineConfig(max_model_len=config.max_position),
         model=config,
         weights=model_weights(config, dtype),
         dtype=dtype,
         cluster=cluster,
         free_bytes=cluster.memory_bytes,
-        workload=Workload(objective="latency"),
+        workload=Workload(),
+        num_seqs=1,
     ).candidate("data:1")
     if isinstance(planned, Rejection):
         raise ValueError(planned.reason)
     definition = ModelDefinition.create(config, Partitioner.create(devices=jax.devices()[:1]), dtype)
-    timer = StepTimer(
-        definition,
-        definition.init(),
-        of_steps,
-        page_size=planned.plan.page_size,
-        backend=planned.plan.attention.name,
-        num_steps=_NUM_STEPS,
-        clock=clock,
-    )
+    plan = planned.plan
+    sizes = {"page_size": plan.page_size, "backend": plan.attention.name, "num_steps": _NUM_STEPS}
+    timer = StepTimer(definition, definition.init(), of_steps, **sizes, clock=clock)
     for load in of_steps:
         timer.seconds(load)  # what happens the first time only
-    seconds = [[timer.seconds(load) for load in of_steps] for _ in range(rounds)]
+    seconds, calibrated = [], []
+    for _ in range(rounds):
+        calibrated += [calibration.run()] if calibration else []
+        seconds.append([timer.seconds(load) for load in of_steps])
     timer.close()
-    predicted = (planned.model.step_time(load, 1 if load.chunk_tokens else _NUM_STEPS) for load in of_steps)
+    model = planned.model
+    if calibration:
+        cluster = dataclasses.replace(cluster, rates=calibration.rates(calibrated))
+        model = dataclasses.replace(model, cluster=cluster)
+    predicted = (model.step_time(load, 1 if load.chunk_tokens else _NUM_STEPS) for load in of_steps)
     return [Step(*of_step) for of_step in zip(of_steps, predicted, map(list, zip(*seconds, strict=True)), strict=True)]
 
 
 def main(argv: list[str]) -> None:
     del argv
     of_steps = loads([*map(int, _ROWS.value)], [*map(int, _CONTEXTS.value)], _CHUNK.value)
+    name, _, _ = parse_devices(_DEVICES.value)
+    calibration = Calibration() if name == CPU else None
+    cluster = (
+        plan.cluster(_DEVICES.value) if calibration is None else cpu_cluster(1, calibration.rates([calibration.run()]))
+    )
+    if cluster.platform != jax.default_backend():
+        raise app.UsageError(f"--devices={_DEVICES.value} is a {cluster.platform}; JAX runs on {jax.devices()[0]}")
     results = []
     for name in _MODELS.value:
         hf = HFConfig(bench_models.hf_config(name, _LAYERS.value))
         config = models.for_architecture(hf.architecture).parse_config(hf)
-        cluster = plan.cluster(_DEVICES.value)
-        if cluster.platform != jax.default_backend():
-            raise app.UsageError(f"--devices={_DEVICES.value} is a {cluster.platform}, and JAX runs on {jax.devices()[0]}")
-        steps = check(config, cluster, of_steps, _ROUNDS.value)
+        steps = check(config, cluster, of_steps, _ROUNDS.value, calibration)
         num_params = model_weights(config, jnp.dtype("float32")).num_params
         print(f"{name}: {num_params / 1e6:.0f} M parameters     predicted     measured   ratio   bound by")
         print(*steps, sep="\n", flush=True)
-        rates = dataclasses.asdict(cluster.rates)
-        results.append({"model": name, "num_params": num_params, "rates": rates, "steps": [s.record() for s in steps]})
+        results.append({"model": name, "num_params": num_params, "steps": [s.record() for s in steps]})
     ratios = [step["ratio"] for result in results for step in result["steps"]]
     print(f"predicted over measured: {min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.2f}")
     record = bench_record.describe_run("plan_check") | {"rounds": _ROUNDS.value, "results": results}

@@ -11,6 +11,7 @@ from sharding_rules import axes as ax
 
 CPU = "cpu"
 _MOST_DEVICES = 4096
+_SAMPLING_BYTES = 8 * 4  # of a logit: passes over float32, for softmax, noise, and the search for where top-p cuts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,18 +19,24 @@ class Rates:
     """What a step gets of a device, as far as is known.
 
     Attributes:
-      bytes_per_s: of memory that is read in long pieces.
+      bytes_per_s: of memory that is read in long pieces, such as weights.
       flops: of matrix products, per second, by the number of tokens that are multiplied at once: pairs of tokens and
         rate, ascending. In between a rate is what lies between, and beyond the ends that of the end.
-      attention_flops: of attention's products, likewise per second.
+      attention_bytes_per_s: of cached keys and values, read page by page.
+      attention_flops: of attention's products, per second.
+      logits_per_s: that sampling draws from, within top-p.
       layer_s: what a layer takes beside that: starting kernels, and what is too small to count.
+      token_s: what each token takes of a layer beside that: norms, activations, rotations.
       step_s: what a step takes beside its layers.
     """
 
     bytes_per_s: float
     flops: tuple[tuple[int, float], ...]
+    attention_bytes_per_s: float
     attention_flops: float
+    logits_per_s: float
     layer_s: float
+    token_s: float
     step_s: float
 
     def flops_at(self, num_tokens: float) -> float:
@@ -44,22 +51,37 @@ class Rates:
         share = math.log(max(num_tokens, low[0]) / low[0]) / math.log(high[0] / low[0])
         return low[1] ** (1 - share) * high[1] ** share
 
+    def shared(self, count: int) -> "Rates":
+        """Of each of so many devices that have the same cores and memory, when all are busy."""
+        return Rates(
+            bytes_per_s=self.bytes_per_s / count,
+            flops=tuple((num_tokens, rate / count) for num_tokens, rate in self.flops),
+            attention_bytes_per_s=self.attention_bytes_per_s / count,
+            attention_flops=self.attention_flops / count,
+            logits_per_s=self.logits_per_s / count,
+            layer_s=self.layer_s * count,
+            token_s=self.token_s * count,
+            step_s=self.step_s * count,
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Efficiency:
     """Of a GPU's data sheet, what a step is expected to get. Assumed, not measured: no GPU was at hand.
 
-    Decoding at four fifths of the bandwidth is the state of the art for 7 to 8 billion parameters (gpt-fast, on an
-    A100), and engines were published to prefill at half of the products' peak. A layer is about eight kernels of two
-    microseconds beyond their work.
+    `bandwidth`, `layer_s` and `step_s` together put the decode steps that gpt-fast published for A100, and vLLM for H100
+    and H200, in the middle of our predictions: each is within a quarter (tests/test_planning_anchors.py). A layer is
+    about eight kernels, which start in 5 us. `attention_bandwidth` is what a token of context costs vLLM on an H100;
+    `flops` what engines were published to get of the products' peak when they prefill.
     """
 
-    bandwidth: float = 0.8
+    bandwidth: float = 0.75
     flops: float = 0.5
+    attention_bandwidth: float = 0.9
     attention_flops: float = 0.4
     link: float = 0.8
-    layer_s: float = 16e-6
-    step_s: float = 100e-6
+    layer_s: float = 40e-6
+    step_s: float = 200e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,8 +171,11 @@ def gpu_cluster(name: str, num_nodes: int, devices_per_node: int, efficiency: Ef
     rates = Rates(
         bytes_per_s=efficiency.bandwidth * gpu.bandwidth,
         flops=((1, efficiency.flops * gpu.flops),),
+        attention_bytes_per_s=efficiency.attention_bandwidth * gpu.bandwidth,
         attention_flops=efficiency.attention_flops * gpu.flops,
+        logits_per_s=efficiency.bandwidth * gpu.bandwidth / _SAMPLING_BYTES,
         layer_s=efficiency.layer_s,
+        token_s=0.0,
         step_s=efficiency.step_s,
     )
     link, network = (

@@ -1,6 +1,7 @@
 """How long a step takes on each device of a mesh, from what it has to read, multiply and send. Host only.
 
-Each kind of work takes as long as the slower of memory and arithmetic (Williams et al. 2009, "Roofline"), one kind
+Products take as long as the slower of memory and arithmetic (Williams et al. 2009, "Roofline"). Of attention both are
+added: a CPU gathers pages before it multiplies them, and on a GPU one of them is next to nothing. All of it comes one
 after another; collectives are not hidden behind them, as XLA does not by default. A pipeline is a sequence of turns, in
 each of which every stage computes a microbatch.
 """
@@ -19,7 +20,6 @@ from jaxinfer.planning.weight_shapes import DeviceWeights, MeshWeights
 from jaxinfer.stages import num_microbatches
 from sharding_rules import axes as ax
 
-_SAMPLING_PASSES = 8  # over float32 logits: softmax, noise, and the search for where top-k and top-p cut
 _FLOAT32 = 4
 
 
@@ -203,12 +203,12 @@ class MeshModel:
             weights_s=read,
             products_s=multiplied,
             attention_s=sum(
-                max(num_bytes / rates.bytes_per_s, flops / rates.attention_flops)
+                num_bytes / rates.attention_bytes_per_s + flops / rates.attention_flops
                 for num_bytes, flops in self._attention(load)
             ),
             sampling_s=self._sampling_s(load),
             collectives_s=waits,
-            overhead_s=sum(kind.num_slots for kind in self.layers) * rates.layer_s,
+            overhead_s=sum(kind.num_slots for kind in self.layers) * (rates.layer_s + rates.token_s * num_tokens),
         )
 
     def _turn_products(self, load: Load) -> Iterator[tuple[float, float, float]]:
@@ -242,7 +242,7 @@ class MeshModel:
 
     def _sampling_s(self, load: Load) -> float:
         numbers = self._num_drawn(load) * self.vocab_size / self.splits.num_shards(ax.VOCAB)
-        return _SAMPLING_PASSES * _FLOAT32 * numbers / self.cluster.rates.bytes_per_s
+        return numbers / self.cluster.rates.logits_per_s
 
     def _seconds(self, collective: Collective) -> float:
         size = math.prod(map(self.splits.axis_size, collective.mesh_axes))

@@ -23,8 +23,7 @@ _TEMPERATURE, _TOP_P = 0.6, 0.9  # as Llama 3.1's generation_config.json has the
 class StepTimer:
     """Steps of each of `loads` over random tokens, on the one device of a model, with a cache that they share.
 
-    A step without a chunk is one of `num_steps` tokens of each row. All rows draw, within top-p. `weights` stay the
-    caller's.
+    A step without a chunk is one of `num_steps` tokens of each row. `weights` stay the caller's.
     """
 
     def __init__(
@@ -60,9 +59,14 @@ class StepTimer:
         self._slots = self._partitioner.put_rows(SlotState(np.zeros(slots, np.int32), np.zeros(slots, np.bool_)))
         self._batches = {load: self._batch(load) for load in loads}
 
-    def seconds(self, load: Load) -> float:
-        """Of one step, from the host's arrays to the tokens on the host; of several tokens a row, of one of them."""
+    def seconds(self, load: Load, *, draws: bool = True) -> float:
+        """Of one step, from the host's arrays to the tokens on the host; of several tokens a row, of one of them.
+
+        All rows draw within top-p, or none does.
+        """
         shape, batch = self._shape(load), self._batches[load]
+        if not draws:
+            batch = batch._replace(sampling=batch.sampling._replace(draws=np.array(False)))
         start = self._clock()
         of_step = self._partitioner.put_rows(batch)
         self._cache, self._slots, output, _ = self._programs[shape](self._weights, self._cache, self._slots, of_step)
