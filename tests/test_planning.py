@@ -19,7 +19,16 @@ from tests import plans
 
 FAST = Link(name="fast", bytes_per_s=1e6, latency_s=0.5)
 SLOW = Link(name="slow", bytes_per_s=1e5, latency_s=2.0)
-RATES = Rates(bytes_per_s=1000.0, flops=((1, 4000.0),), attention_flops=2000.0, layer_s=0.25, step_s=1.0)
+RATES = Rates(
+    bytes_per_s=1000.0,
+    flops=((1, 4000.0),),
+    attention_bytes_per_s=1000.0,
+    attention_flops=2000.0,
+    logits_per_s=31.25,
+    layer_s=0.25,
+    token_s=0.0,
+    step_s=1.0,
+)
 ATTENTION = AttentionLoad(num_q_heads=2, head_dim=4, out_dim=4, token_bytes=16, window=None)
 
 
@@ -60,10 +69,10 @@ def test_a_step_takes_what_it_reads_or_multiplies():
     """One row: 300 bytes at 1000 a second against 300 FLOPs at 4000. 40 rows: twelve thousand FLOPs."""
     alone = mesh_model().step_time(Load(rows=1, context=100))
     assert (alone.weights_s, alone.products_s, alone.collectives_s, alone.fill_s) == (pytest.approx(0.3), 0, 0, 0)
-    assert alone.attention_s == pytest.approx(3 * 16 * 100 / 1000)  # against 2 * 2 * 8 * 100 / 2000
+    assert alone.attention_s == pytest.approx(3 * (16 * 100 / 1000 + 2 * 2 * 8 * 100 / 2000))
     assert alone.sampling_s == pytest.approx(8 * 4 * 10 / 1000)
     assert alone.overhead_s == pytest.approx(3 * 0.25 + 1)
-    assert alone.total_s == pytest.approx(0.3 + 4.8 + 0.32 + 1.75)
+    assert alone.total_s == pytest.approx(0.3 + 9.6 + 0.32 + 1.75)
     assert alone.bound == "attention"
     many = mesh_model().step_time(Load(rows=40, context=1))
     assert (many.weights_s, many.products_s) == (0, pytest.approx(40 * 2 * 150 / 4000))
@@ -89,13 +98,38 @@ def test_prompts_are_multiplied_by_the_layers_and_their_last_tokens_by_the_head(
     step = mesh_model().step_time(Load(rows=0, context=0, chunk_tokens=100, chunk_context=50))
     assert step.products_s == pytest.approx(100 * 2 * 100 / 4000)
     assert step.weights_s == pytest.approx(0.1)  # the head's, for one token
-    assert step.attention_s == pytest.approx(3 * 100 * 2 * 2 * 8 * 50 / 2000)
+    assert step.attention_s == pytest.approx(3 * (16 * 100 / 1000 + 100 * 2 * 2 * 8 * 50 / 2000))
 
 
 def test_a_window_is_what_is_read():
     windowed = LayerKind(ATTENTION._replace(window=10), has_experts=False, num_slots=3)
     step = mesh_model(layers=(windowed,)).step_time(Load(rows=1, context=100))
-    assert step.attention_s == pytest.approx(3 * 16 * 10 / 1000)
+    assert step.attention_s == pytest.approx(3 * (16 * 10 / 1000 + 2 * 2 * 8 * 10 / 2000))
+
+
+def test_tokens_and_layers_cost_what_is_too_small_to_count():
+    slow = dataclasses.replace(cluster(), rates=dataclasses.replace(RATES, token_s=0.125))
+    load = Load(rows=0, context=0, chunk_tokens=100, chunk_context=50)
+    more = mesh_model(cluster=slow).step_time(load).overhead_s - mesh_model().step_time(load).overhead_s
+    assert more == pytest.approx(3 * 100 * 0.125)
+
+
+def test_products_of_more_tokens_are_faster_in_between_evenly():
+    """From one token to a hundred a hundred times as fast, so of ten ten times."""
+    rates = dataclasses.replace(RATES, flops=((1, 10.0), (100, 1000.0), (101, 500.0)))
+    assert [rates.flops_at(n) for n in (0.5, 1, 100, 101, 5000)] == pytest.approx([10, 10, 1000, 500, 500])
+    assert rates.flops_at(10) == pytest.approx(100)
+    assert RATES.flops_at(7) == 4000
+
+
+def test_devices_that_share_a_machine_have_a_part_of_it():
+    """Four of them do in four times the time what one does."""
+    load = Load(rows=2, context=100, chunk_tokens=10, chunk_context=5)
+    alone, shared = (
+        mesh_model(cluster=dataclasses.replace(cluster(), rates=rates)).step_time(load)
+        for rates in (RATES, RATES.shared(4))
+    )
+    assert shared.total_s == pytest.approx(4 * alone.total_s)
 
 
 def test_dispatches_of_several_steps_share_what_a_step_costs():

@@ -29,8 +29,8 @@ from jaxinfer.hf_config import HFConfig
 from jaxinfer.parameters import ModelDefinition, model_weights
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.planning import plan
+from jaxinfer.planning.calibration import Calibration, Sizes, cpu_cluster
 from jaxinfer.planning.candidates import Planner, Rejection
-from jaxinfer.planning.calibration import Calibration, cpu_cluster
 from jaxinfer.planning.clusters import CPU, Cluster, parse_devices
 from jaxinfer.planning.roofline import Load, StepTime
 from jaxinfer.planning.step_timer import StepTimer
@@ -44,8 +44,20 @@ _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds.", lower_bound=1)
 _ROWS = flags.DEFINE_list("rows", ["1", "8"], "Sequences that decode together.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["128", "900"], "Tokens that each of them has cached.")
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Tokens of the chunk.", lower_bound=1)
+_QUICK = flags.DEFINE_bool("quick", False, "Calibrates with small sizes: for the logic, not for the figures.")
 _OUTPUT = flags.DEFINE_string("output", None, "File for the record.")
 
+QUICK = Sizes(
+    matrix=(64, 32),
+    num_pairs=1,
+    num_tokens=(1, 8),
+    depths=(1, 2),
+    rows=2,
+    contexts=(16, 48),
+    chunk=32,
+    vocab_size=64,
+    embed_dim=32,
+)
 _NUM_STEPS = EngineConfig().decode_steps
 _DTYPES = {"cpu": "float32", "gpu": "bfloat16"}
 
@@ -142,11 +154,11 @@ def check(
 def main(argv: list[str]) -> None:
     del argv
     of_steps = loads([*map(int, _ROWS.value)], [*map(int, _CONTEXTS.value)], _CHUNK.value)
-    name, _, _ = parse_devices(_DEVICES.value)
-    calibration = Calibration() if name == CPU else None
-    cluster = (
-        plan.cluster(_DEVICES.value) if calibration is None else cpu_cluster(1, calibration.rates([calibration.run()]))
-    )
+    if parse_devices(_DEVICES.value)[0] == CPU:
+        calibration = Calibration(QUICK) if _QUICK.value else Calibration()
+        cluster = cpu_cluster(1, calibration.rates([calibration.run()]))
+    else:
+        calibration, cluster = None, plan.cluster(_DEVICES.value)
     if cluster.platform != jax.default_backend():
         raise app.UsageError(f"--devices={_DEVICES.value} is a {cluster.platform}; JAX runs on {jax.devices()[0]}")
     results = []

@@ -69,10 +69,10 @@ class Rates:
 class Efficiency:
     """Of a GPU's data sheet, what a step is expected to get. Assumed, not measured: no GPU was at hand.
 
-    `bandwidth`, `layer_s` and `step_s` together put the decode steps that gpt-fast published for A100, and vLLM for H100
-    and H200, in the middle of our predictions: each is within a quarter (tests/test_planning_anchors.py). A layer is
-    about eight kernels, which start in 5 us. `attention_bandwidth` is what a token of context costs vLLM on an H100;
-    `flops` what engines were published to get of the products' peak when they prefill.
+    `bandwidth`, `layer_s` and `step_s` put what others published of decoding in the middle of what we compute for it:
+    gpt-fast on A100, vLLM on H100 and H200, each within a quarter (tests/test_planning_anchors.py). So a layer is about
+    eight kernels that start in 5 us. `attention_bandwidth` is what a token of context costs vLLM on an H100. `flops` is
+    what engines were published to get of the products' peak when they prefill.
     """
 
     bandwidth: float = 0.75
