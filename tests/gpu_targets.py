@@ -1,6 +1,5 @@
 """Compiles for NVIDIA GPUs where there is none, as `jaxinfer.planning.target` does, and reads what their code takes."""
 
-import importlib.util
 import os
 import pathlib
 import re
@@ -49,11 +48,12 @@ def resources(gpu: str, directory: pathlib.Path) -> dict[str, Resources]:
     """Of each kernel whose code XLA left there, as `xla_dump_to` asks it to."""
     major, minor = GPUS[gpu].capability
     architecture = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
-    found = {}
+    found, assembler = {}, target.assembler()
+    assert assembler is not None
     for path in directory.glob("*.ptx"):
         if ".entry" not in path.read_text("utf-8"):
             continue
-        command = [_assembler(), "-v", f"-arch={architecture}", path, "-o", os.devnull]
+        command = [assembler, "-v", f"-arch={architecture}", path, "-o", os.devnull]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         for name, spilled, registers in re.findall(_RESOURCES, text, re.DOTALL):
             found[name] = Resources(int(registers), int(spilled))
@@ -61,10 +61,3 @@ def resources(gpu: str, directory: pathlib.Path) -> dict[str, Resources]:
 
 
 _RESOURCES = r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-
-
-def _assembler() -> pathlib.Path:
-    spec = importlib.util.find_spec("nvidia")
-    assert spec is not None and spec.submodule_search_locations is not None
-    folders = map(pathlib.Path, spec.submodule_search_locations)
-    return next(path for folder in folders for path in folder.glob("**/bin/ptxas"))

@@ -55,10 +55,9 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """Of one program and one device. Where a few layers were compiled, the rest is added, but to temporaries.
+    """Of one program and one device. Where few layers were compiled, the others are added, but to temporaries.
 
-    Temporaries of a GPU do not grow with the layers, for each uses the memory of the one before it; tests/
-    test_compiled_for_gpus.py looks at that.
+    Temporaries of a GPU do not grow with the layers: each has the memory of the one before it.
 
     Attributes:
       num_layers: that were compiled.

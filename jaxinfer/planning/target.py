@@ -7,6 +7,9 @@ in `nvidia-cuda-nvcc-cu12`: `pip install --no-deps` of the three is enough, for 
 import contextlib
 import functools
 import importlib.util
+import itertools
+import pathlib
+import shutil
 from collections.abc import Iterator
 
 import jax
@@ -18,7 +21,7 @@ from jaxinfer.planning.hardware import GPU
 
 # Since jax 0.11 Pallas' Triton lowering looks a GPU up by its name, and knows few of those that are not there: by which
 # it lowers for one that it does not know, of the same compute capability.
-_KNOWN_AS = {
+KNOWN_AS = {
     "NVIDIA RTX A6000": "NVIDIA A10",
     "NVIDIA GeForce RTX 3090": "NVIDIA A10",
     "NVIDIA L40S": "NVIDIA L40",
@@ -27,10 +30,20 @@ _KNOWN_AS = {
 
 def missing() -> str | None:
     """What is not installed of what this needs, or None."""
-    for version in ("12", "13"):
-        if importlib.util.find_spec(f"jax_cuda{version}_plugin"):
-            return None
-    return "jax-cuda12-plugin (or 13) is not installed"
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in ("12", "13")):
+        return "jax-cuda12-plugin (or 13) is not installed; it is in jaxinfer[cuda12]"
+    if assembler() is None:
+        return "ptxas is not installed; it is in nvidia-cuda-nvcc-cu12, or in a CUDA toolkit on the PATH"
+    return None
+
+
+def assembler() -> pathlib.Path | None:
+    """The compiler's last stage, ptxas."""
+    spec = importlib.util.find_spec("nvidia")  # a folder that packages share
+    folders = map(pathlib.Path, spec.submodule_search_locations or () if spec else ())
+    found = (path for folder in folders for path in folder.glob("**/bin/ptxas"))
+    on_path = [pathlib.Path(path) for path in [shutil.which("ptxas")] if path]
+    return next(itertools.chain(found, on_path), None)
 
 
 def description(gpu: GPU) -> str:
@@ -61,7 +74,7 @@ def description(gpu: GPU) -> str:
         platform_name: "CUDA"
         dnn_version_info {{ major: 9 minor: 10 }}
         runtime_version {{ major: 12 minor: 9 }}
-        device_description_str: "{_KNOWN_AS.get(gpu.device_kind, gpu.device_kind)}"
+        device_description_str: "{KNOWN_AS.get(gpu.device_kind, gpu.device_kind)}"
     """
 
 
