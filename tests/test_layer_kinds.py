@@ -39,6 +39,7 @@ def test_every_kind_of_slot_stands_for_those_like_it(config: ModelConfig, num_st
         (LLAMA, 32, (1,)),
         (GEMMA, 1, (22, 4)),
         (DEEPSEEK, 1, (1, 26)),
+        (published.read("deepseek_v3"), 1, (3, 58)),
         (DEEPSEEK, 2, (1, 13)),
     ],
 )
