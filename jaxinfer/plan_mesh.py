@@ -114,7 +114,9 @@ _LINKS = (
 def _num_devices() -> int:
     from jaxinfer.planning.clusters import parse_devices
 
-    _, num_nodes, each = parse_devices(plan_flags.DEVICES.value, devices_per_node=plan_flags.NUM_GPUS_PER_NODE.value)
+    devices = plan_flags.DEVICES.value
+    assert devices is not None  # a flag that is required
+    _, num_nodes, each = parse_devices(devices, devices_per_node=plan_flags.NUM_GPUS_PER_NODE.value)
     return num_nodes * each
 
 

@@ -4,8 +4,11 @@ import os
 from collections.abc import Sequence
 from typing import TypeVar
 
+import pytest
+
 T = TypeVar("T")
 IS_LONG = os.environ.get("JAXINFER_TEST_ALL") == "1"
+only_long = pytest.mark.skipif(not IS_LONG, reason="of the long campaign: JAXINFER_TEST_ALL=1")
 
 
 def chosen(everything: Sequence[T], *telling: T) -> tuple[T, ...]:

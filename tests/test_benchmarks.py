@@ -13,6 +13,7 @@ import pytest
 from jaxinfer.tools import bench_peer, bench_record
 from pallas_kernels.grouped_matmul import backends
 from tests import tiny_model
+from tests.long_campaign import only_long
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ("--rounds=1", "--batch_sizes=2", "--prompt_tokens=5", "--new_tokens=6", "--decode_steps=3")
@@ -30,9 +31,13 @@ def run(program: str, *flags: str) -> dict[str, Any]:
     return record
 
 
-def test_decode_alone(tmp_path: pathlib.Path):
-    model = tiny_model.make(tmp_path / "model")
-    record = run("bench_decode", f"--model={model}", "--peer=none", *SMALL)
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tiny_model.make(tmp_path_factory.mktemp("models") / "tiny", model_type="llama", seed=1)
+
+
+def test_decode_alone(model_dir: pathlib.Path):
+    record = run("bench_decode", f"--model={model_dir}", "--peer=none", *SMALL)
     (result,) = record["results"]
     assert result["batch_size"] == 2 and result["tokens_per_s"] > 0 and "ratio" not in result
     assert result["step_bytes"] > record["num_params"] * 4
@@ -40,9 +45,8 @@ def test_decode_alone(tmp_path: pathlib.Path):
 
 
 @pytest.mark.parity
-def test_decode_beside_its_peer(tmp_path: pathlib.Path):
-    model = tiny_model.make(tmp_path / "model", model_type="llama", seed=1)
-    record = run("bench_decode", f"--model={model}", "--peer_threads=1", *SMALL)
+def test_decode_beside_its_peer(model_dir: pathlib.Path):
+    record = run("bench_decode", f"--model={model_dir}", "--peer_threads=1", *SMALL)
     (result,) = record["results"]
     assert result["compared_tokens"] == 2 * 7 and result["equal_tokens"] >= 7 and result["ratio"] > 0
     assert "torch" in record["versions"]
@@ -62,6 +66,7 @@ def test_host():
     assert [(row["load"], row["running"]) for row in record["results"]] == [("mix", 2)]
 
 
+@only_long
 @pytest.mark.parity
 def test_offline_beside_its_peers():
     flags = ("--requests=6", "--batch_size=2", "--scale=0.02", "--rounds=1", "--shared=0.5", "--layers=1")
@@ -71,10 +76,11 @@ def test_offline_beside_its_peers():
     assert set(results) >= {"ours", "transformers", "transformers_sorted", "no_prefix_cache"}
 
 
-def test_offline_alone():
-    flags = ("--requests=3", "--batch_size=2", "--scale=0.02", "--rounds=1", "--layers=1")
-    record = run("bench_offline", "--peers=", *flags)
-    assert record["results"]["output_tokens"] >= 6 and record["results"]["requests_all_equal"] == 3
+def test_offline():
+    flags = ("--requests=3", "--batch_size=2", "--scale=0.02", "--rounds=1", "--shared=0.5", "--layers=1")
+    results = run("bench_offline", "--peers=no_prefix_cache", *flags)["results"]
+    assert results["output_tokens"] >= 6 and results["requests_all_equal"] == 3
+    assert results["ours"]["tokens_per_s"] > 0 and results["no_prefix_cache"]["ratio"] > 0
 
 
 def test_experts():

@@ -119,6 +119,7 @@ def test_steps_are_timed_where_and_for_as_long_as_they_should():
 
     def written() -> list[tuple[int, int]]:
         ((keys, _),) = timer._cache
+        assert isinstance(keys, jax.Array)
         pages, _, rows, _ = jnp.nonzero(keys)
         return sorted(set(zip(pages.tolist(), rows.tolist(), strict=True)))
 

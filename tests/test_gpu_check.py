@@ -10,6 +10,8 @@ import sys
 import jax
 import pytest
 
+from tests.long_campaign import only_long
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -19,6 +21,7 @@ def check(root: pathlib.Path, folder: pathlib.Path, **environment: str) -> subpr
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@only_long  # and a step of .ci/run: it takes minutes
 def test_every_step_passes_and_leaves_its_record(tmp_path: pathlib.Path):
     result = check(ROOT, tmp_path / "out")
     assert result.returncode == 0 and "6 of 6 steps passed" in result.stdout, result.stdout + result.stderr

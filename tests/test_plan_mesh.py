@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from absl import flags
@@ -55,7 +56,8 @@ def test_the_command_that_it_prints_is_one_for_run_inference(capsys: pytest.Capt
     assert before == "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" and command[0] == "run_inference"
     with flagsaver.flagsaver():
         cli_flags.parse(command)
-        config = EngineConfig(**{name: flags.FLAGS[name].value for name in ("mesh", "max_model_len", "max_num_seqs")})
+        settings: dict[str, Any] = {n: flags.FLAGS[n].value for n in ("mesh", "max_model_len", "max_num_seqs")}
+        config = EngineConfig(**settings)
         assert flags.FLAGS["model"].value == "path/to/model"
         assert (flags.FLAGS["kv_cache_dtype"].value, flags.FLAGS["memory_fraction"].value) == ("int8", 0.8)
     assert config.mesh == "data:2" and config.max_model_len == 1024 + 256 and config.max_num_seqs > 100

@@ -10,6 +10,7 @@ import pytest
 
 from jaxinfer import models
 from jaxinfer.tools import parallel_matrix, parallel_runs
+from tests.long_campaign import chosen
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAMS = [path.stem for path in sorted((ROOT / "tools").glob("*.py")) if "__main__" in path.read_text("utf-8")]
@@ -26,8 +27,14 @@ def test_there_are_programs():
     assert {"bench_decode", "readme_tables", "train_demo_model"} <= set(PROGRAMS)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("way", ["script", "module"])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    chosen(
+        [*itertools.product(PROGRAMS, ("script", "module"))],
+        *((name, "module") for name in PROGRAMS),
+        ("bench_decode", "script"),
+    ),
+)
 def test_help(tmp_path: pathlib.Path, name: str, way: str):
     if name == "train_demo_model":
         pytest.importorskip("optax", reason='needs pip install -e ".[train]"')

@@ -59,8 +59,7 @@ class Case:
         return dataclasses.replace(plan.read_model_config(str(CONFIGS / f"{self.config}.json")), **self.changes)
 
 
-_LLAMA_13B: dict[str, Any] = {"config": "llama_2_13b", "dtype": "float16"}
-_LONG = {"prompt_tokens": 2**17 - 1024, "output_tokens": 1024}
+_LONG: dict[str, Any] = {"prompt_tokens": 2**17 - 1024, "output_tokens": 1024}
 CASES = (
     *(
         Case(title="Llama 2 13B, float16", config="llama_2_13b", devices=f"rtx3090-24g:{n}", dtype="float16")

@@ -140,7 +140,7 @@ class Calibration:
             loads = dict.fromkeys(step.load for step in self._steps if step.depth == depth)
             sizes_of_cache = {"page_size": model.plan.page_size, "backend": model.plan.attention.name}
             timers[depth] = StepTimer(definition, _weights(definition), [*loads], **sizes_of_cache, clock=clock)
-        self._timers: dict[int | TimedStep, Callable[[], float]] = dict(_product_timers(sizes, clock))
+        self._timers: dict[int | TimedStep, Callable[[], float]] = {**_product_timers(sizes, clock)}
         for step in self._steps:
             self._timers[step] = functools.partial(timers[step.depth].seconds, step.load, draws=step.draws)
         self.run()  # what happens the first time only

@@ -9,6 +9,22 @@ from tests.parity import driver, golden, recipe
 from tests.parity.faults import FAULTS
 from tests.parity.planting import Fault
 
+# Of each kind the one that shows least, and those of the engine's own.
+TELLING = {
+    "rope positions in bfloat16",
+    "norm epsilon times 100",
+    "query heads strided over KV heads",
+    "weights in bfloat16",
+    "softmax in bfloat16",
+    "decode one position late",
+    "later chunks one position late",
+    "block table names a page twice",
+    "window one token too wide",
+    "one expert too few",
+    "sinks dropped",
+    "latents not normalised",
+}
+
 
 def error(mine: driver.Continuation, theirs: golden.Sequence, decodes: bool) -> float:
     if decodes:
@@ -16,13 +32,7 @@ def error(mine: driver.Continuation, theirs: golden.Sequence, decodes: bool) -> 
     return golden.relative_error(mine.logits[theirs.positions], theirs.logits)
 
 
-def telling() -> list[Fault]:
-    """Llama's, which are those of the engine too, and the first of each other family."""
-    firsts = {fault.family: fault for fault in reversed(FAULTS)}
-    return [fault for fault in FAULTS if fault.family == "llama" or fault is firsts[fault.family]]
-
-
-@pytest.mark.parametrize("fault", chosen(FAULTS, *telling()), ids=str)
+@pytest.mark.parametrize("fault", chosen(FAULTS, *(fault for fault in FAULTS if fault.name in TELLING)), ids=str)
 def test_fault_is_detected(fault: Fault, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     """Where nothing is wrong with decoding, the tokens that follow are given as well: that is quicker."""
     hf_config = recipe.tiny_config(fault.family, fault.config)
