@@ -94,6 +94,7 @@ def plan_decoder(
         config=config,
         model=model,
         splits=splits,
+        platform=device.platform,
         dtype=dtype,
         weights_bytes=weights_bytes,
         page_size=page_size,

@@ -23,6 +23,9 @@ from jaxinfer.step_plan import num_chunks
 from pallas_kernels import grouped_matmul
 from sharding_rules import axes as ax
 
+# Of all logits on one device, as XLA was seen to allocate: processed, noise, and what the search for top-p keeps.
+_LOGITS_COPIES = {"cpu": 8, "gpu": 6}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demand:
@@ -32,6 +35,7 @@ class Demand:
       config: as the user gave it, but for `max_model_len`, which is decided.
       model: its numbers.
       splits: the mesh and the rules.
+      platform: of the mesh's devices, as JAX calls it.
       dtype: of the weights.
       weights_bytes: of one device.
       page_size: tokens per page.
@@ -42,6 +46,7 @@ class Demand:
     config: EngineConfig
     model: ModelConfig
     splits: AxisSplits
+    platform: str
     dtype: jnp.dtype
     weights_bytes: int
     page_size: int
@@ -51,8 +56,9 @@ class Demand:
     @classmethod
     def of(cls, definition: ModelDefinition, **fields: Any) -> "Demand":
         """For a decoder on its mesh; `fields` are the others."""
-        model, splits, num_bytes = definition.decoder_config, definition.partitioner, definition.shard_bytes
-        return cls(model=model, splits=splits, dtype=definition.dtype, weights_bytes=num_bytes, **fields)
+        mesh = {"splits": definition.partitioner, "platform": definition.partitioner.platform}
+        weights = {"dtype": definition.dtype, "weights_bytes": definition.shard_bytes}
+        return cls(model=definition.decoder_config, **mesh, **weights, **fields)
 
     def plan(self, *, advise: bool = True) -> MemoryPlan:
         """Raises ValueError when it does not fit: if `advise`, with the flags of which each alone would make it fit."""
@@ -90,13 +96,13 @@ class Demand:
                 itemsize=itemsize,
             ),
             mlp_bytes=self._mlp_bytes(num_tokens),
-            num_drawn=rows + chunks,
-            vocab_size=model.vocab_size,
+            sampling_bytes=self._sampling_bytes(rows + chunks),
         )
         sampling = ExtrasSpec(rows, config.max_model_len, model.vocab_size, chunk_tokens)
         needs = planner.MemoryNeeds(
             weights_bytes=self.weights_bytes,
             workspace_bytes=of_step + sampling.slots_bytes,
+            kept_bytes=sampling.slots_bytes,
             page_bytes=planner.page_bytes(
                 num_layers=len(specs),
                 token_bytes=spec.token_bytes(itemsize),
@@ -115,6 +121,12 @@ class Demand:
             memory_fraction=config.memory_fraction,
             kv_cache_bytes=config.kv_cache_bytes,
         )
+
+    def _sampling_bytes(self, num_drawn: int) -> int:
+        """Of the program that draws with all options. It is given logits as the head computed them, in shards."""
+        copies = _LOGITS_COPIES.get(self.platform, _LOGITS_COPIES["gpu"])
+        logits = 4 * num_drawn * self.model.vocab_size
+        return copies * logits + logits // self.splits.num_shards(ax.VOCAB)
 
     def _mlp_bytes(self, num_tokens: int) -> int:
         """Of the widest MLP on one device."""

@@ -10,6 +10,7 @@ The plan goes to stdout. A user's mistake ends in one line and exit code 1.
 import os
 import pathlib
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
@@ -55,6 +56,7 @@ def run() -> None:
         devices.set_num_cpu_devices(_num_devices())
     if logging.get_verbosity() < logging.DEBUG:
         logging.set_verbosity(logging.WARNING)
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's, of what a GPU that is not there would be asked
     from jaxinfer.planning import plan, plots, report
     from jaxinfer.planning.candidates import Candidate, ranked
 
@@ -99,8 +101,10 @@ def _compile(planner: "Planner", best: "list[Candidate]") -> None:
     from jaxinfer.planning import facts
 
     print(f"\nsteps compiled for {facts.devices_for(planner)}:")
-    for candidate in best[: plan_flags.COMPILE.value]:
-        print(facts.text(candidate, facts.compile_steps(planner, candidate), planner.model.num_layers), flush=True)
+    start = time.monotonic()
+    for of_candidate in facts.compile_candidates(planner, best[: plan_flags.COMPILE.value]):
+        print(facts.text(of_candidate, planner.model.num_layers), flush=True)
+    print(f"compiled in {time.monotonic() - start:.1f} s")
 
 
 _LINKS = (

@@ -25,25 +25,18 @@ def page_bytes(*, num_layers: int, token_bytes: int, page_size: int) -> int:
 
 
 def workspace_bytes(
-    *,
-    residual_bytes: int,
-    projections_bytes: int,
-    attention_bytes: int,
-    mlp_bytes: int,
-    num_drawn: int,
-    vocab_size: int,
+    *, residual_bytes: int, projections_bytes: int, attention_bytes: int, mlp_bytes: int, sampling_bytes: int
 ) -> int:
     """Most bytes that a step needs on one device beside weights and cache: an estimate.
 
-    For a step that draws `num_drawn` tokens. Projections to heads, attention, MLP and sampling follow each other and
+    Projections to heads, attention, MLP and sampling follow each other and
     use the same memory, so the largest counts; all but sampling beside the residual stream and at least two more of its
     size: normalised, and what is added to it. XLA was seen to allocate as much, or up to a third less, in float32 on a
     CPU, where bfloat16 takes more, because it is computed in float32; and with stages, of which each works on a part of
     the tokens at a time, less than half.
     """
     of_layer = residual_bytes + max(2 * residual_bytes, projections_bytes, attention_bytes, mlp_bytes)
-    sampling = 7 * 4 * num_drawn * vocab_size  # 7: logits, noise, and what the search for top-k and top-p keeps
-    return max(of_layer, sampling)
+    return max(of_layer, sampling_bytes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +45,8 @@ class MemoryNeeds:
 
     Attributes:
       weights_bytes: parameters on the device.
-      workspace_bytes: estimate of what steps need beside weights and cache, what sampling keeps of each slot included.
+      workspace_bytes: estimate of what steps need beside weights and cache.
+      kept_bytes: of that, what sampling keeps of each slot from step to step; the rest is temporary.
       page_bytes: one cache page over all layers.
       page_size: tokens per page.
       max_model_len: tokens of the longest sequence.
@@ -64,6 +58,7 @@ class MemoryNeeds:
 
     weights_bytes: int
     workspace_bytes: int
+    kept_bytes: int
     page_bytes: int
     page_size: int
     max_model_len: int
@@ -71,6 +66,10 @@ class MemoryNeeds:
     context_size: int
     free_bytes: int | None
     unreachable_pages: range = range(0)
+
+    @property
+    def temporary_bytes(self) -> int:
+        return self.workspace_bytes - self.kept_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from jaxinfer.compilations import compile_all
 from jaxinfer.extras import Extras
 from jaxinfer.kv_cache import CacheSpec
 from jaxinfer.parameters import ModelDefinition
-from jaxinfer.sampler_programs import Key, SamplerPrograms
+from jaxinfer.sampler_lowerings import Key
+from jaxinfer.sampler_programs import SamplerPrograms
 from jaxinfer.step_programs import StepPrograms
 from jaxinfer.steps import Arrays, SlotState, StepOutput
 
@@ -51,7 +52,7 @@ class Runner:
         self._cache, self._slots = self._allocate_cache(), self._empty_slots()
         self._programs: dict[StepShape, jax.stages.Compiled] = {}
         self.extras_spec = self._steps.extras_spec
-        self._sampler = SamplerPrograms(definition, self.extras_spec)
+        self._sampler = SamplerPrograms(self._steps.sampler)
 
     def compile_all(self, progress: Callable[[int, int], None] | None = None, *, extras: bool = True) -> None:
         """Compiles every program in `buckets`, calling `progress(done, total)` after each.
@@ -64,7 +65,7 @@ class Runner:
             shape: lambda shape=shape: self._steps.lowered(shape) for shape in shapes
         }
         if extras:
-            jobs |= self._sampler.lowerings(one_token, self.definition.abstract_arrays)
+            jobs |= self._steps.sampler.all(one_token, self.definition.abstract_arrays)
         for key, program in compile_all(jobs, progress).items():
             if isinstance(key, StepShape):
                 self._programs[key] = program

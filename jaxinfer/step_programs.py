@@ -11,6 +11,7 @@ from jaxinfer.batch import Buckets, StepBatch, StepShape
 from jaxinfer.extras import ExtrasSpec
 from jaxinfer.kv_cache import Cache, CacheSpec
 from jaxinfer.parameters import ModelDefinition
+from jaxinfer.sampler_lowerings import SamplerLowerings
 from jaxinfer.steps import SlotState, StepFunctions, StepOutput, activation_shardings
 from sharding_rules import axes as ax
 
@@ -37,6 +38,11 @@ class StepPrograms:
     def extras_spec(self) -> ExtrasSpec:
         """The sizes of what a step may be given beyond its batch."""
         return ExtrasSpec.create(self.buckets, self.definition.config.vocab_size)
+
+    @property
+    def sampler(self) -> SamplerLowerings:
+        """What follows steps with extras."""
+        return SamplerLowerings(self.definition, self.extras_spec)
 
     @property
     def slot_shape(self) -> tuple[int, int]:

@@ -17,7 +17,8 @@ from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.planning.calibration import Calibration, Sizes, cpu_cluster, rates_of, small_model, steps_of
 from jaxinfer.planning.clusters import Rates
-from jaxinfer.planning.roofline import Load, MeshModel
+from jaxinfer.planning.loads import Load
+from jaxinfer.planning.roofline import MeshModel
 from jaxinfer.planning.step_timer import StepTimer
 from jaxinfer.tools import plan_check
 

@@ -13,7 +13,8 @@ from jaxinfer.batch import StepShape
 from jaxinfer.hf_config import HFConfig
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
-from jaxinfer.planning.compiled import Collective, CompiledStep, compile_step, shard_bytes
+from jaxinfer.planning import facts, target
+from jaxinfer.planning.compiled import Collective, CompiledStep, compile_step, product_flops, shard_bytes
 from jaxinfer.planning.layer_kinds import few_layers
 from jaxinfer.planning.programs import planned_programs, widest_shapes
 from sharding_rules import axes as ax
@@ -123,3 +124,27 @@ def test_a_plan_says_what_is_compiled(name: str, mesh: str):
 def test_the_widest_shapes():
     buckets = SHAPES.buckets()
     assert widest_shapes(buckets) == {"decode": DECODE, "prefill": PREFILL}
+
+
+def test_facts_of_several_candidates_in_their_order():
+    """Compiled side by side, on CPUs in place of GPUs, whose programs do not show their products."""
+    planner = plans.planner("llama_3_2_1b", "h100:2", model=TINY, prompt_tokens=96, output_tokens=32, num_seqs=8)
+    candidates = [plans.candidate(planner.candidate(mesh)) for mesh in ("tensor:2", "data:1")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, "missing", lambda: "no plugin")
+        found = [*facts.compile_candidates(planner, candidates)]
+    assert [each.candidate for each in found] == candidates
+    for each in found:
+        assert [fact.name for fact in each.steps] == ["decode", "prefill"]
+        assert all(fact.excess_bytes == 0 and fact.step.product_flops is None for fact in each.steps)
+        assert each.temporary_bytes >= each.sampler_bytes > 6 * 4 * 9 * TINY["vocab_size"]
+        lines = facts.text(each, TINY["num_layers"]).splitlines()
+        assert lines[0] == f"{each.candidate.mesh}, 2 of 6 layers compiled:"
+        assert "of arguments (+0 bytes)" in lines[1] and "at most, planned" in lines[-1]
+
+
+def test_products_of_a_layer_count_for_those_like_it_and_loops_within_it_do_not():
+    dot = '  %x = f32[4,4]{1,0} dot(%y, %y), lhs_contracting_dims={1}, metadata={op_name="jit(f)/SCOPE/dot_general"}'
+    scopes = ("while/body/layer_0/mlp", "layer_1/attention", "layer_1/attention/while/body", "head")
+    text = "\n".join(["  %y = f32[4,4]{1,0} parameter(0)", *(dot.replace("SCOPE", scope) for scope in scopes)])
+    assert product_flops(text, (10, 100)) == 2 * 4 * 4 * 4 * (10 + 100 + 1)

@@ -15,6 +15,7 @@ from tests import tiny_model
 PLAN = MemoryPlan(
     weights_bytes=50 * MIB,
     workspace_bytes=2 * MIB,
+    kept_bytes=0,
     page_bytes=MIB,
     page_size=16,
     max_model_len=64,

@@ -135,3 +135,29 @@ def test_a_result_in_pieces_from_each_device_is_one():
     text = "  %x = (f32[1,4]{1,0}, f32[1,4]{1,0}) all-to-all(%y, %z), replica_groups={{0,1}}, channel_id=1"
     (one,) = hlo.collectives(text)
     assert one.num_elements == 8
+
+
+GPU_PRODUCTS = """
+%gemm_computation (parameter_0: bf16[256,8,128], parameter_1: bf16[1024,64]) -> f32[8,256,64] {
+  %parameter_0 = bf16[256,8,128]{2,1,0} parameter(0)
+  %parameter_1 = bf16[8,128,64]{2,1,0} parameter(1)
+  ROOT %dot.1 = f32[8,256,64]{2,1,0} dot(%parameter_0, %parameter_1), lhs_batch_dims={1}, lhs_contracting_dims={2}, \
+rhs_batch_dims={0}, rhs_contracting_dims={1}, metadata={op_name="jit(decode)/while/body/layer_3/mlp/dot_general"}
+}
+
+ENTRY %main (a: f32[16,32], b: f32[32,8]) -> f32[16,8] {
+  %a = f32[16,32]{1,0} parameter(0)
+  %b = f32[32,8]{1,0} parameter(1)
+  %parameter_0 = f32[2]{0} constant({1, 2})
+  %kernel = f32[16,8]{1,0} custom-call(%a, %b), custom_call_target="__gpu$xla.gpu.triton"
+  ROOT %gemm = (f32[16,8]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", \
+backend_config={"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}
+}
+"""
+
+
+def test_products_of_tensor_cores_and_of_cublas():
+    """Names are those of a computation; a kernel's products are its own."""
+    of_layer, of_call = hlo.products(GPU_PRODUCTS)
+    assert of_layer == hlo.Product(2 * 8 * 256 * 64 * 128, "jit(decode)/while/body/layer_3/mlp/dot_general")
+    assert of_call == hlo.Product(2 * 16 * 8 * 32, "")

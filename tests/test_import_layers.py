@@ -108,6 +108,7 @@ LAYERS = {
     "jaxinfer.resolve": 5,
     "jaxinfer.resolve_together": 5,
     "jaxinfer.runner": 5,
+    "jaxinfer.sampler_lowerings": 5,
     "jaxinfer.sampler_programs": 5,
     "jaxinfer.step_programs": 5,
     "jaxinfer.transfer": 5,

@@ -10,7 +10,7 @@ from jaxinfer.hf_config import HFConfig
 from jaxinfer.models import llama
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
-from jaxinfer.sampler_programs import SamplerPrograms
+from jaxinfer.sampler_lowerings import SamplerLowerings
 from jaxinfer.sampling_params import MAX_LOGPROBS
 from sharding_rules import axes as ax
 from tests.compiled_steps import CONFIG, SHAPES, Step, collectives, compile_step
@@ -32,7 +32,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def generate(model_dir: pathlib.Path, mesh: str) -> list[list[int]]:
     runner = driver.make_runner(*driver.load(model_dir, mesh), SHAPES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SamplerPrograms, "lowerings", lambda *_: {})  # tests/test_extras_on_meshes.py has them
+        patch.setattr(SamplerLowerings, "all", lambda *_: {})  # tests/test_extras_on_meshes.py has them
         runner.compile_all()
     prompts = [recipe.prompt(length, 128, seed) for seed, length in enumerate(PROMPT_LENGTHS)]
     return driver.generate(runner, SHAPES, prompts, NUM_TOKENS)
@@ -93,8 +93,7 @@ def test_extras_move_logits_once_and_nothing_else(mesh: str):
     batch = programs.batch(StepShape(0, 0, SHAPES.rows, SHAPES.buckets().pages[0], 1))
     num_shards = batch.slots.shape[0]
     moved = {}
-    sampler = SamplerPrograms(definition, programs.extras_spec)
-    for name, lower in sampler.lowerings([batch], definition.abstract_arrays).items():
+    for name, lower in programs.sampler.all([batch], definition.abstract_arrays).items():
         moved[name] = collectives(lower().compile().as_text() or "")
     for name, num_tokens in ((SHAPES.rows, SHAPES.rows), ("score", SHAPES.chunk)):
         for_host = [("all-gather", num_shards * num_tokens * width) for width in (1, MAX_LOGPROBS)]

@@ -30,6 +30,7 @@ ASKED: dict[str, Any] = {
     "memory_fraction": 0.9,
     "kv_cache_bytes": None,
     "unreachable_pages": range(0),
+    "kept_bytes": 0,
 }
 
 
@@ -57,12 +58,11 @@ def test_a_page_holds_keys_and_values_of_every_layer():
         ({"projections_bytes": 70_000}, 70_000),
         ({"residual_bytes": 1_000}, 51_000),
         ({"residual_bytes": 30_000}, 3 * 30_000),
-        ({"vocab_size": 10_000, "residual_bytes": 1_000}, 7 * 4 * 6 * 10_000),
+        ({"sampling_bytes": 60_000, "residual_bytes": 1_000}, 60_000),
     ],
 )
 def test_the_workspace_is_that_of_the_largest_part(changes: dict[str, int], expected: int):
-    """Of a step of 4 rows and 2 chunks."""
-    sizes = {"residual_bytes": 0, "projections_bytes": 5000, "mlp_bytes": 4320, "num_drawn": 6, "vocab_size": 50}
+    sizes = {"residual_bytes": 0, "projections_bytes": 5000, "mlp_bytes": 4320, "sampling_bytes": 8400}
     assert workspace_bytes(**{"attention_bytes": 50_000, **sizes, **changes}) == expected
 
 

@@ -10,8 +10,9 @@ from jaxinfer.layouts import Layout
 from jaxinfer.planning.candidates import Candidate, Rejection, ranked
 from jaxinfer.planning.clusters import Cluster, Rates, parse_devices
 from jaxinfer.planning.hardware import GPUS, Link
+from jaxinfer.planning.loads import AttentionLoad, LayerKind, Load
 from jaxinfer.planning.meshes import dividing, meshes
-from jaxinfer.planning.roofline import AttentionLoad, Collective, LayerKind, Load, MeshModel
+from jaxinfer.planning.roofline import Collective, MeshModel
 from jaxinfer.planning.weight_shapes import DeviceWeights, MeshWeights
 from jaxinfer.planning.workload import Workload, best_rows, predict
 from sharding_rules import axes as ax

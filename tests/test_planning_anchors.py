@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
-from jaxinfer.planning.roofline import Load, MeshModel
+from jaxinfer.planning.loads import Load
+from jaxinfer.planning.roofline import MeshModel
 from tests import plans
 
 _FACTOR = 1.25  # that a prediction may be off by, either way

@@ -51,7 +51,7 @@ def test_columns_are_in_proportion():
 
 def memory_plan(**changes: int | None) -> MemoryPlan:
     fields = {"weights_bytes": 30 * GIB, "workspace_bytes": 512 * MIB, "page_bytes": GIB, "num_pages": 20} | changes
-    sizes = {"page_size": 64, "max_model_len": 64, "num_shards": 1, "context_size": 1}
+    sizes = {"kept_bytes": 0, "page_size": 64, "max_model_len": 64, "num_shards": 1, "context_size": 1}
     return MemoryPlan(**{"free_bytes": 70 * GIB} | fields | sizes)  # pyright: ignore[reportArgumentType]
 
 

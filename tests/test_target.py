@@ -71,6 +71,18 @@ def test_nothing_is_kept_on_disk_of_programs_for_gpus():
     assert was_enabled == getattr(jax.config, CACHE)
 
 
+@pytest.mark.skipif(target.missing() is not None, reason=str(target.missing()))
+def test_the_cache_is_off_until_the_last_has_left():
+    """As of threads that compile side by side."""
+    mesh = jax.sharding.Mesh(target.devices(GPUS["h100"]), ("device",))
+    was_enabled = getattr(jax.config, CACHE)
+    with target.compiling_for(mesh) as thorough:
+        with target.compiling_for(mesh, optimized=False) as quick:
+            assert quick.keys() > thorough.keys()
+        assert not getattr(jax.config, CACHE)
+    assert was_enabled == getattr(jax.config, CACHE)
+
+
 def test_on_cpus_nothing_is_changed():
     with target.compiling_for(jax.make_mesh((2,), ("device",))) as options:
         assert options == {}

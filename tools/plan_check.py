@@ -32,7 +32,8 @@ from jaxinfer.planning import plan
 from jaxinfer.planning.calibration import Calibration, Sizes, cpu_cluster
 from jaxinfer.planning.candidates import Planner, Rejection
 from jaxinfer.planning.clusters import CPU, Cluster, parse_devices
-from jaxinfer.planning.roofline import Load, StepTime
+from jaxinfer.planning.loads import Load
+from jaxinfer.planning.roofline import StepTime
 from jaxinfer.planning.step_timer import StepTimer
 from jaxinfer.planning.workload import Workload
 from jaxinfer.tools import bench_models, bench_record

@@ -10,10 +10,11 @@ import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from jaxinfer.planning import facts, plan, target
-from jaxinfer.planning.candidates import Candidate
+from jaxinfer.planning.candidates import Candidate, Rejection
 from jaxinfer.planning.workload import Workload
 from jaxinfer.tools.plan_cases import CONFIGS, MEM_FRACTION
 
@@ -48,6 +49,8 @@ MESHES = (
     "data:2,stage:2,tensor:2",
 )
 EXPERT_MESHES = ("expert:2", "expert:2,tensor:2")  # in place of the last two of a model with experts
+PROGRAMS = ("decode", "prefill", "sampler")
+_TOLERANCE = 0.2
 _PROMPT_TOKENS, _OUTPUT_TOKENS, _NUM_SEQS = 384, 128, 64
 
 
@@ -55,26 +58,30 @@ def meshes(has_experts: bool) -> tuple[str, ...]:
     return (*MESHES[: -len(EXPERT_MESHES)], *EXPERT_MESHES) if has_experts else MESHES
 
 
-def compare(name: str, mesh: str) -> dict[str, Any]:
-    """Bytes of both steps, planned and compiled; or why the mesh cannot be."""
+def compare(name: str, wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of each of these meshes the bytes of its programs, planned and compiled; or why it cannot be."""
     model = plan.read_model_config(str(CONFIGS / f"{name}.json"))
     workload = Workload(prompt_tokens=_PROMPT_TOKENS, output_tokens=_OUTPUT_TOKENS)
     cluster = plan.cluster("h100:8")
     asked = {"max_num_seqs": _NUM_SEQS}
     planner = plan.planner(model, asked, cluster, workload, mem_fraction=MEM_FRACTION)
-    found = planner.candidate(mesh)
-    if not isinstance(found, Candidate):
-        return {"refused": found.reason}
+    found = {mesh: planner.candidate(mesh) for mesh in wanted}
+    yield from ((mesh, {"refused": each.reason}) for mesh, each in found.items() if isinstance(each, Rejection))
+    candidates = {mesh: each for mesh, each in found.items() if isinstance(each, Candidate)}
+    of_each = facts.compile_candidates(planner, [*candidates.values()])
+    yield from ((mesh, of_candidate(compiled)) for mesh, compiled in zip(candidates, of_each, strict=True))
+
+
+def of_candidate(compiled: facts.CandidateFacts) -> dict[str, Any]:
+    """Bytes, and FLOPs by how many times those that are planned."""
     return {
-        fact.name: {
-            "planned_arguments": fact.planned_argument_bytes,
-            "arguments": fact.step.argument_bytes,
-            "planned_workspace": fact.planned_workspace_bytes,
-            "temporaries": fact.step.temporary_bytes,
-            "in_place": fact.step.alias_bytes,
-            "seconds": round(fact.step.lower_seconds + fact.step.compile_seconds, 1),
-        }
-        for fact in facts.compile_steps(planner, found)
+        "temporaries": {
+            "planned": compiled.planned_temporary_bytes,
+            "sampler": compiled.sampler_bytes,
+            **{fact.name: fact.step.temporary_bytes for fact in compiled.steps},
+        },
+        "arguments": {fact.name: [fact.planned_argument_bytes, fact.step.argument_bytes] for fact in compiled.steps},
+        "flops": {fact.name: round((fact.step.product_flops or 0) / fact.planned_flops, 4) for fact in compiled.steps},
     }
 
 
@@ -82,26 +89,24 @@ def differing(record: dict[str, Any]) -> list[str]:
     """Steps whose arguments are not as planned."""
     return [
         f"{key}: {name}"
-        for key, steps in record.items()
-        for name, step in steps.items()
-        if isinstance(step, dict) and step["arguments"] != step["planned_arguments"]
+        for key, found in record.items()
+        for name, (planned, taken) in found.get("arguments", {}).items()
+        if planned != taken
     ]
 
 
 def summary(record: dict[str, Any]) -> str:
     """How many are equal, and by how much what is planned for temporaries is more than what they take."""
-    steps = [step for by_name in record.values() for step in by_name.values() if isinstance(step, dict)]
-    largest = [  # of the two programs: what is planned is for both
-        (steps["decode"]["planned_workspace"], max(step["temporaries"] for step in steps.values()))
-        for steps in record.values()
-        if "decode" in steps
-    ]
-    ratios = sorted(planned / taken for planned, taken in largest)
-    num_refused = sum("refused" in by_name for by_name in record.values())
+    compiled = {key: found["temporaries"] for key, found in record.items() if "temporaries" in found}
+    ratios = {key: sizes["planned"] / max(sizes[name] for name in PROGRAMS) for key, sizes in compiled.items()}
+    flops = [ratio for found in record.values() for ratio in found.get("flops", {}).values()]
+    by_ratio = sorted(ratios, key=ratios.__getitem__)
+    within = sum(abs(ratio - 1) <= _TOLERANCE for ratio in ratios.values())
+    ends = " to ".join(f"{ratios[key]:.2f} ({key})" for key in (by_ratio[0], by_ratio[-1]))
     return (
-        f"{len(steps)} steps, arguments equal in {len(steps) - len(differing(record))}, {num_refused} meshes refused; "
-        f"planned for temporaries {ratios[0]:.2f} to {ratios[-1]:.2f} times what they take, "
-        f"median {ratios[len(ratios) // 2]:.2f}"
+        f"{len(compiled)} meshes, {len(record) - len(compiled)} refused; arguments of {len(differing(record))} steps "
+        f"differ; FLOPs {min(flops):.3f} to {max(flops):.3f} times those planned; planned for temporaries {ends} times "
+        f"what they take, median {ratios[by_ratio[len(by_ratio) // 2]]:.2f}, within {_TOLERANCE:.0%} in {within}"
     )
 
 
@@ -115,13 +120,12 @@ def main() -> int:
     record = json.loads(options.record.read_text(encoding="utf-8")) if options.record.exists() else {}
     for name in options.models.split(","):
         has_experts = plan.read_model_config(str(CONFIGS / f"{name}.json")).moe is not None
-        for mesh in meshes(has_experts):
-            key = f"{name} | {mesh}"
-            if key not in record:
-                record[key] = compare(name, mesh)
-                print(key, json.dumps(record[key]), flush=True)
-                lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
-                options.record.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        missing = [mesh for mesh in meshes(has_experts) if f"{name} | {mesh}" not in record]
+        for mesh, found in compare(name, missing):
+            record[f"{name} | {mesh}"] = found
+            print(name, mesh, json.dumps(found), flush=True)
+            lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(record.items()))
+            options.record.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     print(summary(record))
     return 1 if differing(record) else 0
 

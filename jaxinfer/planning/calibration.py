@@ -24,7 +24,8 @@ from jaxinfer.partitioning import Partitioner
 from jaxinfer.planning.candidates import Candidate, Planner
 from jaxinfer.planning.clusters import CPU, Cluster, Rates
 from jaxinfer.planning.hardware import Link
-from jaxinfer.planning.roofline import Load, MeshModel
+from jaxinfer.planning.loads import Load
+from jaxinfer.planning.roofline import MeshModel
 from jaxinfer.planning.step_timer import StepTimer
 from jaxinfer.planning.workload import Workload
 from pallas_kernels.matmul import contract

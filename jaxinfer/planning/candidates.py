@@ -17,8 +17,9 @@ from jaxinfer.layouts import Layout, mesh_text
 from jaxinfer.planner import DoesNotFit
 from jaxinfer.planning.bars import memory_parts
 from jaxinfer.planning.clusters import Cluster
+from jaxinfer.planning.loads import AttentionLoad, LayerKind
 from jaxinfer.planning.meshes import meshes
-from jaxinfer.planning.roofline import AttentionLoad, LayerKind, MeshModel
+from jaxinfer.planning.roofline import MeshModel
 from jaxinfer.planning.weight_shapes import ModelWeights
 from jaxinfer.planning.workload import Performance, Workload, best_rows, predict
 from jaxinfer.stages import StagePlan

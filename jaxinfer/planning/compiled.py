@@ -1,8 +1,8 @@
-"""What XLA says of a step that it compiled: its memory, and what travels between devices.
+"""What XLA says of a step that it compiled: its memory, what is multiplied, and what travels between devices.
 
 Of the very program that an engine would run, on the devices of its mesh, which may be those of `target`, or CPUs. There
 arguments and collectives are the same, but for sums of bfloat16, which are made in float32; temporaries are another
-compiler's. Of FLOPs it says nothing for GPUs that are not there.
+compiler's. FLOPs are read from the program: XLA itself says nothing of them for GPUs that are not there.
 """
 
 import collections
@@ -22,6 +22,7 @@ from jaxinfer.planning import hlo, target
 from jaxinfer.planning.weight_shapes import LAYERS
 from jaxinfer.step_programs import StepPrograms
 
+_LAYER = re.compile(r"/layer_(\d+)/")  # as `Decoder` names them
 _POINTER_BYTES = 8  # of each output, which XLA has a table of
 
 
@@ -64,6 +65,8 @@ class CompiledStep:
       argument_bytes: weights, cache, slots and batch.
       output_bytes: of which `alias_bytes` are arguments' memory, of cache and slots.
       temporary_bytes: the most at once of what is neither.
+      product_flops: of matrix products, in one turn of a loop over tokens or microbatches, but for those of kernels
+        and of loops within a layer. None on CPUs, whose programs do not show them.
       collectives: the largest first.
       lower_seconds, compile_seconds: that it took.
     """
@@ -73,6 +76,7 @@ class CompiledStep:
     output_bytes: int
     alias_bytes: int
     temporary_bytes: int
+    product_flops: int | None
     collectives: tuple[Collective, ...]
     lower_seconds: float
     compile_seconds: float
@@ -83,7 +87,7 @@ def compile_step(programs: StepPrograms, shape: StepShape, counts: Sequence[int]
     mesh = programs.definition.partitioner.device_mesh
     counts = (1,) * programs.cache_spec.num_slots if counts is None else counts
     start = time.perf_counter()
-    with target.compiling_for(mesh) as options:
+    with target.compiling_for(mesh, optimized=False) as options:
         lowered = programs.lowered(shape)
         lowered_at = time.perf_counter()
         compiled = lowered.compile(options)
@@ -103,10 +107,20 @@ def compile_step(programs: StepPrograms, shape: StepShape, counts: Sequence[int]
         output_bytes=memory.output_size_in_bytes + cache_bytes + _POINTER_BYTES * num_arrays,
         alias_bytes=memory.alias_size_in_bytes + cache_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
+        product_flops=product_flops(text, counts) if mesh.devices.flat[0].platform == "gpu" else None,
         collectives=_grouped(hlo.collectives(text), mesh, counts),
         lower_seconds=lowered_at - start,
         compile_seconds=compiled_at - lowered_at,
     )
+
+
+def sampler_bytes(programs: StepPrograms, shape: StepShape) -> int:
+    """Of one device, with all options behind a step of one token: the step's logits, and temporaries."""
+    mesh, batch = programs.definition.partitioner.device_mesh, programs.batch(shape)
+    with target.compiling_for(mesh, optimized=False) as options:
+        memory = programs.sampler.sample(batch).compile(options).memory_analysis()
+    assert memory is not None
+    return shard_bytes(programs.sampler.logits(batch)) + memory.temp_size_in_bytes
 
 
 def shard_bytes(arrays: Any) -> int:
@@ -115,12 +129,24 @@ def shard_bytes(arrays: Any) -> int:
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
 
 
+def product_flops(hlo_text: str, counts: Sequence[int]) -> int:
+    """Of a program whose slots for layers stand for so many each; see `CompiledStep`."""
+    flops = 0
+    for product in hlo.products(hlo_text):
+        slot = _LAYER.search(product.scope)
+        if slot is None:
+            flops += product.flops
+        elif "/while/" not in product.scope[slot.end() :]:
+            flops += counts[int(slot[1])] * product.flops
+    return flops
+
+
 def _grouped(found: list[hlo.Collective], mesh: Mesh, counts: Sequence[int]) -> tuple[Collective, ...]:
     in_layers, outside = collections.Counter(), collections.Counter()
     for one in found:
         devices = one.devices or tuple(range(mesh.size))
         kind = (one.op, one.dtype, one.num_bytes, _axes(devices, mesh), len(devices), one.is_in_loop, one.is_in_branch)
-        slot = re.search(r"/layer_(\d+)/", one.scope)  # as `Decoder` names them
+        slot = _LAYER.search(one.scope)
         if slot is None:
             outside[kind] += 1
         else:

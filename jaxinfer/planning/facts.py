@@ -1,18 +1,23 @@
-"""The steps of a candidate as XLA compiles them, beside what was planned."""
+"""The steps of candidates as XLA compiles them, beside what was planned."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
+from jaxinfer.batch import StepShape
 from jaxinfer.planner import format_bytes
 from jaxinfer.planning import target
 from jaxinfer.planning.candidates import Candidate, Planner
-from jaxinfer.planning.compiled import CompiledStep, compile_step
+from jaxinfer.planning.compiled import CompiledStep, compile_step, sampler_bytes
 from jaxinfer.planning.hardware import GPUS
+from jaxinfer.planning.loads import Load
 from jaxinfer.planning.programs import devices_of, planned_programs, widest_shapes
 
 _MOST_COLLECTIVES = 6  # that are told one by one, the largest
+_MOST_AT_ONCE = 8  # programs that are compiled side by side, which takes memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,18 +26,41 @@ class StepFacts:
 
     Attributes:
       name: what the step does.
-      planned_argument_bytes, planned_workspace_bytes: what the plan has for them.
+      planned_argument_bytes, planned_flops: what the plan has for it.
     """
 
     name: str
     step: CompiledStep
     planned_argument_bytes: int
-    planned_workspace_bytes: int
+    planned_flops: float
 
     @property
     def excess_bytes(self) -> int:
         """By which arguments are more than planned."""
         return self.step.argument_bytes - self.planned_argument_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CandidateFacts:
+    """Of one candidate.
+
+    Attributes:
+      steps: the largest that decodes, and the largest that prefills beside it.
+      sampler_bytes: of the program that draws with all options, for the logits of the latter.
+    """
+
+    candidate: Candidate
+    steps: tuple[StepFacts, ...]
+    sampler_bytes: int
+
+    @property
+    def temporary_bytes(self) -> int:
+        """The most of any program."""
+        return max(self.sampler_bytes, *(fact.step.temporary_bytes for fact in self.steps))
+
+    @property
+    def planned_temporary_bytes(self) -> int:
+        return self.candidate.plan.memory.temporary_bytes
 
 
 def devices_for(planner: Planner) -> str:
@@ -44,42 +72,65 @@ def devices_for(planner: Planner) -> str:
     return planner.cluster.device_kind
 
 
-def compile_steps(planner: Planner, candidate: Candidate) -> list[StepFacts]:
-    """The largest step that decodes, and the largest that prefills beside it, of a few of the layers."""
+def compile_candidates(planner: Planner, candidates: Sequence[Candidate]) -> Iterator[CandidateFacts]:
+    """In their order. Of a few of the layers, several programs at once."""
+    pool = ThreadPoolExecutor(min(_MOST_AT_ONCE, os.cpu_count() or 1))
+    try:
+        jobs = [_submit(pool, planner, candidate) for candidate in candidates]
+        for candidate, (steps, of_sampler) in zip(candidates, jobs, strict=True):
+            facts = tuple(step.result() for step in steps)
+            yield CandidateFacts(candidate=candidate, steps=facts, sampler_bytes=of_sampler.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ThreadPoolExecutor, planner: Planner, candidate: Candidate):
     on_gpus = planner.cluster.name in GPUS and not target.missing()
     num_devices = candidate.num_devices
     devices = devices_of(planner.cluster, num_devices) if on_gpus else jax.devices("cpu")[:num_devices]
     programs, counts = planned_programs(planner, candidate, devices)
-    return [
-        StepFacts(
+    shapes = widest_shapes(candidate.plan.buckets)
+
+    def step(name: str, shape: StepShape) -> StepFacts:
+        return StepFacts(
             name=name,
             step=compile_step(programs, shape, counts),
             planned_argument_bytes=candidate.plan.argument_bytes(shape),
-            planned_workspace_bytes=candidate.plan.memory.workspace_bytes,
+            planned_flops=candidate.model.turn_flops(Load(shape.rows, 0, shape.chunk_tokens)),
         )
-        for name, shape in widest_shapes(candidate.plan.buckets).items()
-    ]
+
+    steps = [pool.submit(step, name, shape) for name, shape in shapes.items()]
+    return steps, pool.submit(sampler_bytes, programs, shapes["prefill"])
 
 
-def text(candidate: Candidate, facts: Sequence[StepFacts], num_layers: int) -> str:
+def text(facts: CandidateFacts, num_layers: int) -> str:
     """Lines for each step; `num_layers` are those of the whole model."""
-    first = facts[0].step
-    seconds = sum(fact.step.lower_seconds + fact.step.compile_seconds for fact in facts)
-    lines = [f"{candidate.mesh}, {first.num_layers} of {num_layers} layers compiled for each kind, {seconds:.1f} s:"]
-    for fact in facts:
-        step, planned = fact.step, fact.planned_workspace_bytes
+    lines = [f"{facts.candidate.mesh}, {facts.steps[0].step.num_layers} of {num_layers} layers compiled:"]
+    for fact in facts.steps:
+        step = fact.step
         lines.append(
             f"  {fact.name}: {format_bytes(step.argument_bytes)} of arguments ({fact.excess_bytes:+d} bytes), of them "
-            f"{format_bytes(step.alias_bytes)} in place; {format_bytes(step.temporary_bytes)} of temporaries "
-            f"({format_bytes(planned)} planned)"
+            f"{format_bytes(step.alias_bytes)} in place; {format_bytes(step.temporary_bytes)} of temporaries"
         )
-        for travels in step.collectives[:_MOST_COLLECTIVES]:
-            where = f"over {','.join(travels.mesh_axes)}"
-            counts = [f"{travels.in_layers} in layers"] * bool(travels.in_layers)
-            counts += [f"{travels.outside} beside them"] * bool(travels.outside)
-            size = f"{travels.dtype} of {format_bytes(travels.num_bytes)}"
-            lines.append(f"    {travels.op} {size} {where}: {' and '.join(counts)}")
-        if smaller := step.collectives[_MOST_COLLECTIVES:]:
-            num_smaller = sum(travels.in_layers + travels.outside for travels in smaller)
-            lines.append(f"    {num_smaller} more, of at most {format_bytes(smaller[0].num_bytes)}")
+        if step.product_flops is not None:
+            ratio = step.product_flops / fact.planned_flops - 1
+            lines.append(f"    {step.product_flops / 1e12:.3f} TFLOP of products in a turn ({ratio:+.1%})")
+        lines += _travelling(step)
+    taken, planned = facts.temporary_bytes, facts.planned_temporary_bytes
+    lines.append(
+        f"  sampling: {format_bytes(facts.sampler_bytes)}; so temporaries are {format_bytes(taken)} at most, planned "
+        f"{format_bytes(planned)} ({planned / taken - 1:+.0%})"
+    )
     return "\n".join(lines)
+
+
+def _travelling(step: CompiledStep) -> Iterator[str]:
+    for travels in step.collectives[:_MOST_COLLECTIVES]:
+        where = f"over {','.join(travels.mesh_axes)}"
+        counts = [f"{travels.in_layers} in layers"] * bool(travels.in_layers)
+        counts += [f"{travels.outside} beside them"] * bool(travels.outside)
+        size = f"{travels.dtype} of {format_bytes(travels.num_bytes)}"
+        yield f"    {travels.op} {size} {where}: {' and '.join(counts)}"
+    if smaller := step.collectives[_MOST_COLLECTIVES:]:
+        num_smaller = sum(travels.in_layers + travels.outside for travels in smaller)
+        yield f"    {num_smaller} more, of at most {format_bytes(smaller[0].num_bytes)}"

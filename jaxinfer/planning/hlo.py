@@ -1,4 +1,4 @@
-"""Collectives in the text of a program as XLA compiled it. Host only.
+"""Collectives and matrix products in the text of a program as XLA compiled it. Host only.
 
 XLA gives no other access to them. What is read was looked at in programs for CPUs and for NVIDIA GPUs, of jax 0.10.2
 and 0.12: results and devices are written in several ways, and what is not known raises ValueError.
@@ -14,6 +14,10 @@ import numpy as np
 
 _OPS = "all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|collective-broadcast"
 _INSTRUCTION = re.compile(rf"^ +(?:ROOT )?(%\S+) = (.*?) ({_OPS})(-start|-done)?\((.*)")
+_RESULT = re.compile(r"^ +(?:ROOT )?(%\S+) = \(?\w+\[([\d,]*)\]")
+_PRODUCT = re.compile(r" (?:dot|custom-call)\((%[\w.-]+)")
+_CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)')  # of a dot, and of a call of cuBLAS
+_SCOPE = re.compile(r'op_name="([^"]*)"')
 _COMPUTATION = re.compile(r"^(ENTRY )?(%\S+) .*\{$")
 _CALLED = re.compile(r"(\w+)=\{?((?:%[\w.-]+(?:, )?)+)")
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
@@ -52,6 +56,38 @@ class Collective:
         return -(-self.num_elements * bits // 8)
 
 
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Two matrices that are multiplied on each device, or batches of them.
+
+    Attributes:
+      flops: two for each multiplication and addition.
+      scope: as of a `Collective`.
+    """
+
+    flops: int
+    scope: str
+
+
+def products(hlo: str) -> list[Product]:
+    """Of a module's text for GPUs, each once, in a loop too. A CPU's has some that look like anything else."""
+    lines, _ = _read(hlo)
+    sizes = {
+        (computation, match[1]): [int(n) for n in match[2].split(",") if n]
+        for computation, line in lines
+        if (match := _RESULT.match(line))
+    }
+    found = []
+    for computation, line in lines:
+        result, call, contracted = _RESULT.match(line), _PRODUCT.search(line), _CONTRACTED.search(line)
+        if result and call and contracted:
+            of_left = sizes[computation, call[1]]
+            summed = math.prod(of_left[int(n)] for n in re.findall(r"\d+", contracted[1]))
+            scope = _SCOPE.search(line)
+            found.append(Product(2 * math.prod(sizes[computation, result[1]]) * summed, scope[1] if scope else ""))
+    return found
+
+
 def collectives(hlo: str) -> list[Collective]:
     """Of a module's text. Of several that XLA made one operation, each.
 
@@ -62,31 +98,31 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def _collectives(hlo: str) -> Iterator[Collective]:
-    instructions, places = _read(hlo)
+    lines, places = _read(hlo)
+    instructions = [(computation, m) for computation, line in lines if (m := _INSTRUCTION.match(line))]
     done = {re.findall(r"%[\w.-]+", m[5])[0]: m[2] for _, m in instructions if m[4] == "-done"}
     for computation, match in instructions:
         name, result, op, phase, rest = match.groups()
         if phase == "-done":
             continue
-        scope = re.search(r'op_name="([^"]*)"', rest)
+        scope = _SCOPE.search(rest)
         is_in_loop, is_in_branch = places.get(computation, (False, False))
         for dtype, num_elements in _arrays(op, done.get(name, result)):
             devices = _devices(rest)
             yield Collective(op, dtype, num_elements, devices, scope[1] if scope else "", is_in_loop, is_in_branch)
 
 
-def _read(hlo: str) -> tuple[list[tuple[str, re.Match[str]]], dict[str, tuple[bool, bool]]]:
-    """Each collective with its computation, and of these whether they are in a loop, and whether in a branch."""
-    instructions, calls = [], collections.defaultdict(list)
+def _read(hlo: str) -> tuple[list[tuple[str, str]], dict[str, tuple[bool, bool]]]:
+    """Lines with their computation, and of these whether they are in a loop, and whether in a branch."""
+    lines, calls = [], collections.defaultdict(list)
     computation = entry = ""
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
             computation = header[2]
             entry = computation if header[1] else entry
-        elif match := _INSTRUCTION.match(line):
-            instructions.append((computation, match))
+        lines.append((computation, line))
         calls[computation] += _CALLED.findall(line)
-    return instructions, _places(entry, calls)
+    return lines, _places(entry, calls)
 
 
 def _places(entry: str, calls: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[bool, bool]]:

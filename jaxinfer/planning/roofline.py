@@ -16,44 +16,12 @@ from jaxinfer.integers import cdiv
 from jaxinfer.layouts import AxisSplits
 from jaxinfer.planning.clusters import Cluster
 from jaxinfer.planning.hardware import Link
+from jaxinfer.planning.loads import LayerKind, Load
 from jaxinfer.planning.weight_shapes import DeviceWeights, MeshWeights
 from jaxinfer.stages import num_microbatches
 from sharding_rules import axes as ax
 
 _FLOAT32 = 4
-
-
-class AttentionLoad(NamedTuple):
-    """Of one layer on one device.
-
-    Attributes:
-      num_q_heads: on the device.
-      head_dim, out_dim: of keys, and of values.
-      token_bytes: that the cache has of a token there.
-      window: tokens that a query sees; None: all.
-    """
-
-    num_q_heads: int
-    head_dim: int
-    out_dim: int
-    token_bytes: int
-    window: int | None
-
-    def seen(self, num_tokens: float) -> float:
-        """Of so many tokens."""
-        return num_tokens if self.window is None else min(num_tokens, self.window)
-
-    def flops(self, num_tokens: float) -> float:
-        """Of a query that sees so many tokens, if there is no window."""
-        return 2 * self.num_q_heads * (self.head_dim + self.out_dim) * self.seen(num_tokens)
-
-
-class LayerKind(NamedTuple):
-    """Slots for layers that cost the same on a device."""
-
-    attention: AttentionLoad
-    has_experts: bool
-    num_slots: int
 
 
 class Collective(NamedTuple):
@@ -80,22 +48,6 @@ class Collective(NamedTuple):
         passes = 2 if self.op == "all-reduce" else 1
         sent = passes * (group_size - 1) / group_size * self.num_bytes
         return self.times * (link.latency_s + sent / link.bytes_per_s)
-
-
-class Load(NamedTuple):
-    """What a step does in each data shard.
-
-    Attributes:
-      rows: sequences that decode.
-      context: tokens that each of them has cached, on average.
-      chunk_tokens: tokens of prompts.
-      chunk_context: tokens that each of these sees, on average.
-    """
-
-    rows: int
-    context: float
-    chunk_tokens: int = 0
-    chunk_context: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,6 +135,13 @@ class MeshModel:
         parts, part = self._microbatches(load)
         done = [*((n, flops) for n, flops, _ in self._turn_products(part)), *self._attention(part)]
         return parts * sum(flops for _, flops in done), parts * sum(num_bytes for num_bytes, _ in done)
+
+    def turn_flops(self, load: Load) -> float:
+        """Of products in a turn on a device, but for those of experts and of attention: as XLA compiles them."""
+        _, part = self._microbatches(load)
+        stage = max(of_stage.dense_numbers for of_stage in self.weights.stages)
+        head = self.weights.head.dense_numbers * self._num_drawn(part)
+        return 2 * (stage * (part.rows + part.chunk_tokens) + head)
 
     def _microbatches(self, load: Load) -> tuple[int, Load]:
         """How many, and each one's share."""

@@ -12,7 +12,7 @@ from jaxinfer.batch import Buckets, ChunkArrays, StepBatch, StepShape
 from jaxinfer.compilations import compile_all
 from jaxinfer.integers import cdiv
 from jaxinfer.parameters import ModelDefinition
-from jaxinfer.planning.roofline import Load
+from jaxinfer.planning.loads import Load
 from jaxinfer.step_programs import StepPrograms
 from jaxinfer.steps import Arrays, SlotState
 

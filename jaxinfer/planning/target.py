@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import pathlib
 import shutil
+import threading
 from collections.abc import Iterator
 
 import jax
@@ -88,28 +89,53 @@ def devices(gpu: GPU, devices_per_node: int = 1, num_nodes: int = 1) -> list[jax
 
 
 @contextlib.contextmanager
-def compiling_for(mesh: Mesh) -> Iterator[dict[str, str | bool]]:
+def compiling_for(mesh: Mesh, *, optimized: bool = True) -> Iterator[dict[str, str | bool]]:
     """Within it, programs are lowered and compiled for a mesh of `devices`, or of CPUs that are there.
 
     Gives the options that XLA needs then: the code is as good as on a machine that has the GPUs, but for what is tried
-    out there: there is no device to time candidates on.
+    out there: there is no device to time candidates on. If not `optimized`, machine code is worse and comes sooner;
+    memory and collectives are decided before. Several threads may be in it.
     """
     if mesh.devices.flat[0].platform == "cpu":
         yield {}
         return
-    with _without_cache(), jax.set_mesh(mesh):  # Pallas asks the mesh which GPU it is
-        yield {"xla_gpu_autotune_level": "0", "xla_backend_optimization_level": "3"}
+    level = _OPTIMIZED if optimized else _QUICK
+    with _without_cache, jax.set_mesh(mesh):  # Pallas asks the mesh which GPU it is
+        yield {"xla_gpu_autotune_level": "0", **level}
 
 
-@contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
+_OPTIMIZED: dict[str, str | bool] = {"xla_backend_optimization_level": "3"}
+_QUICK: dict[str, str | bool] = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_gpu_disable_gpuasm_optimizations": True,
+}
+
+
+class _WithoutCache:
     """What is compiled without a GPU JAX writes to its cache on disk, and cannot read again."""
-    name = "jax_enable_compilation_cache"
-    was_enabled = getattr(jax.config, name)
-    jax.config.update(name, False)
-    compilation_cache.reset_cache()  # or what it found before is still believed
-    try:
-        yield
-    finally:
-        jax.config.update(name, was_enabled)
-        compilation_cache.reset_cache()
+
+    _NAME = "jax_enable_compilation_cache"
+
+    def __init__(self):
+        self._lock, self._num_inside, self._was_enabled = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_inside == 0:
+                self._was_enabled = getattr(jax.config, self._NAME)
+                self._enable(False)
+            self._num_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if self._num_inside == 0:
+                self._enable(self._was_enabled)
+
+    def _enable(self, is_enabled: bool) -> None:
+        jax.config.update(self._NAME, is_enabled)
+        compilation_cache.reset_cache()  # or what it found before is still believed
+
+
+_without_cache = _WithoutCache()

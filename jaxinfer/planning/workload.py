@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable
 
 from jaxinfer.integers import cdiv
-from jaxinfer.planning.roofline import Load, MeshModel, StepTime
+from jaxinfer.planning.loads import Load
+from jaxinfer.planning.roofline import MeshModel, StepTime
 from jaxinfer.unknown_names import suggestion
 from sharding_rules import axes as ax
 

@@ -22,7 +22,7 @@ from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
 from jaxinfer.request import Request
 from jaxinfer.runner import Runner
-from jaxinfer.sampler_programs import SamplerPrograms
+from jaxinfer.sampler_lowerings import SamplerLowerings
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.shard import ShardSizes
@@ -191,7 +191,7 @@ def _shuffle_pages(allocator) -> None:
 def greedy_only() -> Iterator[None]:
     """Without what samples, which is the same for all families, a model compiles in half the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SamplerPrograms, "lowerings", lambda *_: {})
+        patch.setattr(SamplerLowerings, "all", lambda *_: {})
         patch.setattr(steps, "sample", lambda logits, *_: jnp.argmax(logits, axis=-1).astype(jnp.int32))
         yield
 

@@ -1,0 +1,51 @@
+"""`run_inference --dry_run`: what an engine would take of the devices that are here, without weights."""
+
+import pathlib
+
+import pytest
+
+from jaxinfer.planning import calibration
+from jaxinfer.planning.clusters import Rates
+from tests import tiny_model
+from tests.command_line import run_here
+
+RATES = Rates(
+    bytes_per_s=20e9,
+    flops=((1, 10e9), (32, 100e9)),
+    attention_bytes_per_s=5e9,
+    attention_flops=25e9,
+    logits_per_s=1e7,
+    layer_s=2e-4,
+    token_s=1e-6,
+    step_s=5e-4,
+)
+
+
+@pytest.fixture(autouse=True)
+def rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without measuring."""
+    monkeypatch.setattr(calibration, "measure_rates", lambda: RATES)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Whose weights nobody could load."""
+    directory = tiny_model.make(tmp_path_factory.mktemp("models") / "tiny")
+    for path in directory.glob("*.safetensors"):
+        path.write_bytes(b"")
+    return directory
+
+
+def test_it_says_what_would_fit_and_how_fast_it_would_be(model_dir: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    assert run_here(f"--model={model_dir}", "--dry_run", "--mesh=data:2,tensor:2", "--max_num_seqs=4") == 0
+    out, _ = capsys.readouterr()
+    assert "memory per device:" in out and "programs to compile:" in out
+    assert "data:2,tensor:2" in out and "20 GB/s of memory" not in out, "each device has its share"
+    assert "5 GB/s of memory" in out
+
+
+def test_an_engine_that_would_not_fit_is_refused_as_when_it_runs(
+    model_dir: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run_here(f"--model={model_dir}", "--dry_run", "--kv_cache_bytes=1") == 1
+    assert "--kv_cache_bytes=1 is less than" in capsys.readouterr().err
