@@ -7,6 +7,7 @@
 The plan goes to stdout. A user's mistake ends in one line and exit code 1.
 """
 
+import gc
 import os
 import pathlib
 import sys
@@ -58,7 +59,7 @@ def run() -> None:
         logging.set_verbosity(logging.WARNING)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's, of what a GPU that is not there would be asked
     from jaxinfer.planning import plan, plots, report
-    from jaxinfer.planning.candidates import Candidate, ranked
+    from jaxinfer.planning.candidates import Candidate, Rejection, ranked
 
     if plan_flags.PLOT.value:
         plots.check(plan_flags.PLOT.value)
@@ -82,7 +83,7 @@ def run() -> None:
     found = [*planner.candidates()]
     print(report.text(planner, found, plan_flags.TOP.value, _model_to_run(), mem_fraction))
     if not any(isinstance(each, Candidate) for each in found):
-        enough = planner.more_devices()
+        enough = planner.more_devices([each for each in found if isinstance(each, Rejection)])
         hint = f"; --devices={cluster.name}:{enough} would do" if enough and not fields.get("mesh") else ""
         raise RuntimeError(f"none of these meshes can be, as the lines above say{hint}")
     best = ranked([each for each in found if isinstance(each, Candidate)], workload.objective)
@@ -102,6 +103,7 @@ def _compile(planner: "Planner", best: "list[Candidate]") -> None:
 
     print(f"\nsteps compiled for {facts.devices_for(planner)}:")
     start = time.monotonic()
+    gc.disable()  # a fifth of the time, and this process ends soon
     for of_candidate in facts.compile_candidates(planner, best[: plan_flags.COMPILE.value]):
         print(facts.text(of_candidate, planner.model.num_layers), flush=True)
     print(f"compiled in {time.monotonic() - start:.1f} s")

@@ -2,7 +2,7 @@
 
     python tools/plan_check.py                                               # five random Llamas, float32, CPU
     python tools/plan_check.py --output=docs/benchmarks/plan_cpu.json
-    python tools/plan_check.py --devices=h100 --models=8b --rounds=20        # on that GPU, bfloat16
+    python tools/plan_check.py --device=h100 --models=8b --rounds=20         # on that GPU, bfloat16
 
 Steps decode 1 and 8 rows behind a short and a long context, or prefill a chunk of a prompt. Those of a model are timed
 by turns, and the figure is the median of the rounds. A CPU is calibrated in the same rounds, for on a machine that is
@@ -38,7 +38,7 @@ from jaxinfer.planning.step_timer import StepTimer
 from jaxinfer.planning.workload import Workload
 from jaxinfer.tools import bench_models, bench_record
 
-_DEVICES = flags.DEFINE_string("devices", "cpu", "What the steps run on, as plan_mesh spells it; one of them.")
+_DEVICE = flags.DEFINE_string("device", "cpu", "What the steps run on, as plan_mesh spells it.")
 _MODELS = flags.DEFINE_list("models", ["12m", "46m", "125m", "254m", "476m"], "Shapes of random Llamas.")
 _LAYERS = flags.DEFINE_integer("layers", None, "Layers, instead of the shapes'.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds.", lower_bound=1)
@@ -155,13 +155,13 @@ def check(
 def main(argv: list[str]) -> None:
     del argv
     of_steps = loads([*map(int, _ROWS.value)], [*map(int, _CONTEXTS.value)], _CHUNK.value)
-    if parse_devices(_DEVICES.value)[0] == CPU:
+    if parse_devices(_DEVICE.value)[0] == CPU:
         calibration = Calibration(QUICK) if _QUICK.value else Calibration()
         cluster = cpu_cluster(1, calibration.rates([calibration.run()]))
     else:
-        calibration, cluster = None, plan.cluster(_DEVICES.value)
+        calibration, cluster = None, plan.cluster(_DEVICE.value)
     if cluster.platform != jax.default_backend():
-        raise app.UsageError(f"--devices={_DEVICES.value} is a {cluster.platform}; JAX runs on {jax.devices()[0]}")
+        raise app.UsageError(f"--device={_DEVICE.value} is a {cluster.platform}; JAX runs on {jax.devices()[0]}")
     results = []
     for name in _MODELS.value:
         hf = HFConfig(bench_models.hf_config(name, _LAYERS.value))

@@ -68,7 +68,7 @@ def compare(name: str, wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]
     found = {mesh: planner.candidate(mesh) for mesh in wanted}
     yield from ((mesh, {"refused": each.reason}) for mesh, each in found.items() if isinstance(each, Rejection))
     candidates = {mesh: each for mesh, each in found.items() if isinstance(each, Candidate)}
-    of_each = facts.compile_candidates(planner, [*candidates.values()])
+    of_each = facts.compile_candidates(planner, [*candidates.values()], all_samplers=True)
     yield from ((mesh, of_candidate(compiled)) for mesh, compiled in zip(candidates, of_each, strict=True))
 
 

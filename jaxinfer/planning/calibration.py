@@ -53,10 +53,10 @@ class Sizes:
     matrix: tuple[int, int] = (8192, 2048)
     num_pairs: int = 2
     num_tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 65, 128, 256, 512)
-    depths: tuple[int, int] = (2, 6)
+    depths: tuple[int, int] = (2, 4)
     rows: int = 8
     contexts: tuple[int, int] = (64, 960)
-    chunk: int = 512
+    chunk: int = 256
     vocab_size: int = 8192
     embed_dim: int = 256
 

@@ -3,7 +3,7 @@
 import bisect
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 
@@ -60,11 +60,17 @@ class Rejection:
 
     Attributes:
       excess_bytes: of a device, where it is memory that it lacks.
+      is_too_slow: whether it holds the model, and misses what is asked of its speed.
     """
 
     mesh: str
     reason: str
     excess_bytes: int | None = None
+    is_too_slow: bool = False
+
+
+class _TooSlow(ValueError):
+    pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,9 +108,12 @@ class Planner:
                     for sharding in self._strategies(sizes):
                         yield self.candidate(mesh_text(sizes), sharding)
 
-    def more_devices(self) -> int | None:
-        """How many of these devices would do, twice as many again and again; None where that does not help."""
-        for factor in (2, 4, 8, 16, 32):
+    def more_devices(self, rejected: Sequence[Rejection] = ()) -> int | None:
+        """How many of these devices would do, twice as many again and again; None where that does not help.
+
+        Where meshes that were `rejected` are too slow, it is not looked for far: there is a time for each mesh.
+        """
+        for factor in (2, 4) if any(each.is_too_slow for each in rejected) else (2, 4, 8, 16, 32):
             nodes, each = self.cluster.num_nodes, self.cluster.devices_per_node
             grown = min(factor * each, max(each, self.cluster.most_per_node))
             cluster = dataclasses.replace(
@@ -127,6 +136,8 @@ class Planner:
             return _OnMesh(self, mesh, sharding).candidate(name)
         except DoesNotFit as error:
             return Rejection(name, error.short, error.excess_bytes)
+        except _TooSlow as error:
+            return Rejection(name, str(error), is_too_slow=True)
         except ValueError as error:
             return Rejection(name, str(error))
 
@@ -161,7 +172,7 @@ class _OnMesh:
             rows = decoder_plan.rows_per_shard(dataclasses.replace(self._config, max_num_seqs=num_seqs), self._splits)
             performance = performance_of(min(rows, most))
         if missed := performance.misses(workload):
-            raise ValueError(missed)
+            raise _TooSlow(missed)
         return Candidate(
             mesh=name,
             config=dataclasses.replace(self._config, max_num_seqs=num_seqs),

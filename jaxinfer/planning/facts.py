@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
@@ -46,17 +46,17 @@ class CandidateFacts:
 
     Attributes:
       steps: the largest that decodes, and the largest that prefills beside it.
-      sampler_bytes: of the program that draws with all options, for the logits of the latter.
+      sampler_bytes: of the program that draws with all options, for the logits of the latter; None if not compiled.
     """
 
     candidate: Candidate
     steps: tuple[StepFacts, ...]
-    sampler_bytes: int
+    sampler_bytes: int | None
 
     @property
     def temporary_bytes(self) -> int:
         """The most of any program."""
-        return max(self.sampler_bytes, *(fact.step.temporary_bytes for fact in self.steps))
+        return max(self.sampler_bytes or 0, *(fact.step.temporary_bytes for fact in self.steps))
 
     @property
     def planned_temporary_bytes(self) -> int:
@@ -72,19 +72,29 @@ def devices_for(planner: Planner) -> str:
     return planner.cluster.device_kind
 
 
-def compile_candidates(planner: Planner, candidates: Sequence[Candidate]) -> Iterator[CandidateFacts]:
-    """In their order. Of a few of the layers, several programs at once."""
+def compile_candidates(
+    planner: Planner, candidates: Sequence[Candidate], *, all_samplers: bool = False
+) -> Iterator[CandidateFacts]:
+    """In their order. Of a few of the layers, several programs at once.
+
+    What draws is compiled for the first only, unless `all_samplers`: elsewhere it takes as much for as many logits.
+    """
     pool = ThreadPoolExecutor(min(_MOST_AT_ONCE, os.cpu_count() or 1))
     try:
-        jobs = [_submit(pool, planner, candidate) for candidate in candidates]
+        jobs = [
+            _submit(pool, planner, candidate, draws=all_samplers or i == 0) for i, candidate in enumerate(candidates)
+        ]
         for candidate, (steps, of_sampler) in zip(candidates, jobs, strict=True):
             facts = tuple(step.result() for step in steps)
-            yield CandidateFacts(candidate=candidate, steps=facts, sampler_bytes=of_sampler.result())
+            sampler = of_sampler.result() if of_sampler is not None else None
+            yield CandidateFacts(candidate=candidate, steps=facts, sampler_bytes=sampler)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ThreadPoolExecutor, planner: Planner, candidate: Candidate):
+def _submit(
+    pool: ThreadPoolExecutor, planner: Planner, candidate: Candidate, *, draws: bool
+) -> tuple[list[Future[StepFacts]], Future[int] | None]:
     on_gpus = planner.cluster.name in GPUS and not target.missing()
     num_devices = candidate.num_devices
     devices = devices_of(planner.cluster, num_devices) if on_gpus else jax.devices("cpu")[:num_devices]
@@ -100,7 +110,7 @@ def _submit(pool: ThreadPoolExecutor, planner: Planner, candidate: Candidate):
         )
 
     steps = [pool.submit(step, name, shape) for name, shape in shapes.items()]
-    return steps, pool.submit(sampler_bytes, programs, shapes["prefill"])
+    return steps, pool.submit(sampler_bytes, programs, shapes["prefill"]) if draws else None
 
 
 def text(facts: CandidateFacts, num_layers: int) -> str:
@@ -117,10 +127,15 @@ def text(facts: CandidateFacts, num_layers: int) -> str:
             lines.append(f"    {step.product_flops / 1e12:.3f} TFLOP of products in a turn ({ratio:+.1%})")
         lines += _travelling(step)
     taken, planned = facts.temporary_bytes, facts.planned_temporary_bytes
-    lines.append(
-        f"  sampling: {format_bytes(facts.sampler_bytes)}; so temporaries are {format_bytes(taken)} at most, planned "
-        f"{format_bytes(planned)} ({planned / taken - 1:+.0%})"
-    )
+    if facts.sampler_bytes is None:
+        lines.append(
+            f"  temporaries planned: {format_bytes(planned)}, for sampling with all options, which is not compiled"
+        )
+    else:
+        lines.append(
+            f"  sampling with all options: {format_bytes(facts.sampler_bytes)} of temporaries; the most is "
+            f"{format_bytes(taken)}, planned {format_bytes(planned)} ({planned / taken - 1:+.1%})"
+        )
     return "\n".join(lines)
 
 

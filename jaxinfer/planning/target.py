@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import pathlib
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 
@@ -99,7 +100,7 @@ def compiling_for(mesh: Mesh, *, optimized: bool = True) -> Iterator[dict[str, s
     if mesh.devices.flat[0].platform == "cpu":
         yield {}
         return
-    level = _OPTIMIZED if optimized else _QUICK
+    level = _OPTIMIZED if optimized else _QUICK | {"xla_gpu_kernel_cache_file": _kernel_cache()}
     with _without_cache, jax.set_mesh(mesh):  # Pallas asks the mesh which GPU it is
         yield {"xla_gpu_autotune_level": "0", **level}
 
@@ -109,7 +110,23 @@ _QUICK: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": True,
     "xla_gpu_disable_gpuasm_optimizations": True,
+    "xla_gpu_enable_llvm_module_compilation_parallelism": True,  # or kernels are not kept
 }
+
+
+def _kernel_cache() -> str:
+    """For XLA to keep what it compiled while this process lives: programs of similar meshes have much in common."""
+    with _lock:
+        directory = _temporary_directory()
+    return f"{directory.name}/{threading.get_ident()}"  # a file that two write at once is lost
+
+
+@functools.cache
+def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="jaxinfer-kernels-")
+
+
+_lock = threading.Lock()
 
 
 class _WithoutCache:
