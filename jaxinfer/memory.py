@@ -23,7 +23,8 @@ from jaxinfer.step_plan import num_chunks
 from pallas_kernels import grouped_matmul
 from sharding_rules import axes as ax
 
-# Of all logits on one device, as XLA was seen to allocate: processed, noise, and what the search for top-p keeps.
+# Of all logits on one device, as XLA was seen to allocate: as they are, processed, noise, and what the search for top-p
+# keeps.
 _LOGITS_COPIES = {"cpu": 8, "gpu": 6}
 
 
@@ -125,8 +126,8 @@ class Demand:
     def _sampling_bytes(self, num_drawn: int) -> int:
         """Of the program that draws with all options. It is given logits as the head computed them, in shards."""
         copies = _LOGITS_COPIES.get(self.platform, _LOGITS_COPIES["gpu"])
-        logits = 4 * num_drawn * self.model.vocab_size
-        return copies * logits + logits // self.splits.num_shards(ax.VOCAB)
+        logits, num_shards = 4 * num_drawn * self.model.vocab_size, self.splits.num_shards(ax.VOCAB)
+        return copies * logits + (logits // num_shards if num_shards > 1 else 0)
 
     def _mlp_bytes(self, num_tokens: int) -> int:
         """Of the widest MLP on one device."""
