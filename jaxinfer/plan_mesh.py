@@ -52,6 +52,11 @@ def run() -> None:
     EngineConfig(**fields)
     if plan_flags.DEVICES.value is None:
         raise ValueError("--devices is missing; give what to plan for, as --devices=h100:8")
+    if plan_flags.COMPILE.value and plan_flags.WEIGHT_DTYPE.value != "auto":
+        raise ValueError(
+            f"--compile={plan_flags.COMPILE.value}: there is no program for --weight_dtype="
+            f"{plan_flags.WEIGHT_DTYPE.value} yet; leave one of them out"
+        )
     devices.prefer_cpu()
     if plan_flags.COMPILE.value:  # where GPUs cannot be compiled for, CPU devices stand in for them
         devices.set_num_cpu_devices(_num_devices())
@@ -68,9 +73,12 @@ def run() -> None:
         devices_per_node=plan_flags.NUM_GPUS_PER_NODE.value,
         **{flag.name: flag.value for flag in _LINKS if flag.value is not None},
     )
+    if cluster.platform != "gpu" and plan_flags.MEM_FRACTION.present:
+        raise ValueError(f"--mem_fraction={plan_flags.MEM_FRACTION.value}: is for GPUs; --memory_fraction is for all")
     mem_fraction = plan_flags.MEM_FRACTION.value if cluster.platform == "gpu" else None
     model_config = plan.read_model_config(fields.pop("model", None))
-    workload = plan_flags.workload(model_config.max_position)
+    most = model_config.max_position
+    workload = plan_flags.workload(min(most, fields.get("max_model_len") or most))
     given = {name for name in fields if flags.FLAGS[name].present}
     planner = plan.planner(
         model_config,
@@ -81,10 +89,13 @@ def run() -> None:
         mem_fraction=mem_fraction,
     )
     found = [*planner.candidates()]
-    print(report.text(planner, found, plan_flags.TOP.value, _model_to_run(), mem_fraction))
+    packed = plan_flags.WEIGHT_DTYPE.value
+    print(report.text(planner, found, plan_flags.TOP.value, mem_fraction))
+    if packed == "auto" and any(isinstance(each, Candidate) for each in found):
+        print(f"\n{report.to_run(planner, found, _model_to_run(), mem_fraction)}")
     if not any(isinstance(each, Candidate) for each in found):
         enough = planner.more_devices([each for each in found if isinstance(each, Rejection)])
-        hint = f"; --devices={cluster.name}:{enough} would do" if enough and not fields.get("mesh") else ""
+        hint = f"; --devices={enough} would do" if enough and not fields.get("mesh") else ""
         raise RuntimeError(f"none of these meshes can be, as the lines above say{hint}")
     best = ranked([each for each in found if isinstance(each, Candidate)], workload.objective)
     if plan_flags.BARS.value:
@@ -94,7 +105,7 @@ def run() -> None:
         say(f"plan_mesh: wrote {plan_flags.PLOT.value}")
     if plan_flags.COMPILE.value:
         _compile(planner, best)
-    if (packed := plan_flags.WEIGHT_DTYPE.value) != "auto":
+    if packed != "auto":
         print(f"\nwhat if: no engine loads weights of {packed} yet")
 
 

@@ -50,7 +50,7 @@ def test_an_assembler_on_the_path(monkeypatch: pytest.MonkeyPatch):
 def test_the_description_has_the_gpus_facts():
     words = target.description(GPUS["l40s"]).split()
     facts = {word: following for word, following in itertools.pairwise(words) if word.endswith(":")}
-    assert (facts["core_count:"], facts["device_memory_size:"]) == ("142", str(48 * 2**30))
+    assert (facts["core_count:"], facts["device_memory_size:"]) == ("142", str(GPUS["l40s"].memory_bytes))
     assert (facts["memory_bandwidth:"], facts["threads_per_core_limit:"]) == ("864000000000", "1536")
     assert (facts["shared_memory_per_block_optin:"], facts["clock_rate_ghz:"]) == (str(99 * 2**10), "2.52")
 

@@ -114,8 +114,9 @@ def table() -> str:
 
 
 def example() -> str:
-    """What `plan_mesh --model=EXAMPLE --devices=h100:8` prints."""
+    """What `plan_mesh --model=EXAMPLE --devices=h100:8 --top=5` prints."""
     case = Case(title="", config=pathlib.Path(EXAMPLE).stem, devices="h100:8", dtype="auto")
     planner = case.planner()
-    printed = report.text(planner, [*planner.candidates()], _EXAMPLE_TOP, "path/to/model", MEM_FRACTION)
-    return f"```text\n{printed}\n```"
+    found = [*planner.candidates()]
+    command = report.to_run(planner, found, "path/to/model", MEM_FRACTION)
+    return f"```text\n{report.text(planner, found, _EXAMPLE_TOP, MEM_FRACTION)}\n\n{command}\n```"

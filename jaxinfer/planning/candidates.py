@@ -108,8 +108,8 @@ class Planner:
                     for sharding in self._strategies(sizes):
                         yield self.candidate(mesh_text(sizes), sharding)
 
-    def more_devices(self, rejected: Sequence[Rejection] = ()) -> int | None:
-        """How many of these devices would do, twice as many again and again; None where that does not help.
+    def more_devices(self, rejected: Sequence[Rejection] = ()) -> str | None:
+        """As `--devices` spells it what would do, twice as many again and again; None where that does not help.
 
         Where meshes that were `rejected` are too slow, it is not looked for far: there is a time for each mesh.
         """
@@ -121,7 +121,8 @@ class Planner:
             )
             larger = dataclasses.replace(self, cluster=cluster)
             if any(isinstance(found, Candidate) for found in larger.candidates()):
-                return cluster.num_devices
+                name, nodes, each = cluster.name, cluster.num_nodes, cluster.devices_per_node
+                return f"{name}:{nodes}x{each}" if nodes > 1 else f"{name}:{each}"
         return None
 
     def _strategies(self, sizes: dict[str, int]) -> tuple[str, ...]:
@@ -148,7 +149,8 @@ class _OnMesh:
     def __init__(self, planner: Planner, mesh: str, sharding: str):
         self._planner = planner
         self._config = dataclasses.replace(planner.config, mesh=mesh, sharding=sharding)
-        self._splits = splits = Layout.create(mesh, sharding, planner.cluster.device_kind)
+        splits = Layout.create(mesh, sharding, planner.cluster.device_kind)
+        self._splits = splits = splits.fitted(ax.VOCAB, planner.model.vocab_size)  # as `ModelDefinition` does
         self._num_shards = splits.num_shards(ax.BATCH)
         self._weights = planner.weights.on_mesh(splits)
         model, _ = decoder_plan.with_experts(planner.model, self._config, splits, planner.cluster)

@@ -11,7 +11,9 @@ from sharding_rules import axes as ax
 
 CPU = "cpu"
 _MOST_DEVICES = 4096
-_SAMPLING_BYTES = 8 * 4  # of a logit: passes over float32, for softmax, noise, and the search for where top-p cuts
+# Of a logit: passes over 4 bytes for softmax and noise, and the searches for where top-k and top-p cut, each of which
+# reads logits and their weights for every bit of a float32.
+_SAMPLING_BYTES = 8 * 4 + 2 * 32 * (4 + 4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,12 +130,23 @@ class Cluster:
         nodes = f"{self.num_nodes} node{'s' if self.num_nodes > 1 else ''}"
         return f"{self.num_devices} x {self.device_kind}, {nodes}{inside}{across}"
 
+    def in_float32(self) -> "Cluster":
+        """GPUs whose products are those of full float32, outside of the matrix unit. As it is without GPUs."""
+        if self.name not in GPUS:
+            return self
+        gpu, rates = GPUS[self.name], self.rates
+        share = gpu.flops_float32 / gpu.flops
+        flops = tuple((num_tokens, share * rate) for num_tokens, rate in rates.flops)
+        rates = dataclasses.replace(rates, flops=flops, attention_flops=share * rates.attention_flops)
+        return dataclasses.replace(self, rates=rates)
+
     def link_of(self, mesh_axes: Iterable[str], mesh: Mapping[str, int]) -> Link:
         """The slowest over which devices along these axes of a mesh meet. The last axis joins neighbours."""
         order = [axis for axis in ax.MESH_AXES if axis in mesh]
         widest = min((order.index(axis) for axis in mesh_axes if mesh.get(axis, 1) > 1), default=len(order))
         span = math.prod(mesh[axis] for axis in order[widest:])
-        return self.link if self.devices_per_node % span == 0 else self.network
+        is_inside = math.prod(mesh.values()) <= self.devices_per_node or self.devices_per_node % span == 0
+        return self.link if is_inside else self.network
 
 
 def parse_devices(text: str, *, devices_per_node: int | None = None) -> tuple[str, int, int]:
@@ -166,7 +179,7 @@ def parse_devices(text: str, *, devices_per_node: int | None = None) -> tuple[st
 
 
 def gpu_cluster(name: str, num_nodes: int, devices_per_node: int, efficiency: Efficiency) -> Cluster:
-    """Of GPUs as `hardware` describes them."""
+    """Of GPUs as `hardware` describes them, for products of 16-bit numbers."""
     gpu = GPUS[name]
     rates = Rates(
         bytes_per_s=efficiency.bandwidth * gpu.bandwidth,

@@ -5,8 +5,6 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import jax
-
 from jaxinfer.batch import StepShape
 from jaxinfer.planner import format_bytes
 from jaxinfer.planning import target
@@ -64,7 +62,7 @@ class CandidateFacts:
 
 
 def devices_for(planner: Planner) -> str:
-    """Prepares nothing; says what steps would be compiled for. Temporaries of CPUs are another compiler's."""
+    """What steps are compiled for, in words."""
     if planner.cluster.name in GPUS and (reason := target.missing()):
         return (
             f"virtual CPU devices, whose temporaries are only near those of a {planner.cluster.device_kind}: {reason}"
@@ -95,10 +93,7 @@ def compile_candidates(
 def _submit(
     pool: ThreadPoolExecutor, planner: Planner, candidate: Candidate, *, draws: bool
 ) -> tuple[list[Future[StepFacts]], Future[int] | None]:
-    on_gpus = planner.cluster.name in GPUS and not target.missing()
-    num_devices = candidate.num_devices
-    devices = devices_of(planner.cluster, num_devices) if on_gpus else jax.devices("cpu")[:num_devices]
-    programs, counts = planned_programs(planner, candidate, devices)
+    programs, counts = planned_programs(planner, candidate, devices_of(planner.cluster, candidate.num_devices))
     shapes = widest_shapes(candidate.plan.buckets)
 
     def step(name: str, shape: StepShape) -> StepFacts:

@@ -7,7 +7,7 @@ but what collectives of small arrays were published to take; `--link_latency_s` 
 import dataclasses
 from typing import Any
 
-_KIB, _MIB, _GIB = 2**10, 2**20, 2**30
+_KIB, _MIB = 2**10, 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ class GPU:
     Attributes, where the name does not say it:
       device_kind: as JAX calls it.
       capability: compute capability.
-      memory_bytes: that the driver shows.
+      memory_bytes: that CUDA counts, less than what it is sold with; of most to 0.1 GiB, as programs print it.
       bandwidth: of its memory, bytes per second.
-      flops: dense products of 16-bit numbers, per second; of 8 bits `flops_8_bit`, where there is hardware for it.
+      flops: dense products of 16-bit numbers, per second.
       flops_float32: outside of the matrix unit.
       link: to the others of its node.
       network: to other nodes.
@@ -58,7 +58,6 @@ class GPU:
     memory_bytes: int
     bandwidth: float
     flops: float
-    flops_8_bit: float | None = None
     flops_float32: float
     link: Link
     network: Link
@@ -68,6 +67,10 @@ class GPU:
     block_shared_bytes: int
     l2_bytes: int
     clock_ghz: float
+
+
+def _gib(size: float) -> int:
+    return int(size * 2**30)
 
 
 _AMPERE_80: dict[str, Any] = {"capability": (8, 0), "shared_bytes": 164 * _KIB, "block_shared_bytes": 163 * _KIB}
@@ -86,7 +89,6 @@ _A100: dict[str, Any] = _AMPERE_80 | {
 }
 _H100: dict[str, Any] = _HOPPER | {
     "flops": 989e12,
-    "flops_8_bit": 1979e12,
     "flops_float32": 67e12,
     "link": NVLINK_4,
     "network": INFINIBAND_400,
@@ -97,11 +99,11 @@ _H100: dict[str, Any] = _HOPPER | {
 _CARD: dict[str, Any] = {"link": PCIE_4, "network": ETHERNET_25}
 
 GPUS: dict[str, GPU] = {
-    "a100-40g": GPU(device_kind="NVIDIA A100-SXM4-40GB", memory_bytes=40 * _GIB, bandwidth=1.555e12, **_A100),
-    "a100-80g": GPU(device_kind="NVIDIA A100-SXM4-80GB", memory_bytes=80 * _GIB, bandwidth=2.039e12, **_A100),
+    "a100-40g": GPU(device_kind="NVIDIA A100-SXM4-40GB", memory_bytes=_gib(39.45), bandwidth=1.555e12, **_A100),
+    "a100-80g": GPU(device_kind="NVIDIA A100-SXM4-80GB", memory_bytes=_gib(79.15), bandwidth=2.039e12, **_A100),
     "a10-24g": GPU(
         device_kind="NVIDIA A10",
-        memory_bytes=24_146_608_128,
+        memory_bytes=_gib(22.1),
         bandwidth=600e9,
         flops=125e12,
         flops_float32=31.2e12,
@@ -114,7 +116,7 @@ GPUS: dict[str, GPU] = {
     ),
     "a6000-48g": GPU(
         device_kind="NVIDIA RTX A6000",
-        memory_bytes=48 * _GIB,
+        memory_bytes=_gib(47.5),
         bandwidth=768e9,
         flops=154.8e12,
         flops_float32=38.7e12,
@@ -127,7 +129,7 @@ GPUS: dict[str, GPU] = {
     ),
     "rtx3090-24g": GPU(
         device_kind="NVIDIA GeForce RTX 3090",
-        memory_bytes=24 * _GIB,
+        memory_bytes=_gib(23.69),
         bandwidth=936e9,
         flops=71e12,
         flops_float32=35.6e12,
@@ -140,10 +142,9 @@ GPUS: dict[str, GPU] = {
     ),
     "rtx4090-24g": GPU(
         device_kind="NVIDIA GeForce RTX 4090",
-        memory_bytes=24 * _GIB,
+        memory_bytes=_gib(23.64),
         bandwidth=1.008e12,
         flops=165.2e12,
-        flops_8_bit=330.3e12,
         flops_float32=82.6e12,
         devices_per_node=4,
         num_cores=128,
@@ -154,10 +155,9 @@ GPUS: dict[str, GPU] = {
     ),
     "l4": GPU(
         device_kind="NVIDIA L4",
-        memory_bytes=24_146_608_128,
+        memory_bytes=_gib(22.0),
         bandwidth=300e9,
         flops=121e12,
-        flops_8_bit=242e12,
         flops_float32=30.3e12,
         devices_per_node=4,
         num_cores=58,
@@ -168,10 +168,9 @@ GPUS: dict[str, GPU] = {
     ),
     "l40s": GPU(
         device_kind="NVIDIA L40S",
-        memory_bytes=48 * _GIB,
+        memory_bytes=_gib(44.4),
         bandwidth=864e9,
         flops=362e12,
-        flops_8_bit=733e12,
         flops_float32=91.6e12,
         num_cores=142,
         l2_bytes=96 * _MIB,
@@ -183,10 +182,9 @@ GPUS: dict[str, GPU] = {
     "h200": GPU(device_kind="NVIDIA H200", memory_bytes=150_754_820_096, bandwidth=4.8e12, **_H100),
     "b200": GPU(
         device_kind="NVIDIA B200",
-        memory_bytes=180 * _GIB,
-        bandwidth=8e12,
+        memory_bytes=_gib(178.35),
+        bandwidth=7.7e12,
         flops=2250e12,
-        flops_8_bit=4500e12,
         flops_float32=80e12,
         link=NVLINK_5,
         network=INFINIBAND_400,

@@ -34,12 +34,16 @@ def cluster(
 ) -> Cluster:
     """That `--devices` spells, with the links that are given in place of the usual. Raises ValueError."""
     name, num_nodes, count = parse_devices(text, devices_per_node=devices_per_node)
+    links = {"link": (link_gb_s, link_latency_s), "network": (network_gb_s, network_latency_s)}
     if name == CPU:
         from jaxinfer.planning.calibration import cpu_cluster
 
+        for field, values in links.items():
+            for flag, value in zip((f"{field}_gb_s", f"{field}_latency_s"), values, strict=True):
+                if value is not None:
+                    raise ValueError(f"--{flag}={value}: --devices={text} has no links that could be chosen")
         return cpu_cluster(num_nodes * count)
     found = gpu_cluster(name, num_nodes, count, Efficiency())
-    links = {"link": (link_gb_s, link_latency_s), "network": (network_gb_s, network_latency_s)}
     for field, (gb_s, latency_s) in links.items():
         for flag, value in ((f"{field}_gb_s", gb_s), (f"{field}_latency_s", latency_s)):
             if value is not None and not value > 0:
@@ -74,10 +78,8 @@ def planner(
     }
     engine = EngineConfig(**wanted)
     assert engine.max_model_len is not None
-    if engine.expert_placement is not None:
-        raise ValueError(
-            f"--expert_placement={engine.expert_placement}: is for one mesh, which is planned; leave it out"
-        )
+    if engine.expert_placement is not None and not engine.mesh:
+        raise ValueError(f"--expert_placement={engine.expert_placement}: is for one mesh; give it as --mesh")
     if (needed := math.prod(parse_mesh(engine.mesh).values())) > cluster.num_devices:
         raise ValueError(f"--mesh={engine.mesh} needs {needed} devices, and --devices has {cluster.num_devices}")
     if engine.max_model_len > model.max_position:
@@ -95,6 +97,8 @@ def planner(
     dtype = jnp.dtype(
         ("float32" if cluster.platform == "cpu" else "bfloat16") if engine.dtype == "auto" else engine.dtype
     )
+    if dtype == jnp.float32:
+        cluster = cluster.in_float32()
     weights = model_weights(model, dtype)
     if weight_dtype != "auto":
         weights = weights.packed(_PACKED_BYTES[weight_dtype])

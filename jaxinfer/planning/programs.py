@@ -35,8 +35,8 @@ class PlannedPrograms(NamedTuple):
 
 
 def devices_of(cluster: Cluster, num_devices: int) -> list[jax.Device]:
-    """So many devices of a cluster, to compile for: GPUs that are not there, or this machine's CPU devices."""
-    if cluster.name not in GPUS:
+    """So many devices of a cluster, to compile for: GPUs that are not there, or else this machine's CPU devices."""
+    if cluster.name not in GPUS or target.missing():
         return jax.devices("cpu")[:num_devices]
     most = cluster.devices_per_node
     each = num_devices if num_devices <= most else math.gcd(num_devices, most)  # nodes have equally many

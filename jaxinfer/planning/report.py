@@ -13,20 +13,26 @@ from jaxinfer.planning.clusters import Cluster
 _PLANNED = ("mesh", "sharding", "dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
 
 
-def text(
-    planner: Planner, found: Sequence[Candidate | Rejection], top: int, model: str | None, mem_fraction: float | None
-) -> str:
-    """All of it, with the best `top` meshes. Of `model` in the command, and `mem_fraction`, see below."""
+def text(planner: Planner, found: Sequence[Candidate | Rejection], top: int, mem_fraction: float | None) -> str:
+    """The best `top` meshes and as many that cannot be, those first that lack the least. `mem_fraction`: see below."""
     best = ranked([each for each in found if isinstance(each, Candidate)], planner.workload.objective)
     rejected = [each for each in found if isinstance(each, Rejection)]
     parts = [heading(planner, mem_fraction)]
     if best:
         parts.append(table(best[:top]))
     if rejected:
-        parts.append(f"{len(rejected)} of {len(found)} meshes cannot be:\n{rejections(rejected)}")
+        parts.append(f"{len(rejected)} of {len(found)} meshes cannot be:\n{rejections(rejected, top)}")
     if best:
-        parts += [assumptions(planner.cluster), f"to run the first:\n{command(best[0], model, mem_fraction)}"]
+        parts.append(assumptions(planner.cluster))
     return "\n\n".join(parts)
+
+
+def to_run(
+    planner: Planner, found: Sequence[Candidate | Rejection], model: str | None, mem_fraction: float | None
+) -> str:
+    """The command for the best, of which there is one."""
+    best = ranked([each for each in found if isinstance(each, Candidate)], planner.workload.objective)
+    return f"to run the first:\n{command(best[0], model, mem_fraction)}"
 
 
 def heading(planner: Planner, mem_fraction: float | None) -> str:
@@ -92,9 +98,15 @@ def bars(candidates: Sequence[Candidate]) -> str:
     return f"{memory_bars(memory)}\n\n{step_bars(steps)}"
 
 
-def rejections(rejected: Iterable[Rejection]) -> str:
-    """A line for each mesh."""
-    return aligned([["", rejection.mesh, rejection.reason] for rejection in rejected], left=(1, 2))
+def rejections(rejected: Sequence[Rejection], most: int) -> str:
+    """A line for each of so many meshes, and for the rest one."""
+    nearest = rejected
+    if len(rejected) > most:
+        by_distance = lambda r: (not r.is_too_slow, r.excess_bytes is None, r.excess_bytes or 0)  # noqa: E731
+        nearest = sorted(rejected, key=by_distance)[:most]
+    lines = aligned([["", rejection.mesh, rejection.reason] for rejection in nearest], left=(1, 2))
+    more = len(rejected) - len(nearest)
+    return f"{lines}\n  and {more} more (--top={len(rejected)} shows all)" if more else lines
 
 
 def assumptions(cluster: Cluster) -> str:

@@ -22,6 +22,7 @@ from jaxinfer.stages import num_microbatches
 from sharding_rules import axes as ax
 
 _FLOAT32 = 4
+_ROUNDS = 2  # in which tokens that are routed at random get to their experts: `expert_exchange`
 
 
 class Collective(NamedTuple):
@@ -200,8 +201,8 @@ class MeshModel:
         return max(1, load.rows + (1 if load.chunk_tokens else 0))
 
     def _sampling_s(self, load: Load) -> float:
-        numbers = self._num_drawn(load) * self.vocab_size / self.splits.num_shards(ax.VOCAB)
-        return numbers / self.cluster.rates.logits_per_s
+        """On every device from the logits of the whole vocabulary, which come together first."""
+        return self._num_drawn(load) * self.vocab_size / self.cluster.rates.logits_per_s
 
     def _seconds(self, collective: Collective) -> float:
         size = math.prod(map(self.splits.axis_size, collective.mesh_axes))
@@ -230,8 +231,8 @@ class MeshModel:
         travelling = hidden * self.moe.num_experts_per_token
         return [
             *found,
-            Collective("all-to-all", splits.mesh_axes(ax.EXPERTS), travelling, 2),
-            Collective("all-reduce", parts, travelling),
+            Collective("all-to-all", splits.mesh_axes(ax.EXPERTS), travelling, 2 * _ROUNDS),
+            Collective("all-reduce", parts, hidden),
         ]
 
     def turn_collectives(self, load: Load) -> list[Collective]:
