@@ -26,6 +26,7 @@ from sharding_rules import axes as ax
 # Of all logits on one device, as XLA was seen to allocate: as they are, processed, noise, and what the search for top-p
 # keeps.
 _LOGITS_COPIES = {"cpu": 8, "gpu": 6}
+_NUM_RESIDUALS = {"cpu": 1, "gpu": 3}  # alive at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ class Demand:
         of_heads = num_tokens * (spec.num_q_heads + spec.num_kv_heads) * spec.head_dim * itemsize
         of_step = planner.workspace_bytes(
             residual_bytes=num_tokens * model.embed_dim * itemsize,
+            num_residuals=_NUM_RESIDUALS.get(self.platform, _NUM_RESIDUALS["gpu"]),
             projections_bytes=3 * of_heads,  # 3: before they are rotated, in halves, and together again
             attention_bytes=self.attention.workspace_bytes(
                 spec,

@@ -89,23 +89,29 @@ def run() -> None:
         mem_fraction=mem_fraction,
     )
     found = [*planner.candidates()]
-    packed = plan_flags.WEIGHT_DTYPE.value
     print(report.text(planner, found, plan_flags.TOP.value, mem_fraction))
-    if packed == "auto" and any(isinstance(each, Candidate) for each in found):
-        print(f"\n{report.to_run(planner, found, _model_to_run(), mem_fraction)}")
-    if not any(isinstance(each, Candidate) for each in found):
+    best = ranked([each for each in found if isinstance(each, Candidate)], workload.objective)
+    if not best:
         enough = planner.more_devices([each for each in found if isinstance(each, Rejection)])
         hint = f"; --devices={enough} would do" if enough and not fields.get("mesh") else ""
         raise RuntimeError(f"none of these meshes can be, as the lines above say{hint}")
-    best = ranked([each for each in found if isinstance(each, Candidate)], workload.objective)
+    if plan_flags.WEIGHT_DTYPE.value == "auto":
+        print(f"\n{report.to_run(best[0], _model_to_run(), mem_fraction)}")
+    _show(planner, best, report.heading(planner, mem_fraction))
+
+
+def _show(planner: "Planner", best: "list[Candidate]", heading: str) -> None:
+    """What is asked for beyond the table."""
+    from jaxinfer.planning import plots, report
+
     if plan_flags.BARS.value:
         print(f"\n{report.bars(best[: plan_flags.TOP.value])}")
     if plan_flags.PLOT.value:
-        plots.plot_plan(plan_flags.PLOT.value, planner, best, report.heading(planner, mem_fraction))
+        plots.plot_plan(plan_flags.PLOT.value, planner, best, heading)
         say(f"plan_mesh: wrote {plan_flags.PLOT.value}")
     if plan_flags.COMPILE.value:
         _compile(planner, best)
-    if packed != "auto":
+    if (packed := plan_flags.WEIGHT_DTYPE.value) != "auto":
         print(f"\nwhat if: no engine loads weights of {packed} yet")
 
 
@@ -114,9 +120,12 @@ def _compile(planner: "Planner", best: "list[Candidate]") -> None:
 
     print(f"\nsteps compiled for {facts.devices_for(planner)}:")
     start = time.monotonic()
-    gc.disable()  # a fifth of the time, and this process ends soon
-    for of_candidate in facts.compile_candidates(planner, best[: plan_flags.COMPILE.value]):
-        print(facts.text(of_candidate, planner.model.num_layers), flush=True)
+    gc.disable()  # it would take a fifth of the time
+    try:
+        for of_candidate in facts.compile_candidates(planner, best[: plan_flags.COMPILE.value]):
+            print(facts.text(of_candidate, planner.model.num_layers), flush=True)
+    finally:
+        gc.enable()
     print(f"compiled in {time.monotonic() - start:.1f} s")
 
 

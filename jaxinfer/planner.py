@@ -25,18 +25,24 @@ def page_bytes(*, num_layers: int, token_bytes: int, page_size: int) -> int:
 
 
 def workspace_bytes(
-    *, residual_bytes: int, projections_bytes: int, attention_bytes: int, mlp_bytes: int, sampling_bytes: int
+    *,
+    residual_bytes: int,
+    num_residuals: int,
+    projections_bytes: int,
+    attention_bytes: int,
+    mlp_bytes: int,
+    sampling_bytes: int,
 ) -> int:
     """Most bytes that a step needs on one device beside weights and cache: an estimate.
 
-    Projections to heads, attention, MLP and sampling follow each other and
-    use the same memory, so the largest counts; all but sampling beside the residual stream and at least two more of its
-    size: normalised, and what is added to it. XLA was seen to allocate as much, or up to a third less, in float32 on a
-    CPU, where bfloat16 takes more, because it is computed in float32; and with stages, of which each works on a part of
-    the tokens at a time, less than half.
+    Projections to heads, attention, MLP and sampling follow each other and use the same memory, so the largest counts;
+    all but sampling beside as many residual streams as the compiler keeps: XLA for GPUs keeps what attention and MLP
+    add beside the stream, until a fusion adds them. Three are there at least, normalised and added to.
+    XLA was seen to allocate as much, or up to a third less, in float32 on a CPU, where bfloat16 takes more, because it
+    is computed in float32; and with stages, of which each works on a part of the tokens at a time, less than half.
     """
-    of_layer = residual_bytes + max(2 * residual_bytes, projections_bytes, attention_bytes, mlp_bytes)
-    return max(of_layer, sampling_bytes)
+    beside_residuals = max(projections_bytes, attention_bytes, mlp_bytes)
+    return max(3 * residual_bytes, num_residuals * residual_bytes + beside_residuals, sampling_bytes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,21 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.engine_config import EngineConfig
 from jaxinfer.parameters import model_weights
 from jaxinfer.planning.candidates import Candidate, Planner, Rejection
-from jaxinfer.planning.clusters import Efficiency, gpu_cluster, parse_devices
+from jaxinfer.planning.clusters import Efficiency, Rates, gpu_cluster, parse_devices
 from jaxinfer.planning.workload import Workload
 from jaxinfer.tools.plan_cases import MEM_FRACTION
 from tests import published
+
+CPU_RATES = Rates(  # of no machine
+    bytes_per_s=20e9,
+    flops=((1, 10e9), (8, 60e9), (32, 100e9)),
+    attention_bytes_per_s=5e9,
+    attention_flops=25e9,
+    logits_per_s=1e7,
+    layer_s=2e-4,
+    token_s=1e-6,
+    step_s=5e-4,
+)
 
 
 def planner(

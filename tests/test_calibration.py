@@ -21,18 +21,9 @@ from jaxinfer.planning.loads import Load
 from jaxinfer.planning.roofline import MeshModel
 from jaxinfer.planning.step_timer import StepTimer
 from jaxinfer.tools import plan_check
+from tests.plans import CPU_RATES
 
 ROOT = pathlib.Path(__file__).parents[1]
-RATES = Rates(
-    bytes_per_s=20e9,
-    flops=((1, 10e9), (8, 60e9), (32, 100e9)),
-    attention_bytes_per_s=5e9,
-    attention_flops=25e9,
-    logits_per_s=1e7,
-    layer_s=2e-4,
-    token_s=1e-6,
-    step_s=5e-4,
-)
 TINY = ModelConfig(
     family="llama",
     vocab_size=64,
@@ -72,16 +63,16 @@ def numbers_of(rates: Rates) -> dict[str, float]:
 def test_the_rates_of_a_machine_are_found_from_what_it_takes():
     sizes = Sizes(num_tokens=(1, 8, 32), rows=8, chunk=32)
     models = models_of(sizes)
-    found = rates_of(sizes, models, seconds_of(sizes, models, RATES))
-    assert dict(found.flops) == pytest.approx(dict(RATES.flops))
-    assert numbers_of(found) == pytest.approx(numbers_of(RATES))
+    found = rates_of(sizes, models, seconds_of(sizes, models, CPU_RATES))
+    assert dict(found.flops) == pytest.approx(dict(CPU_RATES.flops))
+    assert numbers_of(found) == pytest.approx(numbers_of(CPU_RATES))
 
 
 def test_noise_makes_no_rate_negative():
     """Steps with more to do that took no longer."""
     sizes = Sizes(num_tokens=(1, 8, 32), rows=8, chunk=32)
     models = models_of(sizes)
-    seconds = seconds_of(sizes, models, RATES)
+    seconds = seconds_of(sizes, models, CPU_RATES)
     steps = steps_of(sizes)
     seconds |= {steps.long_rows: seconds[steps.rows] / 2, steps.greedy_rows: 2 * seconds[steps.rows]}
     seconds |= {steps.shallow: 2 * seconds[steps.one]}
@@ -104,9 +95,9 @@ def test_a_calibration_times_products_and_steps():
 
 
 def test_virtual_devices_have_a_part_of_the_machine_each():
-    one, four = cpu_cluster(1, RATES), cpu_cluster(4, RATES)
+    one, four = cpu_cluster(1, CPU_RATES), cpu_cluster(4, CPU_RATES)
     assert str(four) == "4 x cpu, 1 node of 4 over memory" and four.platform == "cpu"
-    assert four.rates == RATES.shared(4)
+    assert four.rates == CPU_RATES.shared(4)
     assert four.rates.bytes_per_s == 5e9 and four.rates.layer_s == 8e-4
     assert four.memory_bytes == pytest.approx(one.memory_bytes / 4, rel=0.2)  # of what other programs leave
     assert four.link.latency_s > one.link.latency_s > 0 and four.link.bytes_per_s < one.link.bytes_per_s
@@ -133,7 +124,7 @@ def test_steps_are_timed_where_and_for_as_long_as_they_should():
 
 
 def test_a_check_compares_what_is_computed_with_what_is_timed():
-    cluster = cpu_cluster(1, RATES)
+    cluster = cpu_cluster(1, CPU_RATES)
     load, chunk = Load(2, 16), Load(0, 0, 32, 16)
     steps = plan_check.check(TINY, cluster, [load, chunk], rounds=3, clock=itertools.count().__next__)
     decode, prefill = steps
@@ -148,7 +139,9 @@ def test_a_check_compares_what_is_computed_with_what_is_timed():
 def test_a_check_uses_the_rates_of_its_own_rounds():
     """A machine on which everything takes a second, whatever the cluster said."""
     calibration = Calibration(plan_check.QUICK, clock=itertools.count().__next__)
-    (step,) = plan_check.check(TINY, cpu_cluster(1, RATES), [Load(1, 16)], 1, calibration, itertools.count().__next__)
+    (step,) = plan_check.check(
+        TINY, cpu_cluster(1, CPU_RATES), [Load(1, 16)], 1, calibration, itertools.count().__next__
+    )
     expected = calibration.rates([calibration.run()])
     assert step.predicted.weights_s == pytest.approx(
         (4 * (64 * 32 + 32) + 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32)) / expected.bytes_per_s

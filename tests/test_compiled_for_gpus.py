@@ -6,6 +6,7 @@ Compiled, not run: no GPU is needed.
 import jax
 import pytest
 
+from jaxinfer.planning import facts
 from jaxinfer.planning.compiled import CompiledStep, compile_step, shard_bytes
 from jaxinfer.planning.hardware import GPUS
 from jaxinfer.planning.programs import devices_of, planned_programs, widest_shapes
@@ -64,3 +65,16 @@ def test_few_layers_stand_for_all(name: str, devices: str, mesh: str, kind: str,
     assert few.num_layers < every.num_layers == num_layers
     assert every.temporary_bytes == pytest.approx(few.temporary_bytes, rel=0.05)
     assert every.collectives == few.collectives and every.alias_bytes == few.alias_bytes
+
+
+@pytest.mark.parametrize("mesh", ["", "tensor:2"])
+def test_facts_are_what_was_planned(mesh: str):
+    """Arguments to the byte, products but for the chunks that the plan does not expect to end, temporaries nearly."""
+    asked = {"model": SMALL | {"vocab_size": 32_768}, "prompt_tokens": 480, "output_tokens": 32, "num_seqs": 8}
+    planner = plans.planner("llama_3_2_1b", "h100:2", **asked)
+    (found,) = facts.compile_candidates(planner, [plans.candidate(planner.candidate(mesh))])
+    for fact in found.steps:
+        assert fact.excess_bytes == 0
+        assert fact.step.product_flops == pytest.approx(fact.planned_flops, rel=0.1)
+    assert found.sampler_bytes is not None
+    assert found.planned_temporary_bytes == pytest.approx(found.temporary_bytes, rel=0.2)

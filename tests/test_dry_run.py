@@ -5,26 +5,14 @@ import pathlib
 import pytest
 
 from jaxinfer.planning import calibration
-from jaxinfer.planning.clusters import Rates
-from tests import tiny_model
+from tests import plans, tiny_model
 from tests.command_line import run_here
-
-RATES = Rates(
-    bytes_per_s=20e9,
-    flops=((1, 10e9), (32, 100e9)),
-    attention_bytes_per_s=5e9,
-    attention_flops=25e9,
-    logits_per_s=1e7,
-    layer_s=2e-4,
-    token_s=1e-6,
-    step_s=5e-4,
-)
 
 
 @pytest.fixture(autouse=True)
 def rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without measuring."""
-    monkeypatch.setattr(calibration, "measure_rates", lambda: RATES)
+    monkeypatch.setattr(calibration, "measure_rates", lambda: plans.CPU_RATES)
 
 
 @pytest.fixture(scope="module")

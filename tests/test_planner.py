@@ -58,11 +58,18 @@ def test_a_page_holds_keys_and_values_of_every_layer():
         ({"projections_bytes": 70_000}, 70_000),
         ({"residual_bytes": 1_000}, 51_000),
         ({"residual_bytes": 30_000}, 3 * 30_000),
+        ({"residual_bytes": 1_000, "num_residuals": 3}, 53_000),
         ({"sampling_bytes": 60_000, "residual_bytes": 1_000}, 60_000),
     ],
 )
 def test_the_workspace_is_that_of_the_largest_part(changes: dict[str, int], expected: int):
-    sizes = {"residual_bytes": 0, "projections_bytes": 5000, "mlp_bytes": 4320, "sampling_bytes": 8400}
+    sizes = {
+        "residual_bytes": 0,
+        "num_residuals": 1,
+        "projections_bytes": 5000,
+        "mlp_bytes": 4320,
+        "sampling_bytes": 8400,
+    }
     assert workspace_bytes(**{"attention_bytes": 50_000, **sizes, **changes}) == expected
 
 

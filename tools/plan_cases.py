@@ -118,5 +118,6 @@ def example() -> str:
     case = Case(title="", config=pathlib.Path(EXAMPLE).stem, devices="h100:8", dtype="auto")
     planner = case.planner()
     found = [*planner.candidates()]
-    command = report.to_run(planner, found, "path/to/model", MEM_FRACTION)
+    best = ranked([each for each in found if isinstance(each, Candidate)], planner.workload.objective)
+    command = report.to_run(best[0], "path/to/model", MEM_FRACTION)
     return f"```text\n{report.text(planner, found, _EXAMPLE_TOP, MEM_FRACTION)}\n\n{command}\n```"

@@ -97,7 +97,7 @@ def steps_of(sizes: Sizes) -> Steps:
 
 
 def cpu_cluster(num_devices: int, rates: Rates | None = None) -> Cluster:
-    """This machine's CPU as so many virtual devices of JAX; without `rates` these are measured, in a minute.
+    """This machine's CPU as so many virtual devices of JAX; without `rates` these are measured, in half a minute.
 
     The devices have the same cores and memory, so each has its share of the rates, and more of them are never faster
     than one: such a plan is to try a mesh, not to gain by it. Raises RuntimeError where the memory is too small.
@@ -120,7 +120,7 @@ def cpu_cluster(num_devices: int, rates: Rates | None = None) -> Cluster:
 
 
 def measure_rates() -> Rates:
-    """Of the CPU as one device. Takes a minute, most of it to compile, and 300 MB."""
+    """Of the CPU as one device. Takes half a minute, most of it to compile, and 300 MB."""
     calibration = Calibration()
     return calibration.rates([calibration.run() for _ in range(_ROUNDS)])
 

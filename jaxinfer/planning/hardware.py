@@ -41,7 +41,8 @@ class GPU:
     Attributes, where the name does not say it:
       device_kind: as JAX calls it.
       capability: compute capability.
-      memory_bytes: that CUDA counts, less than what it is sold with; of most to 0.1 GiB, as programs print it.
+      memory_bytes: that CUDA counts, less than what it is sold with; of most to 0.1 GiB, as programs that ran out of it
+        say.
       bandwidth: of its memory, bytes per second.
       flops: dense products of 16-bit numbers, per second.
       flops_float32: outside of the matrix unit.
@@ -142,7 +143,7 @@ GPUS: dict[str, GPU] = {
     ),
     "rtx4090-24g": GPU(
         device_kind="NVIDIA GeForce RTX 4090",
-        memory_bytes=_gib(23.64),
+        memory_bytes=_gib(23.5),
         bandwidth=1.008e12,
         flops=165.2e12,
         flops_float32=82.6e12,

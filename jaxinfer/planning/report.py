@@ -27,12 +27,9 @@ def text(planner: Planner, found: Sequence[Candidate | Rejection], top: int, mem
     return "\n\n".join(parts)
 
 
-def to_run(
-    planner: Planner, found: Sequence[Candidate | Rejection], model: str | None, mem_fraction: float | None
-) -> str:
-    """The command for the best, of which there is one."""
-    best = ranked([each for each in found if isinstance(each, Candidate)], planner.workload.objective)
-    return f"to run the first:\n{command(best[0], model, mem_fraction)}"
+def to_run(first: Candidate, model: str | None, mem_fraction: float | None) -> str:
+    """The command for the best, announced."""
+    return f"to run the first:\n{command(first, model, mem_fraction)}"
 
 
 def heading(planner: Planner, mem_fraction: float | None) -> str:
