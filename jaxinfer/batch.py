@@ -94,7 +94,7 @@ class Buckets:
             rows=powers(1, max_rows, 2),
             pages=pages(128, 2),
             chunk_pages=pages(512, 4),
-            chunk_tokens=powers(min_chunk, max_chunk_tokens(max_chunk, max_model_len, max_rows), 4),
+            chunk_tokens=chunk_sizes(max_chunk, max_model_len, max_rows, min_chunk),
             page_size=page_size,
             decode_steps=decode_steps,
             num_shards=num_shards,
@@ -156,6 +156,11 @@ class Buckets:
 def max_chunk_tokens(max_num_batched_tokens: int, max_model_len: int, max_rows: int) -> int:
     """Tokens that the chunks of a data shard can have together in a step."""
     return min(max_num_batched_tokens, max_model_len * num_chunks(max_rows))
+
+
+def chunk_sizes(max_num_batched_tokens: int, max_model_len: int, max_rows: int, smallest: int) -> tuple[int, ...]:
+    """To which the chunks of a data shard are padded together, ascending."""
+    return powers(smallest, max_chunk_tokens(max_num_batched_tokens, max_model_len, max_rows), 4)
 
 
 def build(plan: StepPlan, shape: StepShape, table: SlotTable) -> StepBatch:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+from jaxinfer.integers import round_up
 from jaxinfer.request import Request
 from jaxinfer.step_plan import MAX_CHUNKS, Chunk
 
@@ -15,7 +16,7 @@ class ChunkPolicy:
     itself; the largest of their numbers is what all are padded to.
     """
 
-    def __init__(self, max_num_batched_tokens: int, chunk_sizes: Sequence[int] = ()):
+    def __init__(self, max_num_batched_tokens: int, chunk_sizes: tuple[int, ...] = ()):
         self._max_num_batched_tokens = max_num_batched_tokens
         self._chunk_sizes = chunk_sizes
 
@@ -25,10 +26,7 @@ class ChunkPolicy:
 
     def chunks(self, started: Sequence[Request], num_decoding: int) -> list[Chunk]:
         """What the next step prefills: the first prompts first, and at least one token if there is a prompt."""
-        num_tokens = min(_num_tokens(started), self._budget(num_decoding))
-        for smaller, larger in pairwise(self._chunk_sizes):
-            if smaller < num_tokens <= larger // 2:  # there would be more padding than tokens: the rest can wait
-                num_tokens = smaller
+        num_tokens = self.num_tokens(_num_tokens(started), num_decoding)
         chunks: list[Chunk] = []
         for request in started:
             if num_tokens:
@@ -36,6 +34,18 @@ class ChunkPolicy:
                 chunks.append(Chunk(request, start, min(request.num_prefill_tokens, start + num_tokens)))
                 num_tokens -= chunks[-1].num_tokens
         return chunks
+
+    def num_tokens(self, num_waiting: int, num_decoding: int) -> int:
+        """That the next step prefills of so many that wait to be."""
+        num_tokens = min(num_waiting, self._budget(num_decoding))
+        for smaller, larger in pairwise(self._chunk_sizes):
+            if smaller < num_tokens <= larger // 2:  # there would be more padding than tokens: the rest can wait
+                return smaller
+        return num_tokens
+
+    def padded(self, num_tokens: int) -> int:
+        """What a step's tokens are padded to."""
+        return round_up(num_tokens, self._chunk_sizes) if self._chunk_sizes else num_tokens
 
     def _budget(self, num_decoding: int) -> int:
         left = max(1, self._max_num_batched_tokens - num_decoding)

@@ -22,6 +22,7 @@ from jaxinfer.planner import MemoryPlan
 from pallas_kernels import grouped_matmul, paged_attention
 from sharding_rules import axes as ax
 
+MIN_CHUNK = {"cpu": 32, "gpu": 128}  # tokens of the smallest; fewer take a GPU no less time: it waits for the weights
 _SLOT_TOKEN, _SLOT_STOPPED = jnp.dtype(jnp.int32), jnp.dtype(jnp.bool_)  # `SlotState`
 
 
@@ -85,10 +86,10 @@ def plan_decoder(
         max_rows=slots_per_shard,
         max_model_len=config.max_model_len,
         max_chunk=config.max_num_batched_tokens,
+        min_chunk=MIN_CHUNK[device.platform],
         page_size=page_size,
         decode_steps=config.decode_steps,
         num_shards=splits.num_shards(ax.BATCH),
-        min_chunk=32 if on_cpu else 128,  # fewer tokens take a GPU no less time: it waits for the weights
     )
     memory = Demand(
         config=config,

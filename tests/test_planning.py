@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from jaxinfer.chunk_policy import ChunkPolicy
 from jaxinfer.config import MoEConfig
 from jaxinfer.layouts import Layout
 from jaxinfer.planning import plan
@@ -107,6 +108,22 @@ def test_a_window_is_what_is_read():
     windowed = LayerKind(ATTENTION._replace(window=10), has_experts=False, num_slots=3)
     step = mesh_model(layers=(windowed,)).step_time(Load(rows=1, context=100))
     assert step.attention_s == pytest.approx(3 * (16 * 10 / 1000 + 2 * 2 * 8 * 10 / 2000))
+
+
+@pytest.mark.parametrize(
+    ("load", "seen", "read"),
+    [
+        (Load(0, 0, 20, 10), 10, 20),
+        (Load(0, 0, 40, 20), (30 * 15 + 10 * 30) / 40, 40),  # ten tokens see no more than the window
+        (Load(0, 0, 40, 70), 30, 30 + 40),  # of which the first begins 30 before
+        (Load(0, 0, 40, 50, chunk_spread=100), (30 * 15 + 70 * 30) / 100, 30 + 40),  # some of a prompt's 100
+        (Load(0, 0, 40, 10, chunk_spread=20, num_prompts=2), 10, 2 * 20),
+    ],
+)
+def test_what_prompts_see_and_read_of_a_window(load: Load, seen: float, read: float):
+    flops, num_bytes = ATTENTION._replace(window=30).chunk_work(load)
+    assert flops == pytest.approx(load.chunk_tokens * 32 * seen)
+    assert num_bytes == pytest.approx(16 * read)
 
 
 def test_tokens_and_layers_cost_what_is_too_small_to_count():
@@ -294,29 +311,86 @@ def test_the_meshes_that_divide():
 WORKLOAD = Workload(prompt_tokens=100, output_tokens=10)
 
 
+def prefill_load(chunk_tokens: int, rows: int) -> Load:
+    """Of WORKLOAD's prompts."""
+    return Load(rows, 105, chunk_tokens, 50, chunk_spread=100, num_chunks=max(1, rows))
+
+
 def test_a_request_alone():
     """Ten tokens and a hundred of prompt, in steps of at most 40: three, then ten."""
-    found = predict(mesh_model(), WORKLOAD, 1, 40, 1)
-    prefill = mesh_model().step_time(Load(0, 105, 40, 50)).total_s
+    found = predict(mesh_model(), WORKLOAD, 1, ChunkPolicy(40), 1)
+    prefill, last = (mesh_model().step_time(prefill_load(size, rows=0)).total_s for size in (40, 20))
     decode = mesh_model().step_time(Load(1, 105)).total_s
-    assert found.ttft_s == pytest.approx(3 * prefill)
+    assert found.ttft_s == pytest.approx(2 * prefill + last)
     assert found.tpot_s == pytest.approx(decode)
-    assert found.request_s == pytest.approx(3 * prefill + 9 * decode)
-    assert found.tokens_per_s == pytest.approx(10 / (2.5 * prefill + 10 * decode))
+    assert found.request_s == pytest.approx(2 * prefill + last + 9 * decode)
+    assert found.tokens_per_s == pytest.approx(10 / found.request_s)
 
 
 def test_requests_together_prefill_beside_each_others_decoding():
-    """Four in each of two shards: ten steps of a token of each, into ten of which go the prompts, 36 tokens a step."""
-    found = predict(mesh_model("data:2"), WORKLOAD, 4, 40, 1)
-    mixed = mesh_model("data:2").step_time(Load(3, 105, 36, 50)).total_s
+    """Four of 99 tokens in each of two shards, with 3 + 9 steps each: all 12 prefill, 4 * 99 / 12 tokens in each."""
+    model, asked = mesh_model("data:2"), dataclasses.replace(WORKLOAD, prompt_tokens=99)
+    found = predict(model, asked, 4, ChunkPolicy(40), 1)
+    mixed = model.step_time(Load(4, 104, 33, 49.5, chunk_spread=99, num_chunks=4)).total_s
     assert found.num_seqs == 8
-    assert found.tokens_per_s == pytest.approx(8 * 10 / (4 * 100 / 36 * mixed))
+    assert found.tokens_per_s == pytest.approx(8 * 10 / (12 * mixed))
     assert found.requests_per_s == pytest.approx(found.tokens_per_s / 10)
+    assert found.tpot_s == pytest.approx(mixed) and found.ttft_s == pytest.approx(3 * mixed)
+
+
+def test_prompts_do_not_wait_for_each_other_where_there_are_steps_enough():
+    """Two with 100 further tokens: 2 + 100 steps, of which 4 prefill; a row decodes beside the other's two."""
+    model, asked = mesh_model(), dataclasses.replace(WORKLOAD, output_tokens=101)
+    found = predict(model, asked, 2, ChunkPolicy(52), 1)
+    mixed = model.step_time(prefill_load(50, rows=2)._replace(context=150.5)).total_s
+    decode = model.step_time(Load(2, 150.5)).total_s
+    assert found.ttft_s == pytest.approx(2 * mixed)
+    assert found.tpot_s == pytest.approx((2 * mixed + 98 * decode) / 100)
+    assert found.tokens_per_s == pytest.approx(2 * 101 / (4 * mixed + 98 * decode))
+
+
+def test_short_prompts_are_prefilled_together():
+    """40 of 10 tokens and 9 further ones each: 4 in a step, as ten steps are all that there are."""
+    model, asked = mesh_model(), dataclasses.replace(WORKLOAD, prompt_tokens=10)
+    found = predict(model, asked, 40, ChunkPolicy(200), 1)
+    load = Load(40, 15, 40, 5, chunk_spread=10, num_prompts=4, num_chunks=8)
+    assert found.prefill_load == load
+    assert found.tokens_per_s == pytest.approx(40 * 10 / (10 * model.step_time(load).total_s))
+    assert found.ttft_s == pytest.approx(model.step_time(load).total_s)
+
+
+def test_prompts_are_padded_as_the_scheduler_pads_them():
+    """70 tokens in a step for 128; 60 in one of 32 and one for the rest, because half of 128 would be padding."""
+    policy = ChunkPolicy(1000, (32, 128))
+    model = mesh_model()
+
+    def ttft(prompt_tokens: int) -> float:
+        return predict(model, dataclasses.replace(WORKLOAD, prompt_tokens=prompt_tokens), 1, policy, 1).ttft_s
+
+    def step_s(chunk_tokens: int, padding: int, prompt_tokens: int) -> float:
+        load = Load(0, 0, chunk_tokens, prompt_tokens / 2, chunk_spread=prompt_tokens, padding=padding)
+        return model.step_time(load).total_s
+
+    assert ttft(70) == pytest.approx(step_s(70, 58, 70))
+    assert ttft(60) == pytest.approx(step_s(32, 0, 60) + step_s(28, 4, 60))
+    assert ttft(300) == pytest.approx(2 * step_s(128, 0, 300) + step_s(32, 0, 300) + step_s(12, 20, 300))
+
+
+def test_prompts_wait_until_a_step_takes_many_of_them():
+    """Of 45 tokens that come in a step's time it takes 32, or 128 when as many wait."""
+    asked = dataclasses.replace(WORKLOAD, prompt_tokens=15, output_tokens=10)
+    found = predict(mesh_model(), asked, 30, ChunkPolicy(1000, (32, 128)), 1)
+    assert found.prefill_load.chunk_tokens == 8 * 15
+    share = (45 - 32) / (120 - 32)
+    few, many = (
+        mesh_model().step_time(asked.prefill_load(n, 30, ChunkPolicy(1000, (32, 128)))).total_s for n in (32, 120)
+    )
+    assert found.tpot_s == pytest.approx((1 - share) * few + share * many)
 
 
 def test_what_is_best_for_whom():
     model, asked = mesh_model(), Workload(prompt_tokens=1, output_tokens=50)
-    of = lambda rows: predict(model, asked, rows, 2048, 1)  # noqa: E731
+    of = lambda rows: predict(model, asked, rows, ChunkPolicy(2048), 1)  # noqa: E731
     throughput = best_rows(asked, 64, of)
     assert throughput.num_seqs > 32
     assert best_rows(dataclasses.replace(asked, objective="latency"), 64, of).num_seqs == 1
@@ -330,12 +404,12 @@ def test_what_is_best_for_whom():
 
 def test_more_sequences_are_not_always_more_tokens():
     """With 40 tokens a step, 40 sequences leave no room for prompts."""
-    of = lambda rows: predict(mesh_model(), WORKLOAD, rows, 40, 1)  # noqa: E731
+    of = lambda rows: predict(mesh_model(), WORKLOAD, rows, ChunkPolicy(40), 1)  # noqa: E731
     assert best_rows(WORKLOAD, 40, of).num_seqs < 40
 
 
 def test_what_is_missed_is_said():
-    found = predict(mesh_model(), WORKLOAD, 1, 2048, 1)
+    found = predict(mesh_model(), WORKLOAD, 1, ChunkPolicy(2048), 1)
     for limit in ("ttft_s", "tpot_s"):
         asked = dataclasses.replace(WORKLOAD, **{limit: getattr(found, limit) / 2})
         assert f"--{limit}=" in str(found.misses(asked))

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from jaxinfer import decoder_plan
 from jaxinfer.attention import attention_specs
+from jaxinfer.batch import chunk_sizes
+from jaxinfer.chunk_policy import ChunkPolicy
 from jaxinfer.config import ModelConfig
 from jaxinfer.decoder_plan import DecoderPlan
 from jaxinfer.engine_config import EngineConfig
@@ -164,8 +166,7 @@ class _OnMesh:
         most = bisect.bisect_left(range(1, _MOST_ROWS + 1), True, key=lambda rows: not self._holds(rows))
 
         def performance_of(rows: int) -> Performance:
-            config = self._config
-            return predict(mesh_model, workload, rows, config.max_num_batched_tokens, config.decode_steps)
+            return predict(mesh_model, workload, rows, self._chunk_policy(rows), self._config.decode_steps)
 
         if num_seqs is None:
             performance = best_rows(workload, most, performance_of)
@@ -182,6 +183,12 @@ class _OnMesh:
             model=mesh_model,
             performance=performance,
         )
+
+    def _chunk_policy(self, rows: int) -> ChunkPolicy:
+        config, smallest = self._config, decoder_plan.MIN_CHUNK[self._planner.cluster.platform]
+        assert config.max_model_len is not None
+        budget = config.max_num_batched_tokens
+        return ChunkPolicy(budget, chunk_sizes(budget, config.max_model_len, rows, smallest))
 
     def _plan(self, rows: int) -> DecoderPlan:
         """With so many sequences in each data shard."""

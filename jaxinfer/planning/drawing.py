@@ -74,7 +74,7 @@ def roofline(area: "Axes", planner: Planner, candidate: Candidate) -> None:
     """Steps of one device under what its memory and its arithmetic allow, with the legend beneath."""
     cluster, model = planner.cluster, candidate.model
     rows = candidate.performance.num_seqs // model.splits.num_shards(ax.BATCH)
-    chunk = planner.workload.chunk_load(rows, candidate.config.max_num_batched_tokens)
+    chunk = candidate.performance.prefill_load
     steps = {
         _rows("decodes", 1): (planner.workload.decode_load(1), candidate.config.decode_steps),
         _rows("decodes", rows): (planner.workload.decode_load(rows), candidate.config.decode_steps),

@@ -101,7 +101,7 @@ def _submit(
             name=name,
             step=compile_step(programs, shape, counts),
             planned_argument_bytes=candidate.plan.argument_bytes(shape),
-            planned_flops=candidate.model.turn_flops(Load(shape.rows, 0, shape.chunk_tokens)),
+            planned_flops=candidate.model.turn_flops(Load(shape.rows, 0, shape.chunk_tokens, num_chunks=shape.chunks)),
         )
 
     steps = [pool.submit(step, name, shape) for name, shape in shapes.items()]

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxinfer.config import MoEConfig
-from jaxinfer.integers import cdiv
 from jaxinfer.layouts import AxisSplits
 from jaxinfer.planning.clusters import Cluster
 from jaxinfer.planning.hardware import Link
@@ -65,7 +64,7 @@ class StepTime:
 
     @property
     def total_s(self) -> float:
-        return sum(dataclasses.astuple(self))
+        return sum(vars(self).values())
 
     @property
     def parts(self) -> dict[str, float]:
@@ -114,7 +113,7 @@ class MeshModel:
         return self.splits.axis_size(ax.STAGE)
 
     def num_microbatches(self, load: Load) -> int:
-        return num_microbatches(self.num_stages, load.chunk_tokens, self.cluster.platform)
+        return num_microbatches(self.num_stages, load.padded_chunk, self.cluster.platform)
 
     def step_time(self, load: Load, num_steps: int = 1) -> StepTime:
         """Of one token of every row, in a dispatch of `num_steps` of them, and of the prompts' tokens.
@@ -134,48 +133,49 @@ class MeshModel:
         Of the stage that has the most weights, which it reads for each of its microbatches.
         """
         parts, part = self._microbatches(load)
-        done = [*((n, flops) for n, flops, _ in self._turn_products(part)), *self._attention(part)]
-        return parts * sum(flops for _, flops in done), parts * sum(num_bytes for num_bytes, _ in done)
+        done = [*((flops, num_bytes) for num_bytes, flops, _ in self._turn_products(part)), *self._attention(part)]
+        return parts * sum(flops for flops, _ in done), parts * sum(num_bytes for _, num_bytes in done)
 
     def turn_flops(self, load: Load) -> float:
         """Of products in a turn on a device, but for those of experts and of attention: as XLA compiles them."""
         _, part = self._microbatches(load)
         stage = max(of_stage.dense_numbers for of_stage in self.weights.stages)
-        head = self.weights.head.dense_numbers * self._num_drawn(part)
-        return 2 * (stage * (part.rows + part.chunk_tokens) + head)
+        head = self.weights.head.dense_numbers * part.num_drawn
+        return 2 * (stage * part.num_tokens + head)
 
     def _microbatches(self, load: Load) -> tuple[int, Load]:
         """How many, and each one's share."""
         parts = self.num_microbatches(load)
-        return parts, load._replace(rows=cdiv(load.rows, parts), chunk_tokens=cdiv(load.chunk_tokens, parts))
+        return parts, load.share(parts)
 
     def _turn_time(self, load: Load) -> StepTime:
-        rates, num_tokens = self.cluster.rates, load.rows + load.chunk_tokens
+        rates = self.cluster.rates
         read = multiplied = 0.0
         for num_bytes, flops, at_once in self._turn_products(load):
             memory, arithmetic = num_bytes / rates.bytes_per_s, flops / rates.flops_at(at_once)
             read, multiplied = (read + memory, multiplied) if memory >= arithmetic else (read, multiplied + arithmetic)
         waits = sum(map(self._seconds, self.turn_collectives(load)))
         waits += sum(
-            kind.num_slots * sum(map(self._seconds, self.layer_collectives(kind, num_tokens))) for kind in self.layers
+            kind.num_slots * sum(map(self._seconds, self.layer_collectives(kind, load.num_tokens)))
+            for kind in self.layers
         )
         return StepTime(
             weights_s=read,
             products_s=multiplied,
             attention_s=sum(
                 num_bytes / rates.attention_bytes_per_s + flops / rates.attention_flops
-                for num_bytes, flops in self._attention(load)
+                for flops, num_bytes in self._attention(load)
             ),
             sampling_s=self._sampling_s(load),
             collectives_s=waits,
-            overhead_s=sum(kind.num_slots for kind in self.layers) * (rates.layer_s + rates.token_s * num_tokens),
+            overhead_s=sum(kind.num_slots for kind in self.layers) * (rates.layer_s + rates.token_s * load.num_tokens),
         )
 
     def _turn_products(self, load: Load) -> Iterator[tuple[float, float, float]]:
         """As `_products`, of the layers of a stage and then of the head, for which only tokens that draw count."""
         stage = max(self.weights.stages, key=lambda of_stage: of_stage.num_bytes)
-        yield from self._products(stage, load.rows + load.chunk_tokens)
-        yield from self._products(self.weights.head, self._num_drawn(load))
+        yield from self._products(stage, load.num_tokens)
+        yield from self._products(self.weights.head, load.num_drawn)
 
     def _products(self, work: DeviceWeights, num_tokens: float) -> Iterator[tuple[float, float, float]]:
         """Bytes read, FLOPs, and tokens at once: of what all tokens are multiplied by, and of experts."""
@@ -187,22 +187,15 @@ class MeshModel:
             yield touched * work.expert_bytes, 2 * work.expert_numbers * together, max(1, together * share)
 
     def _attention(self, load: Load) -> Iterator[tuple[float, float]]:
-        """Bytes of the cache that are read, and FLOPs: of layers of each kind for their rows, and for a chunk."""
+        """FLOPs, and bytes of the cache that are read: of layers of each kind for their rows, and for chunks."""
         for layer, _, num_slots in self.layers:
             times = num_slots / self.splits.context_size
-            num_bytes = load.rows * layer.token_bytes * layer.seen(load.context)
-            yield times * num_bytes, times * load.rows * layer.flops(load.context)
-            if load.chunk_tokens:
-                num_bytes = layer.token_bytes * layer.seen(2 * load.chunk_context)  # which end where the mean is twice
-                yield times * num_bytes, times * load.chunk_tokens * layer.flops(load.chunk_context)
-
-    def _num_drawn(self, load: Load) -> float:
-        """Tokens that are drawn in a turn; a chunk that is a prompt's last is one of few."""
-        return max(1, load.rows + (1 if load.chunk_tokens else 0))
+            for flops, num_bytes in (layer.row_work(load), layer.chunk_work(load)):
+                yield times * flops, times * num_bytes
 
     def _sampling_s(self, load: Load) -> float:
         """On every device from the logits of the whole vocabulary, which come together first."""
-        return self._num_drawn(load) * self.vocab_size / self.cluster.rates.logits_per_s
+        return load.num_drawn * self.vocab_size / self.cluster.rates.logits_per_s
 
     def _seconds(self, collective: Collective) -> float:
         size = math.prod(map(self.splits.axis_size, collective.mesh_axes))
@@ -237,8 +230,8 @@ class MeshModel:
 
     def turn_collectives(self, load: Load) -> list[Collective]:
         """Of a turn, beside its layers: looking tokens up, logits, and what goes on to the next stage."""
-        hidden = (load.rows + load.chunk_tokens) * self.embed_dim * self.itemsize
-        logits = self._num_drawn(load) * self.vocab_size * _FLOAT32
+        hidden = load.num_tokens * self.embed_dim * self.itemsize
+        logits = load.num_drawn * self.vocab_size * _FLOAT32
         found = [
             Collective("all-reduce", self.splits.mesh_axes(ax.VOCAB), hidden),
             Collective("all-gather", self.splits.mesh_axes(ax.VOCAB), logits),

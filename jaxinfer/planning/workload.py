@@ -1,11 +1,15 @@
 """What a plan is asked for, and what a mesh of devices would deliver. Host only."""
 
+import collections
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
+from jaxinfer.chunk_policy import ChunkPolicy
 from jaxinfer.integers import cdiv
 from jaxinfer.planning.loads import Load
 from jaxinfer.planning.roofline import MeshModel, StepTime
+from jaxinfer.step_plan import num_chunks
 from jaxinfer.unknown_names import suggestion
 from sharding_rules import axes as ax
 
@@ -51,11 +55,16 @@ class Workload:
         """Of a step in which so many requests get a token each."""
         return Load(rows, self.prompt_tokens + self.output_tokens / 2)
 
-    def chunk_load(self, rows: int, max_num_batched_tokens: int) -> Load:
-        """Of a step that prefills a chunk of one of so many requests, while the others decode."""
-        chunk = max(1, min(self.prompt_tokens, max_num_batched_tokens - (rows if rows > 1 else 0)))
-        decoding = self.decode_load(rows - 1)
-        return decoding._replace(chunk_tokens=chunk, chunk_context=self.prompt_tokens / 2)
+    def prefill_load(self, num_tokens: int, rows: int, policy: ChunkPolicy) -> Load:
+        """Of a step that prefills so many tokens of as few of `rows` requests as can be, while the others decode."""
+        return self.decode_load(_beside(rows))._replace(
+            chunk_tokens=num_tokens,
+            chunk_context=self.prompt_tokens / 2,
+            chunk_spread=self.prompt_tokens,
+            num_prompts=cdiv(num_tokens, self.prompt_tokens),
+            num_chunks=num_chunks(rows),
+            padding=policy.padded(num_tokens) - num_tokens,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +74,7 @@ class Performance:
     Attributes:
       num_seqs: requests at once, over the whole mesh.
       decode: of a step that prefills nothing.
+      prefill_load: of a step that prefills as much as any.
       ttft_s: from the start of a prompt's prefill to its first token, beside the others' decoding; no queue.
       tpot_s: for each further token, with the prompts of others in between.
       tokens_per_s: generated, of all requests.
@@ -72,6 +82,7 @@ class Performance:
 
     num_seqs: int
     decode: StepTime
+    prefill_load: Load
     ttft_s: float
     tpot_s: float
     tokens_per_s: float
@@ -91,35 +102,67 @@ class Performance:
         return None
 
 
-def predict(
-    model: MeshModel, workload: Workload, rows: int, max_num_batched_tokens: int, num_steps: int
-) -> Performance:
-    """With `rows` sequences in each data shard, in steps as the scheduler makes them.
+def predict(model: MeshModel, workload: Workload, rows: int, policy: ChunkPolicy, num_steps: int) -> Performance:
+    """With `rows` sequences in each data shard, in steps as the scheduler makes them under `policy`.
 
-    Each step is a token of every sequence that decodes, and beside them a chunk of a prompt, while one is there: of
-    each sequence as many chunks as its prompt has, and a step for each of its output tokens.
+    A request takes the steps of its prompt, and one for each token but the first, and meanwhile every other request has
+    its prompt prefilled once: in steps of its own as long as there are enough of them, else together with others.
     """
-    num_shards = model.splits.num_shards(ax.BATCH)
-    prefill = workload.chunk_load(rows, max_num_batched_tokens)
-    chunk, others = prefill.chunk_tokens, prefill.rows
-    num_chunks = cdiv(workload.prompt_tokens, chunk)
+    num_shards, later_tokens = model.splits.num_shards(ax.BATCH), workload.output_tokens - 1
     decode = model.step_time(workload.decode_load(rows), num_steps)
-    mixed = model.step_time(prefill).total_s
-    chunk_steps = rows * workload.prompt_tokens / chunk
-    plain_steps = max(0.0, workload.output_tokens - (chunk_steps if others else 0))
-    seconds = chunk_steps * mixed + plain_steps * decode.total_s
-    ttft_s = num_chunks * mixed
-    tpot_s = seconds / workload.output_tokens if others else decode.total_s
+    chunks: Mapping[int, float] = _chunks(workload.prompt_tokens, _beside(rows), policy)
+    own: float = sum(chunks.values())
+    if rows * own > own + later_tokens:
+        chunks = _packed_chunks(workload.prompt_tokens, rows, policy, own + later_tokens)
+        own = max(1.0, sum(chunks.values()))
+    loads = {size: workload.prefill_load(size, rows, policy) for size in chunks}
+    num_mixed = sum(chunks.values())  # for each request
+    mixed_s = sum(count * model.step_time(loads[size]).total_s for size, count in chunks.items()) / num_mixed
+    steps = max(rows * num_mixed, own + later_tokens)
+    seconds = rows * num_mixed * mixed_s + (steps - rows * num_mixed) * decode.total_s
+    beside_others = min(1.0, (rows - 1) * num_mixed / max(1, steps - own))  # of the steps in which it decodes
+    ttft_s, tpot_s = own * mixed_s, decode.total_s + beside_others * (mixed_s - decode.total_s)
     requests_per_s = num_shards * rows / seconds
     return Performance(
         num_seqs=num_shards * rows,
         decode=decode,
+        prefill_load=loads[max(loads)],
         ttft_s=ttft_s,
         tpot_s=tpot_s,
         tokens_per_s=requests_per_s * workload.output_tokens,
         requests_per_s=requests_per_s,
-        request_s=ttft_s + (workload.output_tokens - 1) * tpot_s,
+        request_s=ttft_s + later_tokens * tpot_s,
     )
+
+
+def _beside(rows: int) -> int:
+    """Those that decode in a step that prefills: an only one does not prefill and decode at once."""
+    return rows if rows > 1 else 0
+
+
+def _chunks(num_tokens: int, num_decoding: int, policy: ChunkPolicy) -> dict[int, int]:
+    """Of a prompt that is prefilled alone: how many steps of which sizes."""
+    found: collections.Counter[int] = collections.Counter()
+    while num_tokens:
+        size = policy.num_tokens(num_tokens, num_decoding)
+        times = max(1, num_tokens // size - 1)  # those are alike; what is left may be fewer
+        found[size] += times
+        num_tokens -= times * size
+    return found
+
+
+def _packed_chunks(num_tokens: int, rows: int, policy: ChunkPolicy, steps: float) -> dict[int, float]:
+    """Of each of `rows` prompts in about so many steps together: what it has of steps of which sizes.
+
+    Where a step takes less than comes in its time, prompts wait, until one takes as much as it can.
+    """
+    coming = math.ceil(rows * num_tokens / steps)
+    few, most = (
+        policy.num_tokens(min(n, num_chunks(rows) * num_tokens), _beside(rows)) for n in (coming, rows * num_tokens)
+    )
+    share = min(1.0, (coming - few) / (most - few)) if most > few else 1.0  # of steps that take the most
+    times = num_tokens / (share * most + (1 - share) * few)
+    return {size: times * of_all for size, of_all in ((few, 1 - share), (most, share)) if of_all}
 
 
 def best_rows(workload: Workload, most: int, performance_of: Callable[[int], Performance]) -> Performance:
