@@ -55,6 +55,10 @@ class HFConfig:
         check_files(model_dir)
         return cls(read_json_object(path), str(path))
 
+    def without(self, *keys: str) -> "HFConfig":
+        """The same model, without what these say of it."""
+        return HFConfig({key: value for key, value in self._values.items() if key not in keys}, self.source)
+
     @property
     def architecture(self) -> str:
         names = self._values.get("architectures")

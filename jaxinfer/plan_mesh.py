@@ -76,7 +76,7 @@ def run() -> None:
     if cluster.platform != "gpu" and plan_flags.MEM_FRACTION.present:
         raise ValueError(f"--mem_fraction={plan_flags.MEM_FRACTION.value}: is for GPUs; --memory_fraction is for all")
     mem_fraction = plan_flags.MEM_FRACTION.value if cluster.platform == "gpu" else None
-    model_config = plan.read_model_config(fields.pop("model", None))
+    model_config = plan.read_model_config(fields.pop("model", None), plan_flags.WEIGHT_DTYPE.value)
     most = model_config.max_position
     workload = plan_flags.workload(min(most, fields.get("max_model_len") or most))
     given = {name for name in fields if flags.FLAGS[name].present}

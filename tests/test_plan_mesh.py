@@ -1,5 +1,7 @@
 """`plan_mesh`: what it prints, and what it refuses, each in a line."""
 
+import gc
+import json
 import pathlib
 import re
 import shlex
@@ -12,8 +14,10 @@ from absl import flags
 from absl.testing import flagsaver
 
 from jaxinfer import cli_flags, plan_flags, plan_mesh
+from jaxinfer import devices as jax_devices
 from jaxinfer.engine_config import EngineConfig
-from tests import published, tiny_model
+from jaxinfer.planning import calibration, target
+from tests import plans, published, tiny_model
 from tests.command_line import environment
 
 LLAMA_70B = str(published.DIRECTORY / "llama_3_1_70b_instruct.json")
@@ -93,6 +97,42 @@ def test_what_if_weights_were_packed(capsys: pytest.CaptureFixture[str]):
     _, out, _ = run(capsys, f"--model={LLAMA_70B}", "--devices=h100", "--weight_dtype=int4", "--top=1")
     assert "32.85 GiB of weights" in out or "32.86 GiB of weights" in out
     assert "no engine loads weights of int4 yet" in out and "to run the first" not in out
+
+
+def test_weights_that_are_packed_in_a_way_of_their_own(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path):
+    """As DeepSeek publishes its V3: no engine loads it, and what it would need can be planned."""
+    values = json.loads((published.DIRECTORY / "deepseek_v3.json").read_text("utf-8"))
+    values["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(values), "utf-8")
+    asked = [f"--model={tmp_path / 'config.json'}", "--devices=h200:8", "--mesh=tensor:8"]
+    code, _, err = run(capsys, *asked)
+    assert code == 1 and "quant_method 'fp8', which is not implemented" in err
+    assert err.endswith("; --weight_dtype plans for packed weights\n")
+    values["auto_map"] = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(values), "utf-8")
+    code, out, _ = run(capsys, *asked, "--weight_dtype=fp8")
+    assert code == 0 and "671.03 billion parameters, 624.94 GiB of weights" in out.splitlines()[0]
+
+
+@pytest.mark.parametrize("devices", ["h100:2", "cpu:2"])
+def test_steps_are_compiled(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, devices: str
+):
+    """For CPU devices here; a GPU's need its plugin (tests/test_compiled_for_gpus.py)."""
+    monkeypatch.setattr(calibration, "measure_rates", lambda: plans.CPU_RATES)
+    monkeypatch.setattr(jax_devices, "set_num_cpu_devices", lambda count: None)  # there are eight
+    monkeypatch.setattr(target, "missing", lambda: "jax-cuda12-plugin is not installed")
+    directory = tiny_model.make(tmp_path / "tiny")
+    asked = [f"--model={directory}", f"--devices={devices}", "--max_num_seqs=2", "--compile=1", "--mesh=tensor:2"]
+    code, out, err = run(capsys, *asked)
+    assert code == 0, err
+    stands_in = "virtual CPU devices, whose temporaries are only near those of a NVIDIA H100"
+    assert (stands_in in out) == (devices == "h100:2")
+    _, _, compiled = out.partition("steps compiled for ")
+    assert compiled.count("of arguments (+0 bytes)") == 2, "one that decodes and one that prefills"
+    assert "all-reduce" in compiled and "over tensor: " in compiled
+    assert re.search(r"the most is [\d.]+ [KM]iB, planned [\d.]+ [KM]iB \([+-]", compiled)
+    assert re.search(r"^compiled in [\d.]+ s$", compiled, re.MULTILINE) and gc.isenabled()
 
 
 def test_pictures(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path):

@@ -100,10 +100,13 @@ def cpu_cluster(num_devices: int, rates: Rates | None = None) -> Cluster:
     """This machine's CPU as so many virtual devices of JAX; without `rates` these are measured, in half a minute.
 
     The devices have the same cores and memory, so each has its share of the rates, and more of them are never faster
-    than one: such a plan is to try a mesh, not to gain by it. Raises RuntimeError where the memory is too small.
+    than one: such a plan is to try a mesh, not to gain by it. Raises RuntimeError where the system does not say how
+    much memory is free.
     """
     available = devices.free_bytes(jax.devices(CPU)[0])
-    of_all = (available or 0) * len(jax.devices(CPU))
+    if available is None:
+        raise RuntimeError("this system does not say how much memory is free, so nothing can be planned for its CPU")
+    of_all = available * len(jax.devices(CPU))
     rates = (rates or measure_rates()).shared(num_devices)
     link = Link(name="memory", bytes_per_s=rates.bytes_per_s / _SUM_PASSES, latency_s=_RENDEZVOUS_S * num_devices)
     return Cluster(

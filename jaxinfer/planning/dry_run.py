@@ -18,9 +18,11 @@ def describe(config: EngineConfig, given: dict[str, Any], output_tokens: int) ->
     lines = [resolved.summary, f"programs to compile: {len(resolved.buckets.shapes())}"]
     if isinstance(resolved, ResolvedEncoder):
         return "\n".join(lines)
+    kind, free_bytes = resolved.definition.partitioner.device_kind, resolved.memory.free_bytes
+    if free_bytes is None:
+        return "\n".join([*lines, f"a {kind} does not say how much memory is free"])
     cluster = _cluster(resolved)
     if cluster is None:
-        kind = resolved.definition.partitioner.device_kind
         return "\n".join([*lines, f"nothing is known of the speed of a {kind}"])
     output_tokens = min(output_tokens, resolved.max_model_len - 1)
     workload = Workload(prompt_tokens=resolved.max_model_len - output_tokens, output_tokens=output_tokens)
@@ -28,8 +30,7 @@ def describe(config: EngineConfig, given: dict[str, Any], output_tokens: int) ->
     asked |= {"mesh": config.mesh, "max_num_batched_tokens": config.max_num_batched_tokens}
     asked.pop("model", None)
     planner = dataclasses.replace(
-        plan.planner(resolved.definition.decoder_config, asked, cluster, workload),
-        free_bytes=resolved.memory.free_bytes or 0,
+        plan.planner(resolved.definition.decoder_config, asked, cluster, workload), free_bytes=free_bytes
     )
     found = planner.candidate(config.mesh, config.sharding)
     if not isinstance(found, Candidate):
@@ -39,9 +40,9 @@ def describe(config: EngineConfig, given: dict[str, Any], output_tokens: int) ->
 
 
 def _cluster(resolved: ResolvedEngine) -> Cluster | None:
-    """Of the mesh's devices; None where they are no known ones."""
+    """Of the mesh's devices, all on this machine; None where they are no known ones."""
     partitioner = resolved.definition.partitioner
     names = [name for name, gpu in GPUS.items() if gpu.device_kind == partitioner.device_kind]
     if partitioner.platform == CPU:
         names = [CPU]
-    return plan.cluster(f"{names[0]}:{partitioner.num_devices}") if names else None
+    return plan.cluster(f"{names[0]}:1x{partitioner.num_devices}") if names else None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxinfer import models
 from jaxinfer.config import EncoderConfig, ModelConfig
 from jaxinfer.engine_config import EngineConfig
-from jaxinfer.hf_config import HFConfig
+from jaxinfer.hf_config import QUANTIZATION_KEY, HFConfig
 from jaxinfer.layouts import parse_mesh
 from jaxinfer.model_files import read_json_object
 from jaxinfer.parameters import model_weights
@@ -114,11 +114,20 @@ def planner(
     )
 
 
-def read_model_config(model: str | None) -> ModelConfig:
-    """Of a model directory or of a config.json alone; None: the demonstration model. ValueError for no decoder."""
+def read_model_config(model: str | None, weight_dtype: str = "auto") -> ModelConfig:
+    """Of a model directory or of a config.json alone; None: the demonstration model. ValueError for no decoder.
+
+    With a `weight_dtype` it does not matter how the file says that weights are packed, nor what else would load them.
+    """
     path = pathlib.Path(model or DEMO_MODEL).expanduser()
     hf = HFConfig(read_json_object(path), str(path)) if path.is_file() else HFConfig.read(find_model_dir(model))
-    config = models.for_architecture(hf.architecture).parse_config(hf)
+    if weight_dtype != "auto":
+        hf = hf.without(QUANTIZATION_KEY, "auto_map")
+    try:
+        config = models.for_architecture(hf.architecture).parse_config(hf)
+    except ValueError as error:
+        hint = "; --weight_dtype plans for packed weights" if QUANTIZATION_KEY in str(error) else ""
+        raise ValueError(f"{error}{hint}") from None
     if isinstance(config, EncoderConfig):
         raise ValueError(f"{hf.architecture} is an encoder, without a cache to plan for; it runs on data and tensor")
     return config

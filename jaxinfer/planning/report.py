@@ -110,9 +110,11 @@ def assumptions(cluster: Cluster) -> str:
     """What times are computed with."""
     rates = cluster.rates
     text = (
-        f"times are computed, not measured: {rates.bytes_per_s / 1e9:,.0f} GB/s of memory, "
-        f"{rates.flops_at(2**20) / 1e12:,.3g} TFLOP/s in products, {rates.attention_flops / 1e12:,.3g} in attention, "
-        f"{rates.layer_s * 1e6:.0f} us a layer and {rates.step_s * 1e6:.0f} us a step beside that"
+        f"times are computed, not measured: {rates.bytes_per_s / 1e9:,.0f} GB/s of weights, "
+        f"{rates.attention_bytes_per_s / 1e9:,.0f} of cache; {rates.flops_at(2**20) / 1e12:,.3g} TFLOP/s in products, "
+        f"{rates.attention_flops / 1e12:,.3g} in attention;\nall rows draw within top-p, "
+        f"{rates.logits_per_s / 1e9:,.3g} billion logits/s; {rates.layer_s * 1e6:.0f} us a layer and "
+        f"{rates.step_s * 1e6:.0f} us a step beside that"
     )
     links = [cluster.link] * (cluster.devices_per_node > 1) + [cluster.network] * (cluster.num_nodes > 1)
     return text + "".join(
