@@ -13,6 +13,8 @@ from jaxinfer.planning.compiled import CompiledStep, compile_step, sampler_bytes
 from jaxinfer.planning.hardware import GPUS
 from jaxinfer.planning.loads import Load
 from jaxinfer.planning.programs import devices_of, planned_programs, widest_shapes
+from jaxinfer.step_programs import StepPrograms
+from sharding_rules import axes as ax
 
 _MOST_COLLECTIVES = 6  # that are told one by one, the largest
 _MOST_AT_ONCE = 8  # programs that are compiled side by side, which takes memory
@@ -44,7 +46,8 @@ class CandidateFacts:
 
     Attributes:
       steps: the largest that decodes, and the largest that prefills beside it.
-      sampler_bytes: of the program that draws with all options, for the logits of the latter; None if not compiled.
+      sampler_bytes: of the program that draws with all options from as many logits as the latter has, cut over as many
+        devices; None if not compiled.
     """
 
     candidate: Candidate
@@ -75,15 +78,21 @@ def compile_candidates(
 ) -> Iterator[CandidateFacts]:
     """In their order. Of a few of the layers, several programs at once.
 
-    What draws is compiled for the first only, unless `all_samplers`: elsewhere it takes as much for as many logits.
+    What draws is compiled for the first only; if `all_samplers`, for each that it is given other shards of logits on.
     """
     pool = ThreadPoolExecutor(min(_MOST_AT_ONCE, os.cpu_count() or 1))
     try:
-        jobs = [
-            _submit(pool, planner, candidate, draws=all_samplers or i == 0) for i, candidate in enumerate(candidates)
-        ]
-        for candidate, (steps, of_sampler) in zip(candidates, jobs, strict=True):
-            facts = tuple(step.result() for step in steps)
+        steps, samplers = [], {}
+        for candidate in candidates:
+            devices = devices_of(planner.cluster, candidate.num_devices)
+            programs, counts = planned_programs(planner, candidate, devices)
+            shape, splits = widest_shapes(candidate.plan.buckets)["prefill"], candidate.model.splits
+            logits = shape.rows + shape.chunks, splits.num_shards(ax.VOCAB)
+            if logits not in samplers and (all_samplers or not samplers):
+                samplers[logits] = pool.submit(sampler_bytes, programs, shape)
+            steps.append((_submit(pool, candidate, programs, counts), samplers.get(logits)))
+        for candidate, (of_steps, of_sampler) in zip(candidates, steps, strict=True):
+            facts = tuple(step.result() for step in of_steps)
             sampler = of_sampler.result() if of_sampler is not None else None
             yield CandidateFacts(candidate=candidate, steps=facts, sampler_bytes=sampler)
     finally:
@@ -91,10 +100,8 @@ def compile_candidates(
 
 
 def _submit(
-    pool: ThreadPoolExecutor, planner: Planner, candidate: Candidate, *, draws: bool
-) -> tuple[list[Future[StepFacts]], Future[int] | None]:
-    programs, counts = planned_programs(planner, candidate, devices_of(planner.cluster, candidate.num_devices))
-    shapes = widest_shapes(candidate.plan.buckets)
+    pool: ThreadPoolExecutor, candidate: Candidate, programs: StepPrograms, counts: Sequence[int]
+) -> list[Future[StepFacts]]:
 
     def step(name: str, shape: StepShape) -> StepFacts:
         return StepFacts(
@@ -104,8 +111,7 @@ def _submit(
             planned_flops=candidate.model.turn_flops(Load(shape.rows, 0, shape.chunk_tokens, num_chunks=shape.chunks)),
         )
 
-    steps = [pool.submit(step, name, shape) for name, shape in shapes.items()]
-    return steps, pool.submit(sampler_bytes, programs, shapes["prefill"]) if draws else None
+    return [pool.submit(step, name, shape) for name, shape in widest_shapes(candidate.plan.buckets).items()]
 
 
 def text(facts: CandidateFacts, num_layers: int) -> str:
