@@ -61,7 +61,8 @@ class FullSampler:
         history, bias, processors = jax.tree.map(lambda a: _flat(own(a, jnp.maximum(batch.slots, 0))), params)
         processed = process(logits, processors, history, bias, _flat(num_tokens))
         processed = jnp.where(_flat(rows.is_full)[:, None], processed, logits)  # others have no parameters in the slot
-        tokens = sample(processed, batch.sampling._replace(draws=rows.draws), _flat(num_tokens))
+        sampling, in_each_shard = batch.sampling._replace(draws=rows.draws), self.definition.partitioner.in_each_shard
+        tokens = sample(processed, sampling, _flat(num_tokens), in_each_shard)
         has_choice = jnp.any(processed > -jnp.inf, axis=-1).reshape(num_tokens.shape)
         logprobs = lax.cond(
             rows.wants_logprobs,
@@ -103,9 +104,7 @@ class FullSampler:
     def _token_logprobs(self, logits: jax.Array, token_ids: jax.Array) -> Logprobs:
         """In each data shard by itself: XLA would gather the rows of all for a top-k."""
         compute = functools.partial(token_logprobs, num_top=self.num_top)
-        partitioner = self.definition.partitioner
-        rows = partitioner.spec((ax.BATCH,))
-        return partitioner.shard_map(compute, in_specs=rows, out_specs=rows)(logits, token_ids)
+        return self.definition.partitioner.in_each_shard(compute)(logits, token_ids)
 
 
 def _flat(x: jax.Array) -> jax.Array:

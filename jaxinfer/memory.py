@@ -23,9 +23,9 @@ from jaxinfer.step_plan import num_chunks
 from pallas_kernels import grouped_matmul
 from sharding_rules import axes as ax
 
-# Of all logits on one device, as XLA was seen to allocate: as they are, processed, noise, and what the search for top-p
-# keeps.
-_LOGITS_COPIES = {"cpu": 8, "gpu": 6}
+# Of all logits on one device, as XLA was seen to allocate: as they are, processed, scaled, with noise, and what is left
+# of these in each turn of a draw.
+_LOGITS_COPIES = {"cpu": 10, "gpu": 6}
 _NUM_RESIDUALS = {"cpu": 1, "gpu": 3}  # alive at once
 
 

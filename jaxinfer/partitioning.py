@@ -121,6 +121,11 @@ class Partitioner(AxisSplits):
         specs = {"in_specs": in_specs, "out_specs": out_specs}
         return jax.shard_map(function, mesh=mesh, axis_names=names, check_vma=False, **specs)
 
+    def in_each_shard(self, function: Callable[..., T]) -> Callable[..., T]:
+        """Of arrays that begin with rows, those of each data shard by themselves, whole in what else they have."""
+        rows = self.spec((ax.BATCH,))
+        return self.shard_map(function, in_specs=rows, out_specs=rows)
+
     @property
     def _mesh_here(self) -> Mesh | AbstractMesh:
         """The mesh, or inside of a `shard_map` over some of its axes the one that knows of that."""

@@ -218,10 +218,8 @@ class StepFunctions:
         """[D, R, V] -> [D, R]."""
         flat, params = logits.reshape(-1, logits.shape[-1]), jax.tree.map(jnp.ravel, sampling)
         params = params._replace(draws=sampling.draws, truncates=sampling.truncates)
-        return sample(flat, params, positions.reshape(-1), self._gather).reshape(positions.shape)
-
-    def _gather(self, logits: jax.Array) -> jax.Array:
-        return self.definition.partitioner.constrain(logits, (ax.BATCH, None))
+        tokens = sample(flat, params, positions.reshape(-1), self.definition.partitioner.in_each_shard)
+        return tokens.reshape(positions.shape)
 
 
 def _at(tree: T, part: Any) -> T:

@@ -52,6 +52,14 @@ def test_decode_beside_its_peer(model_dir: pathlib.Path):
     assert "torch" in record["versions"]
 
 
+def test_sampling():
+    flags = ("--batch_sizes=2", "--vocab_size=300", "--rounds=2", "--peers=sort", "--shape=12m", "--layers=1")
+    *ways, step = run("bench_sampling", *flags)["results"]
+    assert {way["way"] for way in ways} == {"greedy", "all", "top_p", "top_k", "both"} and len(ways) == 10
+    assert all(way["ours_s"] > 0 and way["sort_ratio"] > 0 for way in ways)
+    assert step["step_s"] > 0 and step["sampling_share"] < 1
+
+
 def test_tuning(tmp_path: pathlib.Path):
     sizes = ("--heads=2,1,16", "--page_size=16", "--dtype=float32")
     record = run("tune_kernel", "--quick", "--decode=zipf2x40", "--prefill=1x32", *sizes, f"--folder={tmp_path}")

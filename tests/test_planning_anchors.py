@@ -36,7 +36,7 @@ ANCHORS = {
     "vLLM, H100, short": Anchor(_8B, "h100", "data:1", 1, 128, 6.446, 1.16),
     "vLLM, H100, 32k": Anchor(_8B, "h100", "data:1", 1, 32768, 7.872, 1.13),
     # vLLM's CI, build 9515, the latency benchmark of 32 tokens in and 128 out; of Llama 3 70B, which has 3.1's shapes.
-    "vLLM, H200": Anchor(_8B, "h200", "data:1", 8, 96, 6.51, 0.90),
+    "vLLM, H200": Anchor(_8B, "h200", "data:1", 8, 96, 6.51, 0.875),
     "vLLM, 4 x H200": Anchor(_70B, "h200:4", "tensor:4", 8, 96, 16.2, 0.90),
     # gpt-fast's README, 5 tokens in and 200 out: 93.9, 276 and 58.8 tokens/s. Its A100 are held at 330 W.
     "gpt-fast, A100": Anchor(_8B, "a100-80g", "data:1", 1, 105, 1e3 / 93.9, 1.06),

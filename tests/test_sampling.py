@@ -1,6 +1,7 @@
 """Sampling against NumPy in float64, and the promise that a row depends on nothing but itself."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from jaxinfer import batch
 from jaxinfer.batch import StepShape
-from jaxinfer.sampling import SamplingArrays, drop_unlikely, sample, truncate
+from jaxinfer.sampling import SamplingArrays, _gumbel, argmax, drop_unlikely, first_likely, sample
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.slot_table import SlotTable
 from jaxinfer.step_plan import StepPlan
@@ -60,8 +61,17 @@ def reference_keep(row: np.ndarray, top_k: int, top_p: float, min_p: float = 0.0
 
 
 @jax.jit
-def keep_likely(x: jax.Array, min_p: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    return truncate(drop_unlikely(x, min_p), top_k, top_p)
+def kept(x: jax.Array, min_p: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """bool [B, V]; whether each token is the one when it has the highest score, and those with the lowest ids next."""
+    num_tokens = x.shape[-1]
+    x = drop_unlikely(x - jnp.max(x, axis=-1, keepdims=True), min_p)
+
+    def is_drawn(token: jax.Array) -> jax.Array:
+        scores = jnp.where(jnp.arange(num_tokens) == token, 1.0, -jnp.arange(num_tokens, dtype=jnp.float32))
+        scores = jnp.where(x > -jnp.inf, scores, -jnp.inf)
+        return first_likely(x, scores, top_k, top_p) == token
+
+    return jax.vmap(is_drawn, out_axes=1)(jnp.arange(num_tokens))
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 7, VOCAB])
@@ -70,18 +80,17 @@ def keep_likely(x: jax.Array, min_p: jax.Array, top_k: jax.Array, top_p: jax.Arr
 def test_truncation_keeps_what_a_sort_keeps(min_p: float, top_k: int, top_p: float):
     x = logits(16)
     p = arrays(16, 1.0, top_k, top_p, min_p)
-    kept = np.asarray(keep_likely(jnp.array(x), p.min_p, p.top_k, p.top_p))
-    for row, kept_row in zip(x, np.isfinite(kept), strict=True):
-        assert set(np.flatnonzero(kept_row).tolist()) == reference_keep(row, top_k, top_p, min_p)
-    assert np.array_equal(kept[np.isfinite(kept)], x[np.isfinite(kept)])
+    found = np.asarray(kept(jnp.array(x), p.min_p, p.top_k, p.top_p))
+    for row, found_row in zip(x, found, strict=True):
+        assert set(np.flatnonzero(found_row).tolist()) == reference_keep(row, top_k, top_p, min_p)
 
 
 def test_min_p_keeps_ties_and_leaves_rows_without_it_alone():
     """An infinite logit, as a tiny temperature makes, or a NaN must not empty a row that has no min_p."""
     x = np.array([[3, 3, 2.9, -np.inf], [np.inf, 1, -2, 0], [np.nan, 1, -2, 0], [2, 2, 2, 2]], np.float32)
-    kept = np.asarray(drop_unlikely(jnp.array(x), jnp.array([1.0, 0.0, 0.0, 1.0])))
-    assert kept[0].tolist() == [3, 3, -np.inf, -np.inf]
-    np.testing.assert_array_equal(kept[1:], x[1:])
+    found = np.asarray(drop_unlikely(jnp.array(x), jnp.array([1.0, 0.0, 0.0, 1.0])))
+    assert found[0].tolist() == [3, 3, -np.inf, -np.inf]
+    np.testing.assert_array_equal(found[1:], x[1:])
 
 
 def test_min_p_comes_after_temperature():
@@ -92,10 +101,31 @@ def test_min_p_comes_after_temperature():
         assert set(np.asarray(out).tolist()) == drawn
 
 
-def test_truncation_with_negative_zero_and_infinite_logits():
-    x = np.array([[-0.0, 0.0, -np.inf, 5.0, -7.0, 3e38]], np.float32)
-    kept = np.isfinite(truncate(jnp.array(x), jnp.array([4], jnp.int32), jnp.array([1.0], jnp.float32)))
-    assert kept.tolist() == [[True, True, False, True, False, True]]
+@pytest.mark.parametrize(("top_k", "top_p"), [(4, 1.0), (3, 1.0), (3, 0.999), (0, 0.99999)])
+def test_truncation_keeps_ties_and_both_zeros(top_k: int, top_p: float):
+    x, p = np.array([[-0.0, 0.0, -np.inf, 1.0, -7.0, 2.0]], np.float32), arrays(1, 1.0, top_k, top_p)
+    found = np.asarray(kept(jnp.array(x), p.min_p, p.top_k, p.top_p))
+    assert found.tolist() == [[True, True, False, True, top_p == 0.99999, True]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("params", [{"top_p": 0.5}, {"top_k": 2}, {"top_k": 2, "top_p": 0.5}, {"min_p": 0.5}], ids=str)
+def test_a_row_that_is_not_finite_ends(bad: float, params: dict[str, Any]):
+    """With some token; the others are what they are alone."""
+    x = logits(3)
+    alone = sample_jit(jnp.array(x), arrays(3, **params), jnp.zeros(3, jnp.int32))
+    x[1] = bad
+    out = sample_jit(jnp.array(x), arrays(3, **params), jnp.zeros(3, jnp.int32))
+    assert np.asarray(out)[[0, 2]].tolist() == np.asarray(alone)[[0, 2]].tolist()
+
+
+def test_few_of_many_that_are_almost_alike():
+    """Of 100,000 tokens three are kept, and the draw begins among all."""
+    rng = np.random.default_rng(0)
+    x = np.asarray(rng.normal(0, 1e-3, (4, 100_000)), np.float32)
+    likeliest = np.argsort(-x)[:, :3]
+    out = np.asarray(sample_jit(jnp.array(x), arrays(4, top_k=[3, 3, 0, 3], top_p=[1, 0.9, 1e-9, 1]), jnp.arange(4)))
+    assert out[0] in likeliest[0] and out[1] in likeliest[1] and out[2] == likeliest[2][0] and out[3] in likeliest[3]
 
 
 @pytest.mark.parametrize("extreme", [{"temperature": 1e-37}, {"top_p": 1e-40}, {"min_p": 1.0}, {"top_k": 1}], ids=str)
@@ -195,10 +225,27 @@ def test_different_seeds_and_positions_draw_differently():
     assert len(set(np.asarray(by_position).tolist())) > 10
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
+def test_noise_is_that_of_jax(seed: int):
+    """Bit for bit, so that its generator's tests stand for ours."""
+    for position in (0, 7, 2**31 - 1):
+        key = jax.random.wrap_key_data(jnp.array([seed, position], jnp.uint32), impl="threefry2x32")
+        expected = jax.random.gumbel(key, (1000,), jnp.float32)
+        np.testing.assert_array_equal(_gumbel(jnp.uint32(seed), jnp.int32(position), 1000), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 1000])
+def test_the_first_of_the_largest(num_tokens: int):
+    x = np.random.default_rng(0).integers(-3, 3, (64, num_tokens)).astype(np.float32)
+    assert np.asarray(argmax(jnp.array(x))).tolist() == x.argmax(-1).tolist()
+    x[:, num_tokens // 2] = np.nan
+    assert np.all(np.asarray(argmax(jnp.array(x))) < num_tokens)
+
+
 def test_greedy_batches_generate_no_noise():
     """The draw sits behind a conditional: a greedy batch runs an argmax only."""
     jaxpr = str(jax.make_jaxpr(sample)(jnp.zeros((2, VOCAB)), arrays(2), jnp.zeros(2, jnp.int32)))
-    assert jaxpr.index("cond[") < jaxpr.index("random_bits")
+    assert jaxpr.index("cond[") < jaxpr.index("xor")
 
 
 def test_min_p_reaches_the_device_and_alone_asks_for_truncation():

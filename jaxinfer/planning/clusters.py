@@ -11,9 +11,9 @@ from sharding_rules import axes as ax
 
 CPU = "cpu"
 _MOST_DEVICES = 4096
-# Of a logit: passes over 4 bytes for softmax and noise, and the searches for where top-k and top-p cut, each of which
-# reads logits and their weights for every bit of a float32.
-_SAMPLING_BYTES = 8 * 4 + 2 * 32 * (4 + 4)
+# Of a logit: 8 passes over 4 bytes to scale it and to add noise, and 6 in each of the two turns that a batch needs
+# until all of its draws are within top-p.
+_SAMPLING_BYTES = 4 * (8 + 2 * 6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
