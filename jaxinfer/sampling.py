@@ -94,8 +94,9 @@ def first_likely(logits: jax.Array, scores: jax.Array, top_k: jax.Array, top_p: 
     The highest of all is kept if fewer than top_k tokens are likelier, and these have less than top_p together. If not,
     neither is any token that is no likelier than it, so the next is looked for among those that are. Of scores that are
     draws from softmax the first is kept with a probability of top_p, so that a few turns do for a batch; and a second
-    bound, half way to what is known to be kept, halves what is left where that is not so (the two pivots of FlashInfer's
-    rejection sampling, arXiv:2501.01005; here no score is drawn anew, so that a row's draw does not depend on turns).
+    bound, half way to what is known to be kept, halves what is left where that is not so. These are the two pivots of
+    "Sorting-Free GPU Kernels for LLM Sampling" (FlashInfer, 2025), whose draws are new in each turn; here scores stay,
+    so that a row's token does not depend on the turns.
     """
     top_k = jnp.where(top_k > 0, jnp.minimum(top_k, logits.shape[-1]), logits.shape[-1])
     cuts = top_p < 1
