@@ -19,6 +19,7 @@ from jaxinfer.layers.experts import expected_rows, is_exchanged
 from jaxinfer.layouts import AxisSplits, Layout, mesh_text, parse_mesh
 from jaxinfer.parameters import ModelDefinition, model_weights
 from jaxinfer.planner import MemoryPlan
+from jaxinfer.stages import num_microbatches
 from jaxinfer.step_plan import num_chunks
 from pallas_kernels import grouped_matmul
 from sharding_rules import axes as ax
@@ -27,6 +28,7 @@ from sharding_rules import axes as ax
 # of these in each turn of a draw.
 _LOGITS_COPIES = {"cpu": 10, "gpu": 6}
 _NUM_RESIDUALS = {"cpu": 1, "gpu": 3}  # alive at once
+_MERGED_BYTES = 32 * 2**20  # of a product with what it takes, below which XLA for GPUs makes one of two
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,20 +87,22 @@ class Demand:
         chunks = num_chunks(rows)
         chunk_tokens = max_chunk_tokens(config.max_num_batched_tokens, config.max_model_len, rows)
         num_tokens = rows + chunk_tokens
-        of_heads = num_tokens * (spec.num_q_heads + spec.num_kv_heads) * spec.head_dim * itemsize
+        parts = num_microbatches(splits.axis_size(ax.STAGE), chunk_tokens, self.platform)  # of which a stage has one
+        of_part = cdiv(num_tokens, parts)
+        of_heads = of_part * (spec.num_q_heads + spec.num_kv_heads) * spec.head_dim * itemsize
         of_step = planner.workspace_bytes(
             residual_bytes=num_tokens * model.embed_dim * itemsize,
             num_residuals=_NUM_RESIDUALS.get(self.platform, _NUM_RESIDUALS["gpu"]),
             projections_bytes=3 * of_heads,  # 3: before they are rotated, in halves, and together again
             attention_bytes=self.attention.workspace_bytes(
                 spec,
-                rows=rows,
+                rows=cdiv(rows, parts),
                 chunks=chunks,
-                chunk_tokens=chunk_tokens,
+                chunk_tokens=cdiv(chunk_tokens, parts),
                 context_tokens=config.max_model_len,
                 itemsize=itemsize,
             ),
-            mlp_bytes=self._mlp_bytes(num_tokens),
+            mlp_bytes=self._mlp_bytes(of_part),
             sampling_bytes=self._sampling_bytes(rows + chunks),
         )
         sampling = ExtrasSpec(rows, config.max_model_len, model.vocab_size, chunk_tokens)
@@ -134,11 +138,20 @@ class Demand:
     def _mlp_bytes(self, num_tokens: int) -> int:
         """Of the widest MLP on one device."""
         model, num_shards = self.model, self.splits.num_shards(ax.MLP)
-        widest = 3 * num_tokens * (model.mlp_dim // num_shards)  # 3: gate, up and their product
+        widest = self._num_of_mlp(num_tokens, model.mlp_dim // num_shards)
         if (moe := model.moe) is not None:
-            shared = 3 * num_tokens * (moe.shared_mlp_dim // num_shards)
+            shared = self._num_of_mlp(num_tokens, moe.shared_mlp_dim // num_shards)
             widest = max(widest if moe.dense_layers else 0, self._num_of_experts(moe, num_tokens), shared)
         return widest * self.dtype.itemsize
+
+    def _num_of_mlp(self, num_tokens: int, mlp_dim: int) -> int:
+        """Numbers: of gate, up and the two multiplied.
+
+        These XLA for GPUs writes over gate or up, unless it makes one product of both, as it does of small ones.
+        """
+        embed_dim = self.model.embed_dim
+        of_product = (num_tokens * (embed_dim + mlp_dim) + embed_dim * mlp_dim) * self.dtype.itemsize
+        return (3 if self.platform == "cpu" or of_product < _MERGED_BYTES else 2) * num_tokens * mlp_dim
 
     def _num_of_experts(self, moe: MoEConfig, num_tokens: int) -> int:
         """Numbers. Each token comes in a row for each of its experts.

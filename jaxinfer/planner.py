@@ -39,7 +39,7 @@ def workspace_bytes(
     all but sampling beside as many residual streams as the compiler keeps: XLA for GPUs keeps what attention and MLP
     add beside the stream, until a fusion adds them. Three are there at least, normalised and added to.
     XLA was seen to allocate as much, or up to a third less, in float32 on a CPU, where bfloat16 takes more, because it
-    is computed in float32; and with stages, of which each works on a part of the tokens at a time, less than half.
+    is computed in float32.
     """
     beside_residuals = max(projections_bytes, attention_bytes, mlp_bytes)
     return max(3 * residual_bytes, num_residuals * residual_bytes + beside_residuals, sampling_bytes)

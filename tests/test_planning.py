@@ -160,7 +160,7 @@ def test_a_pipeline_is_filled_once_for_each_dispatch():
     """Two stages of half the layers each take two microbatches of one row: two turns a token, and one to fill."""
     load = Load(rows=2, context=100)
     model = mesh_model("stage:2")
-    turn = model._turn_time(load._replace(rows=1)).total_s
+    turn = (model._turn_time(load._replace(rows=1)) + model._head_time(load._replace(rows=1))).total_s
     assert model.step_time(load, 1).fill_s == pytest.approx(turn)
     assert model.step_time(load, 10).fill_s == pytest.approx(turn / 10)
     assert model.step_time(load, 1).weights_s == pytest.approx(2 * 0.3)  # read for each microbatch

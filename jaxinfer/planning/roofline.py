@@ -85,7 +85,10 @@ class StepTime:
         return max(self.parts, key=self.parts.__getitem__)
 
     def __mul__(self, factor: float) -> "StepTime":
-        return StepTime(**{name: factor * value for name, value in dataclasses.asdict(self).items()})
+        return StepTime(**{name: factor * value for name, value in vars(self).items()})
+
+    def __add__(self, other: "StepTime") -> "StepTime":
+        return StepTime(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,62 +123,79 @@ class MeshModel:
 
         A pipeline of p stages does m microbatches in m + p - 1 turns, and n tokens of each row in n * m + p - 1.
         """
-        (parts, part), stages = self._microbatches(load), self.num_stages
-        turn = self._turn_time(part)
-        turns = parts + (stages - 1) / num_steps
-        overhead = turn.overhead_s * parts + self.cluster.rates.step_s / num_steps
-        fill = turn.total_s * (turns - parts)
-        return dataclasses.replace(turn * parts, overhead_s=overhead, fill_s=fill)
+        parts, part = self._microbatches(load)
+        turn, (times, of_head) = self._turn_time(part), self._heads(load)
+        head, step = self._head_time(of_head), StepTime(overhead_s=self.cluster.rates.step_s / num_steps)
+        fill = (turn if load.chunk_tokens else turn + head).total_s * (self.num_stages - 1) / num_steps
+        return dataclasses.replace(turn * parts + head * times + step, fill_s=fill)
 
     def work(self, load: Load) -> tuple[float, float]:
         """FLOPs of a step on a device, in products and attention, and the bytes of weights and cache it reads for them.
 
         Of the stage that has the most weights, which it reads for each of its microbatches.
         """
-        parts, part = self._microbatches(load)
-        done = [*((flops, num_bytes) for num_bytes, flops, _ in self._turn_products(part)), *self._attention(part)]
-        return parts * sum(flops for flops, _ in done), parts * sum(num_bytes for _, num_bytes in done)
+        (parts, part), (times, of_head) = self._microbatches(load), self._heads(load)
+        done = [(parts * flops, parts * num_bytes) for flops, num_bytes in self._attention(part)]
+        done += [(parts * flops, parts * num_bytes) for num_bytes, flops, _ in self._stage_products(part)]
+        done += [(times * flops, times * num_bytes) for num_bytes, flops, _ in self._head_products(of_head)]
+        return sum(flops for flops, _ in done), sum(num_bytes for _, num_bytes in done)
 
     def turn_flops(self, load: Load) -> float:
-        """Of products in a turn on a device, but for those of experts and of attention: as XLA compiles them."""
-        _, part = self._microbatches(load)
+        """Of products in a turn and of the head on a device, without those of experts and of attention: as compiled."""
+        (_, part), (_, of_head) = self._microbatches(load), self._heads(load)
         stage = max(of_stage.dense_numbers for of_stage in self.weights.stages)
-        head = self.weights.head.dense_numbers * part.num_drawn
-        return 2 * (stage * part.num_tokens + head)
+        return 2 * (stage * part.num_tokens + self.weights.head.dense_numbers * of_head.num_drawn)
 
     def _microbatches(self, load: Load) -> tuple[int, Load]:
         """How many, and each one's share."""
         parts = self.num_microbatches(load)
         return parts, load.share(parts)
 
-    def _turn_time(self, load: Load) -> StepTime:
+    def _heads(self, load: Load) -> tuple[int, Load]:
+        """How often a step multiplies by the head, and for what: rows alone as they leave the stages, or all at once."""
+        return (1, load) if load.chunk_tokens else self._microbatches(load)
+
+    def _product_time(self, products: Iterator[tuple[float, float, float]]) -> StepTime:
         rates = self.cluster.rates
         read = multiplied = 0.0
-        for num_bytes, flops, at_once in self._turn_products(load):
+        for num_bytes, flops, at_once in products:
             memory, arithmetic = num_bytes / rates.bytes_per_s, flops / rates.flops_at(at_once)
             read, multiplied = (read + memory, multiplied) if memory >= arithmetic else (read, multiplied + arithmetic)
+        return StepTime(weights_s=read, products_s=multiplied)
+
+    def _head_time(self, load: Load) -> StepTime:
+        """Sampling is on every device from the logits of the whole vocabulary, which come together first."""
+        logits = Collective("all-gather", self.splits.mesh_axes(ax.VOCAB), load.num_drawn * self.vocab_size * _FLOAT32)
+        others = StepTime(
+            sampling_s=load.num_drawn * self.vocab_size / self.cluster.rates.logits_per_s,
+            collectives_s=self._seconds(logits),
+        )
+        return self._product_time(self._head_products(load)) + others
+
+    def _turn_time(self, load: Load) -> StepTime:
+        """Of the layers of a stage."""
+        rates = self.cluster.rates
         waits = sum(map(self._seconds, self.turn_collectives(load)))
         waits += sum(
             kind.num_slots * sum(map(self._seconds, self.layer_collectives(kind, load.num_tokens)))
             for kind in self.layers
         )
-        return StepTime(
-            weights_s=read,
-            products_s=multiplied,
+        others = StepTime(
             attention_s=sum(
                 num_bytes / rates.attention_bytes_per_s + flops / rates.attention_flops
                 for flops, num_bytes in self._attention(load)
             ),
-            sampling_s=self._sampling_s(load),
             collectives_s=waits,
             overhead_s=sum(kind.num_slots for kind in self.layers) * (rates.layer_s + rates.token_s * load.num_tokens),
         )
+        return self._product_time(self._stage_products(load)) + others
 
-    def _turn_products(self, load: Load) -> Iterator[tuple[float, float, float]]:
-        """As `_products`, of the layers of a stage and then of the head, for which only tokens that draw count."""
-        stage = max(self.weights.stages, key=lambda of_stage: of_stage.num_bytes)
-        yield from self._products(stage, load.num_tokens)
-        yield from self._products(self.weights.head, load.num_drawn)
+    def _stage_products(self, load: Load) -> Iterator[tuple[float, float, float]]:
+        """As `_products`, of the layers of the stage that has the most."""
+        return self._products(max(self.weights.stages, key=lambda of_stage: of_stage.num_bytes), load.num_tokens)
+
+    def _head_products(self, load: Load) -> Iterator[tuple[float, float, float]]:
+        return self._products(self.weights.head, load.num_drawn)
 
     def _products(self, work: DeviceWeights, num_tokens: float) -> Iterator[tuple[float, float, float]]:
         """Bytes read, FLOPs, and tokens at once: of what all tokens are multiplied by, and of experts."""
@@ -192,10 +212,6 @@ class MeshModel:
             times = num_slots / self.splits.context_size
             for flops, num_bytes in (layer.row_work(load), layer.chunk_work(load)):
                 yield times * flops, times * num_bytes
-
-    def _sampling_s(self, load: Load) -> float:
-        """On every device from the logits of the whole vocabulary, which come together first."""
-        return load.num_drawn * self.vocab_size / self.cluster.rates.logits_per_s
 
     def _seconds(self, collective: Collective) -> float:
         size = math.prod(map(self.splits.axis_size, collective.mesh_axes))
@@ -229,13 +245,9 @@ class MeshModel:
         ]
 
     def turn_collectives(self, load: Load) -> list[Collective]:
-        """Of a turn, beside its layers: looking tokens up, logits, and what goes on to the next stage."""
+        """Of a turn, beside its layers: looking tokens up, and what goes on to the next stage."""
         hidden = load.num_tokens * self.embed_dim * self.itemsize
-        logits = load.num_drawn * self.vocab_size * _FLOAT32
-        found = [
-            Collective("all-reduce", self.splits.mesh_axes(ax.VOCAB), hidden),
-            Collective("all-gather", self.splits.mesh_axes(ax.VOCAB), logits),
-        ]
+        found = [Collective("all-reduce", self.splits.mesh_axes(ax.VOCAB), hidden)]
         if self.num_stages > 1:
             found += [
                 Collective("collective-permute", (ax.STAGE,), hidden),

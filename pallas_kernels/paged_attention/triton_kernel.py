@@ -174,6 +174,7 @@ def _store(outs: tuple[Any, ...], rows: tuple[jax.Array, jax.Array], state: _Sta
         out_ref[(*rows, piece)] = (out * factor[:, None]).astype(out_ref.dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("tiling", "is_part"))  # traced once for all layers of a kind
 def attend(inputs: Inputs, tiles: work_list.Tiles, tiling: Tiling, is_part: bool) -> Any:
     """-> [S, N, out_dim] in q's dtype, or of a part `PartialSoftmax` of [S, N]."""
     spec, rows = tiling.spec, tiling.rows
