@@ -27,7 +27,7 @@ from sharding_rules import axes as ax
 # Of all logits on one device, as XLA was seen to allocate: as they are, processed, scaled, with noise, and what is left
 # of these in each turn of a draw.
 _LOGITS_COPIES = {"cpu": 10, "gpu": 6}
-_NUM_RESIDUALS = {"cpu": 1, "gpu": 3}  # alive at once
+_NUM_RESIDUALS = {"cpu": 1, "gpu": 3}  # alive at once; with stages one more, of what left them
 _MERGED_BYTES = 32 * 2**20  # of a product with what it takes, below which XLA for GPUs makes one of two
 
 
@@ -92,7 +92,7 @@ class Demand:
         of_heads = of_part * (spec.num_q_heads + spec.num_kv_heads) * spec.head_dim * itemsize
         of_step = planner.workspace_bytes(
             residual_bytes=num_tokens * model.embed_dim * itemsize,
-            num_residuals=_NUM_RESIDUALS.get(self.platform, _NUM_RESIDUALS["gpu"]),
+            num_residuals=_NUM_RESIDUALS.get(self.platform, _NUM_RESIDUALS["gpu"]) + (1 if parts > 1 else 0),
             projections_bytes=3 * of_heads,  # 3: before they are rotated, in halves, and together again
             attention_bytes=self.attention.workspace_bytes(
                 spec,

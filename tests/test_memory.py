@@ -87,11 +87,24 @@ WORKSPACES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "parts of heads": ("blocks", HEADS, "context:4", CHUNKED),
     "residual stream": ("blocks", RESIDUAL, "", CHUNKED),
     "residual stream and mlp": ("blocks", {"embed_dim": 512, "mlp_dim": 1024}, "", {"max_model_len": 128}),
+    "stages": ("blocks", {}, "stage:2", CHUNKED),
+    "stages of a mesh": ("blocks", {}, "data:2,stage:2,tensor:2", CHUNKED),
+    "stages' mlp": ("blocks", {"mlp_dim": 8192}, "stage:2", CHUNKED),
+    "stages' heads": ("blocks", HEADS, "stage:2", CHUNKED),
     "experts": ("blocks", {"moe": EXPERTS}, "", {"max_model_len": 128}),
     "one expert each": ("blocks", {"moe": EXPERTS}, "expert:4", {"max_model_len": 128, "rules": "expert_sums"}),
     "experts' rows that travel": ("blocks", WIDE, "expert:4", {"max_model_len": 128}),
 }
-PLAIN = ("blocks on a mesh", "chunks' scores", "logits of a mesh", "parts", "heads", "residual stream", "experts")
+PLAIN = (
+    "blocks on a mesh",
+    "chunks' scores",
+    "logits of a mesh",
+    "parts",
+    "heads",
+    "residual stream",
+    "stages",
+    "experts",
+)
 
 
 @pytest.mark.parametrize("name", chosen([*WORKSPACES], *PLAIN, "experts' rows that travel"))

@@ -152,7 +152,7 @@ class MeshModel:
         return parts, load.share(parts)
 
     def _heads(self, load: Load) -> tuple[int, Load]:
-        """How often a step multiplies by the head, and for what: rows alone as they leave the stages, or all at once."""
+        """How often a step multiplies by the head, and for what: rows as they leave the stages, or all at once."""
         return (1, load) if load.chunk_tokens else self._microbatches(load)
 
     def _product_time(self, products: Iterator[tuple[float, float, float]]) -> StepTime:
