@@ -2,36 +2,86 @@
 
 import os
 import pathlib
-import stat
+import threading
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+
+from jaxinfer.program_store import ProgramStore, not_private
 
 DEFAULT_DIR = "~/.cache/jaxinfer/xla"
+_PROGRAMS = "programs"  # below it
+
+_store: ProgramStore | None = None
 
 
 def use_compilation_cache(directory: str | None) -> str | None:
     """Keeps programs in `directory`: "" for nowhere, None for JAX_COMPILATION_CACHE_DIR or else `DEFAULT_DIR`.
 
-    Returns why it is not used, if it cannot be: without it a run starts later and is no worse.
+    Whole programs of engines in one process, by `program_store`; what else JAX compiles in its own cache. Returns why
+    it is not used, if it cannot be: without it a run starts later and is no worse.
     """
+    global _store
     if directory is None:
         directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", DEFAULT_DIR)
-    problem = _make_ready(directory) if directory else None
-    path = str(pathlib.Path(directory).expanduser()) if directory and not problem else None
-    jax.config.update("jax_compilation_cache_dir", path)
+    path, problem = pathlib.Path(directory), None
+    _store = None
+    if directory:
+        try:
+            path = path.expanduser()
+            _store = _make_ready(path)
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no home to expand "~" to
+            problem = f"compiled programs are not kept: {error}"
+    jax.config.update("jax_compilation_cache_dir", str(path) if _store else None)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return problem
 
 
-def _make_ready(directory: str) -> str | None:
-    """Makes the directory, private; the reason if it cannot be used."""
-    try:
-        path = pathlib.Path(directory).expanduser()
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        is_open = path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home to expand "~" to
-        return f"compiled programs are not kept: {error}"
-    if is_open:  # what is in it gets executed
-        return f"compiled programs are not kept: others may write to {path}; run chmod go-w {path}"
-    return None
+def program_store() -> ProgramStore | None:
+    """Where this process keeps programs; None: nowhere."""
+    return _store if jax.process_count() == 1 else None
+
+
+def forget_programs() -> None:
+    """Keeps none from now on."""
+    global _store
+    _store = None
+
+
+def _make_ready(directory: pathlib.Path) -> ProgramStore:
+    """Makes the directory, private. Raises ValueError if others may write to it: what is in it gets executed."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if problem := not_private(directory):
+        raise ValueError(problem)
+    (programs := directory / _PROGRAMS).mkdir(exist_ok=True, mode=0o700)
+    return ProgramStore(programs)
+
+
+class _WithoutCache:
+    """Of JAX: it writes what is compiled without a GPU, and cannot read it; and what it read cannot be kept by us."""
+
+    _NAME = "jax_enable_compilation_cache"
+
+    def __init__(self):
+        self._lock, self._num_inside, self._was_enabled = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_inside == 0:
+                self._was_enabled = getattr(jax.config, self._NAME)
+                self._enable(False)
+            self._num_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if self._num_inside == 0:
+                self._enable(self._was_enabled)
+
+    def _enable(self, is_enabled: bool) -> None:
+        jax.config.update(self._NAME, is_enabled)
+        jax_cache.reset_cache()  # or what it found before is still believed
+
+
+without_cache = _WithoutCache()

@@ -7,24 +7,40 @@ from typing import TypeVar
 
 import jax
 
+from jaxinfer.compilation_cache import program_store, without_cache
+from jaxinfer.programs import Program
+
 Key = TypeVar("Key")
 
 
 def compile_all(
-    lowerings: Mapping[Key, Callable[[], jax.stages.Lowered]], progress: Callable[[int, int], None] | None = None
+    programs: Mapping[Key, Program], progress: Callable[[int, int], None] | None = None
 ) -> dict[Key, jax.stages.Compiled]:
-    """The program of each key, calling `progress(done, total)` after each."""
-    programs: dict[Key, jax.stages.Compiled] = {}
+    """The compiled program of each key, calling `progress(done, total)` after each."""
+    compiled: dict[Key, jax.stages.Compiled] = {}
     pool = ThreadPoolExecutor()
     try:
-        futures = {pool.submit(lambda lower=lower: lower().compile()): key for key, lower in lowerings.items()}
+        futures = {pool.submit(compile_program, program): key for key, program in programs.items()}
         for future in as_completed(futures):
-            programs[futures[future]] = future.result()
+            compiled[futures[future]] = future.result()
             if progress is not None:
-                progress(len(programs), len(lowerings))
+                progress(len(compiled), len(programs))
     finally:
         pool.shutdown(cancel_futures=True)  # a program that failed must not wait for those behind it
-    return programs
+    return compiled
+
+
+def compile_program(program: Program) -> jax.stages.Compiled:
+    """Loaded, if programs are kept and this one was compiled before."""
+    store = program_store()
+    if store is None:
+        return program.lower().compile()
+    if (loaded := store.load(program)) is not None:
+        return loaded
+    with without_cache:
+        compiled = program.lower().compile()
+    store.save(program, compiled)
+    return compiled
 
 
 def num_compilations() -> int:

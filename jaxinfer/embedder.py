@@ -17,6 +17,7 @@ from jaxinfer.compilations import compile_all
 from jaxinfer.encoder_batch import Array, EncoderBatch, EncoderShape
 from jaxinfer.intake import Prompt, encode_prompt, read_each
 from jaxinfer.metrics import EngineMetrics
+from jaxinfer.programs import Program
 from jaxinfer.request import FinishReason
 from jaxinfer.request_stats import RequestStats
 from jaxinfer.resolve import ResolvedEncoder
@@ -55,8 +56,8 @@ class Embedder:
 
     def compile_all(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles the program of every shape, calling `progress(done, total)` after each."""
-        lowerings = {shape: lambda shape=shape: self.lowered(shape) for shape in self._resolved.buckets.shapes()}
-        self._programs = compile_all(lowerings, progress)
+        programs = {shape: self.program(shape) for shape in self._resolved.buckets.shapes()}
+        self._programs = compile_all(programs, progress)
 
     @property
     def default_pooling(self) -> str:
@@ -115,7 +116,7 @@ class Embedder:
         self._weights = ()
         self._programs.clear()
 
-    def lowered(self, shape: EncoderShape) -> jax.stages.Lowered:
+    def program(self, shape: EncoderShape) -> Program:
         """The program of a shape: (weights, batch) -> Vectors."""
         batch = encoder_batch.build(shape, [])
         abstract = jax.tree.map(
@@ -123,8 +124,14 @@ class Embedder:
             batch,
             self._shardings(batch),
         )
-        jitted = jax.jit(self._vectors, out_shardings=self._definition.partitioner.replicated)  # for every host to read
-        return jitted.lower(self._definition.abstract_arrays, abstract)
+        replicated = self._definition.partitioner.replicated  # for every host to read
+        return Program(
+            name="encode",
+            settings=self._definition.settings,
+            function=self._vectors,
+            arguments=(self._definition.abstract_arrays, abstract),
+            outputs=Vectors(replicated, replicated),
+        )
 
     def _vectors(self, weights: Arrays, batch: EncoderBatch) -> Vectors:
         model = self._definition.bind_encoder(weights)

@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from jaxinfer.compilations import compile_program
 from jaxinfer.config import ModelConfig
 from jaxinfer.layouts import AxisSplits, num_sharded_kv_heads
 from jaxinfer.partitioning import Partitioner
+from jaxinfer.programs import Program
 from jaxinfer.stages import StagePlan
 from pallas_kernels.paged_attention.pages import LARGEST, Pages, QuantizedPages, quantize
 from sharding_rules import axes as ax
@@ -111,8 +113,9 @@ def allocator(spec: CacheSpec, partitioner: Partitioner) -> Callable[[], Cache]:
     """
     pages = abstract_pages(spec, partitioner)
     shardings = jax.tree.map(lambda x: x.sharding, pages)
-    zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), pages), out_shardings=shardings)
-    make = zeros.lower().compile()
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), pages)  # noqa: E731
+    settings = repr((spec, partitioner.settings))
+    make = compile_program(Program(name="cache", settings=settings, function=zeros, arguments=(), outputs=shardings))
     return lambda: spec.layers(make)
 
 

@@ -53,16 +53,23 @@ class ModelDefinition:
         family, plan = models.get(config.family), StagePlan.create(config.num_layers, partitioner.axis_size(ax.STAGE))
 
         def split(partitioner: Partitioner) -> tuple[nnx.GraphDef, nnx.State]:
-            key = jax.random.key(0)  # for all: with the keys of nnx.Rngs the time grows as the square of the layers
-            rngs = types.SimpleNamespace(params=lambda: key)
-            model = nnx.eval_shape(lambda: family.Model(config, partitioner, dtype=jnp.dtype(dtype), rngs=rngs))
-            return nnx.split(model, nnx.Param)
+            def make() -> nnx.Module:
+                key = jax.random.key(0)  # for all: with the keys of nnx.Rngs the time grows as the square of the layers
+                rngs = types.SimpleNamespace(params=lambda: key)
+                return family.Model(config, partitioner, dtype=jnp.dtype(dtype), rngs=rngs)
+
+            return nnx.split(nnx.eval_shape(make), nnx.Param)
 
         graph, state = split(partitioner)
         whole = state if plan.num_stages == 1 else split(partitioner.of_stage(0))[1]  # with all layers
         params = param_specs(whole, partitioner, plan)
         weights = tuple(weight_specs(state, params, partitioner, plan))
         return cls(config, family, partitioner, params, weights, graph, jax.tree.structure(state))
+
+    @property
+    def settings(self) -> str:
+        """Equal for definitions whose functions are the same."""
+        return repr((self.config, self.dtype.name, self.partitioner.settings))
 
     @property
     def decoder_config(self) -> ModelConfig:

@@ -112,6 +112,11 @@ class Partitioner(AxisSplits):
         grid = np.take(self.mesh.devices, [stage], axis=names.index(ax.STAGE))
         return dataclasses.replace(self, mesh=Mesh(grid, names, axis_types=types))
 
+    @property
+    def settings(self) -> str:
+        """Equal for those that split in the same way."""
+        return repr((dict(self.mesh.shape), self.rules))
+
     def shard_map(self, function: Callable[..., T], *, in_specs: Any, out_specs: Any) -> Callable[..., T]:
         """`jax.shard_map` over the mesh, or over what is left of it inside of another; nothing on one device."""
         if self.mesh.size == 1:

@@ -16,6 +16,7 @@ from jaxinfer.compilations import compile_all
 from jaxinfer.extras import Extras
 from jaxinfer.kv_cache import CacheSpec
 from jaxinfer.parameters import ModelDefinition
+from jaxinfer.programs import Program
 from jaxinfer.sampler_lowerings import Key
 from jaxinfer.sampler_programs import SamplerPrograms
 from jaxinfer.step_programs import StepPrograms
@@ -61,12 +62,10 @@ class Runner:
         """
         shapes = self.buckets.shapes()
         one_token = [self._steps.batch(shape) for shape in shapes if shape.num_steps == 1]
-        jobs: dict[StepShape | Key, Callable[[], jax.stages.Lowered]] = {
-            shape: lambda shape=shape: self._steps.lowered(shape) for shape in shapes
-        }
+        programs: dict[StepShape | Key, Program] = {shape: self._steps.program(shape) for shape in shapes}
         if extras:
-            jobs |= self._steps.sampler.all(one_token, self.definition.abstract_arrays)
-        for key, program in compile_all(jobs, progress).items():
+            programs |= self._steps.sampler.all(one_token, self.definition.abstract_arrays)
+        for key, program in compile_all(programs, progress).items():
             if isinstance(key, StepShape):
                 self._programs[key] = program
             else:

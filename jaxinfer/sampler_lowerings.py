@@ -19,6 +19,7 @@ from jaxinfer.full_sampler import FullSampler
 from jaxinfer.logprobs import Logprobs
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.partitioning import Partitioner
+from jaxinfer.programs import Program
 from jaxinfer.steps import SlotState, StepOutput, activation_shardings
 from sharding_rules import axes as ax
 
@@ -43,22 +44,22 @@ class SamplerLowerings:
         in_slots = lambda a: self._rows((self._num_shards, self.spec.num_slots, *a.shape[1:]), a.dtype)  # noqa: E731
         return jax.tree.map(in_slots, self._empty_load.params)
 
-    def all(self, batches: list[StepBatch], weights: Any) -> dict[Key, Callable[[], jax.stages.Lowered]]:
+    def all(self, batches: list[StepBatch], weights: Any) -> dict[Key, Program]:
         """For steps of one token with such batches; all abstract."""
         by_rows: dict[Key, StepBatch] = {batch.slots.shape[1]: batch for batch in batches}
-        draws = {rows: lambda batch=batch: self.sample(batch) for rows, batch in by_rows.items()}
-        return draws | {LOAD: self.load, SCORE: lambda: self.score(weights)}
+        draws = {rows: self.sample(batch) for rows, batch in by_rows.items()}
+        return draws | {LOAD: self.load(), SCORE: self.score(weights)}
 
-    def allocation(self) -> jax.stages.Lowered:
+    def allocation(self) -> Program:
         """Of empty parameters for all slots."""
         make = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.params)  # noqa: E731
-        return jax.jit(make, out_shardings=_shardings(self.params)).lower()
+        return self._program("slots", make, (), _shardings(self.params))
 
-    def load(self) -> jax.stages.Lowered:
-        jitted = jax.jit(self._functions.load, donate_argnums=0, out_shardings=_shardings(self.params))
-        return jitted.lower(self.params, jax.tree.map(lambda a: self._rows(a.shape, a.dtype), self._empty_load))
+    def load(self) -> Program:
+        load = jax.tree.map(lambda a: self._rows(a.shape, a.dtype), self._empty_load)
+        return self._program(LOAD, self._functions.load, (self.params, load), _shardings(self.params), donated=(0,))
 
-    def sample(self, batch: StepBatch) -> jax.stages.Lowered:
+    def sample(self, batch: StepBatch) -> Program:
         """For the rows of an abstract batch."""
         batch = without_tokens(batch)
         num_shards, num_rows = batch.slots.shape
@@ -75,23 +76,40 @@ class SamplerLowerings:
             *_shardings((slots, self.params)),
             StepOutput(replicated, replicated, replicated, logprobs=Logprobs(*[replicated] * 4)),
         )
-        jitted = jax.jit(self._functions.sample, donate_argnums=(0, 1), out_shardings=shardings)
-        return jitted.lower(slots, self.params, self.logits(batch), output, batch, rows)
+        arguments = slots, self.params, self.logits(batch), output, batch, rows
+        return self._program("sample", self._functions.sample, arguments, shardings, donated=(0, 1))
 
     def logits(self, batch: StepBatch) -> jax.ShapeDtypeStruct:
         """That a step gives out for the rows of a batch."""
         shape = (*batch.slots.shape, self.spec.vocab_size)
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=activation_shardings(self._partitioner).logits)
 
-    def score(self, weights: Any) -> jax.stages.Lowered:
+    def score(self, weights: Any) -> Program:
         """Over abstract weights."""
         num_tokens = self.spec.max_chunk
         shape = (self._num_shards, num_tokens, self.definition.config.embed_dim)
         dtype = self.definition.params[0].dtype
         hidden = jax.ShapeDtypeStruct(shape, dtype, sharding=activation_shardings(self._partitioner).hidden)
         score = Score(self._rows((self._num_shards, num_tokens), jnp.int32), self._rows((), jnp.int32))
-        jitted = jax.jit(self._functions.score, out_shardings=Logprobs(*[self._partitioner.replicated] * 4))
-        return jitted.lower(weights, hidden, score)
+        outputs = Logprobs(*[self._partitioner.replicated] * 4)
+        return self._program(SCORE, self._functions.score, (weights, hidden, score), outputs)
+
+    def _program(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        outputs: Any,
+        donated: tuple[int, ...] = (),
+    ) -> Program:
+        return Program(
+            name=name,
+            settings=repr((self.definition.settings, self.spec)),
+            function=function,
+            arguments=arguments,
+            outputs=outputs,
+            donated=donated,
+        )
 
     @property
     def _partitioner(self) -> Partitioner:

@@ -3,6 +3,7 @@
 import jax
 
 from jaxinfer.batch import StepBatch
+from jaxinfer.compilations import compile_program
 from jaxinfer.extras import Extras
 from jaxinfer.sampler_lowerings import LOAD, SCORE, Key, SamplerLowerings, without_tokens
 from jaxinfer.steps import Activations, Arrays, SlotState, StepOutput
@@ -12,7 +13,7 @@ class SamplerPrograms:
     """Does the extras of steps over slot parameters that it holds."""
 
     def __init__(self, lowerings: SamplerLowerings):
-        self._allocate = lowerings.allocation().compile()
+        self._allocate = compile_program(lowerings.allocation())
         self._params = self._allocate()
         self._programs: dict[Key, jax.stages.Compiled] = {}
 

@@ -11,6 +11,7 @@ from jaxinfer.batch import Buckets, StepBatch, StepShape
 from jaxinfer.extras import ExtrasSpec
 from jaxinfer.kv_cache import Cache, CacheSpec
 from jaxinfer.parameters import ModelDefinition
+from jaxinfer.programs import Program
 from jaxinfer.sampler_lowerings import SamplerLowerings
 from jaxinfer.steps import SlotState, StepFunctions, StepOutput, activation_shardings
 from sharding_rules import axes as ax
@@ -50,6 +51,10 @@ class StepPrograms:
         return self.definition.partitioner.num_shards(ax.BATCH), self.buckets.rows[-1]
 
     def lowered(self, shape: StepShape) -> jax.stages.Lowered:
+        """The program of a shape, traced."""
+        return self.program(shape).lower()
+
+    def program(self, shape: StepShape) -> Program:
         """The program of a shape."""
         spec, partitioner = self.cache_spec, self.definition.partitioner
         functions = StepFunctions(
@@ -68,10 +73,14 @@ class StepPrograms:
         activations = activation_shardings(partitioner) if shape.num_steps == 1 else None
         if activations and not shape.chunk_tokens:
             activations = activations._replace(hidden=None)
-        function = functions.one_token if shape.num_steps == 1 else functions.decode
-        shardings = (*jax.tree.map(lambda a: a.sharding, arguments[1:3]), output, activations)
-        jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=shardings)
-        return jitted.lower(*arguments)
+        return Program(
+            name="one token" if shape.num_steps == 1 else "decode",
+            settings=functions.settings,
+            function=functions.one_token if shape.num_steps == 1 else functions.decode,
+            arguments=arguments,
+            outputs=(*jax.tree.map(lambda a: a.sharding, arguments[1:3]), output, activations),
+            donated=(1, 2),
+        )
 
     def arguments(self, shape: StepShape) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Cache, SlotState, StepBatch]:
         """The shapes, dtypes and shardings of what a program takes: weights, cache, slots, batch."""

@@ -106,6 +106,12 @@ class StepFunctions:
     max_chunk: int
     counts_experts: bool = False
 
+    @property
+    def settings(self) -> str:
+        """Equal for functions that do the same with the same arguments."""
+        others = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return repr(others | {"definition": self.definition.settings})
+
     def one_token(
         self, weights: Arrays, cache: Cache, slots: SlotState, batch: StepBatch
     ) -> tuple[Cache, SlotState, StepOutput, Activations]:

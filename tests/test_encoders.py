@@ -96,7 +96,7 @@ def test_what_devices_send_each_other(mesh: str, model_dir: pathlib.Path):
     resolved = resolve(EngineConfig(model=str(model_dir), mesh=mesh, **SIZES))
     assert isinstance(resolved, ResolvedEncoder)
     shape = resolved.buckets.shapes()[-1]
-    text = Embedder(resolved, (), EngineStats()).lowered(shape).compile().as_text() or ""
+    text = Embedder(resolved, (), EngineStats()).program(shape).lower().compile().as_text() or ""
     found = re.findall(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", text)
     num_sums = 1 + 2 * resolved.definition.config.num_layers if "tensor" in mesh else 0
     num_gathered = len(POOLINGS) if "data" in mesh else 0  # the vectors, for the host
@@ -122,7 +122,7 @@ def test_the_plan_has_room_for_what_xla_allocates(
     embedder, planned = Embedder(resolved, (), EngineStats()), resolved.memory.workspace_bytes
     largest = 0
     for length, rows in resolved.buckets.rows.items():
-        analysis = embedder.lowered(EncoderShape(rows[-1], length)).compile().memory_analysis()
+        analysis = embedder.program(EncoderShape(rows[-1], length)).lower().compile().memory_analysis()
         assert analysis is not None
         largest = max(largest, analysis.temp_size_in_bytes)
     print(f"{largest} of {planned} bytes")

@@ -57,6 +57,8 @@ LAYERS = {
     "jaxinfer.planning.step_timer": 5,
     "jaxinfer.plan_flags": 7,
     "jaxinfer.process_group": 1,
+    "jaxinfer.program_store": 2,
+    "jaxinfer.programs": 2,
     "jaxinfer.progress": 1,
     "jaxinfer.prompts": 1,
     "jaxinfer.rendezvous": 1,

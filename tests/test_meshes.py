@@ -93,8 +93,8 @@ def test_extras_move_logits_once_and_nothing_else(mesh: str):
     batch = programs.batch(StepShape(0, 0, SHAPES.rows, SHAPES.buckets().pages[0], 1))
     num_shards = batch.slots.shape[0]
     moved = {}
-    for name, lower in programs.sampler.all([batch], definition.abstract_arrays).items():
-        moved[name] = collectives(lower().compile().as_text() or "")
+    for name, program in programs.sampler.all([batch], definition.abstract_arrays).items():
+        moved[name] = collectives(program.lower().compile().as_text() or "")
     for name, num_tokens in ((SHAPES.rows, SHAPES.rows), ("score", SHAPES.chunk)):
         for_host = [("all-gather", num_shards * num_tokens * width) for width in (1, MAX_LOGPROBS)]
         of_logits = [collective for collective in moved[name] if collective not in for_host]

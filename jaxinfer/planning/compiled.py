@@ -118,7 +118,7 @@ def sampler_bytes(programs: StepPrograms, shape: StepShape) -> int:
     """Of one device, with all options behind a step of one token: the step's logits, and temporaries."""
     mesh, batch = programs.definition.partitioner.device_mesh, programs.batch(shape)
     with target.compiling_for(mesh, optimized=False) as options:
-        memory = programs.sampler.sample(batch).compile(options).memory_analysis()
+        memory = programs.sampler.sample(batch).lower().compile(options).memory_analysis()
     assert memory is not None
     return shard_bytes(programs.sampler.logits(batch)) + memory.temp_size_in_bytes
 

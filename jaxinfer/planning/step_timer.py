@@ -53,7 +53,7 @@ class StepTimer:
         )
         self._steps = StepPrograms(definition=definition, cache_spec=spec, buckets=buckets, backend=backend)
         shapes = dict.fromkeys(map(self._shape, loads))
-        self._programs = compile_all({shape: lambda shape=shape: self._steps.lowered(shape) for shape in shapes})
+        self._programs = compile_all({shape: self._steps.program(shape) for shape in shapes})
         self._cache = kv_cache.allocator(spec, definition.partitioner)()
         slots = self._steps.slot_shape
         self._slots = self._partitioner.put_rows(SlotState(np.zeros(slots, np.int32), np.zeros(slots, np.bool_)))

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 
 import jax
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+from jaxinfer.compilation_cache import without_cache
 from jaxinfer.planning.hardware import GPU
 
 # Since jax 0.11 Pallas' Triton lowering looks a GPU up by its name, and knows few of those that are not there: by which
@@ -101,7 +101,7 @@ def compiling_for(mesh: Mesh, *, optimized: bool = True) -> Iterator[dict[str, s
         yield {}
         return
     level = _OPTIMIZED if optimized else _QUICK | {"xla_gpu_kernel_cache_file": _kernel_cache()}
-    with _without_cache, jax.set_mesh(mesh):  # Pallas asks the mesh which GPU it is
+    with without_cache, jax.set_mesh(mesh):  # Pallas asks the mesh which GPU it is
         yield {"xla_gpu_autotune_level": "0", **level}
 
 
@@ -127,32 +127,3 @@ def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
 
 
 _lock = threading.Lock()
-
-
-class _WithoutCache:
-    """What is compiled without a GPU JAX writes to its cache on disk, and cannot read again."""
-
-    _NAME = "jax_enable_compilation_cache"
-
-    def __init__(self):
-        self._lock, self._num_inside, self._was_enabled = threading.Lock(), 0, False
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._num_inside == 0:
-                self._was_enabled = getattr(jax.config, self._NAME)
-                self._enable(False)
-            self._num_inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._num_inside -= 1
-            if self._num_inside == 0:
-                self._enable(self._was_enabled)
-
-    def _enable(self, is_enabled: bool) -> None:
-        jax.config.update(self._NAME, is_enabled)
-        compilation_cache.reset_cache()  # or what it found before is still believed
-
-
-_without_cache = _WithoutCache()
