@@ -5,6 +5,7 @@ import pathlib
 import threading
 
 import jax
+from absl import logging
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from jaxinfer.program_store import ProgramStore, not_private
@@ -13,6 +14,7 @@ DEFAULT_DIR = "~/.cache/jaxinfer/xla"
 _PROGRAMS = "programs"  # below it
 
 _store: ProgramStore | None = None
+_is_decided = False  # where programs are kept: False until somebody asks
 
 
 def use_compilation_cache(directory: str | None) -> str | None:
@@ -21,17 +23,7 @@ def use_compilation_cache(directory: str | None) -> str | None:
     Whole programs of engines in one process, by `program_store`; what else JAX compiles in its own cache. Returns why
     it is not used, if it cannot be: without it a run starts later and is no worse.
     """
-    global _store
-    if directory is None:
-        directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", DEFAULT_DIR)
-    path, problem = pathlib.Path(directory), None
-    _store = None
-    if directory:
-        try:
-            path = path.expanduser()
-            _store = _make_ready(path)
-        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no home to expand "~" to
-            problem = f"compiled programs are not kept: {error}"
+    path, problem = _decide(directory)
     jax.config.update("jax_compilation_cache_dir", str(path) if _store else None)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -39,14 +31,36 @@ def use_compilation_cache(directory: str | None) -> str | None:
 
 
 def program_store() -> ProgramStore | None:
-    """Where this process keeps programs; None: nowhere."""
-    return _store if jax.process_count() == 1 else None
+    """Where this process keeps the programs of its engines; None: nowhere.
+
+    Where nobody has decided, it is where `use_compilation_cache(None)` would, and JAX's own cache is left alone.
+    """
+    if jax.process_count() > 1:
+        return None
+    if not _is_decided and (problem := _decide(None)[1]):
+        logging.warning("%s", problem)
+    return _store
 
 
-def forget_programs() -> None:
-    """Keeps none from now on."""
-    global _store
-    _store = None
+def keep_no_programs() -> None:
+    """From now on."""
+    _decide("")
+
+
+def _decide(directory: str | None) -> tuple[pathlib.Path, str | None]:
+    """The directory that is meant, and why it cannot be used if it cannot."""
+    global _store, _is_decided
+    if directory is None:
+        directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", DEFAULT_DIR)
+    path, found, problem = pathlib.Path(directory), None, None
+    if directory:
+        try:
+            path = path.expanduser()
+            found = _make_ready(path)
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no home to expand "~" to
+            problem = f"compiled programs are not kept: {error}"
+    _store, _is_decided = found, True
+    return path, problem
 
 
 def _make_ready(directory: pathlib.Path) -> ProgramStore:

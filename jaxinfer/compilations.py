@@ -1,9 +1,12 @@
-"""Compiles programs side by side, and counts what JAX compiles in this process."""
+"""Compiles programs side by side, and counts what else JAX compiles in this process."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TypeVar
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Generic, TypeVar
 
 import jax
 
@@ -13,49 +16,94 @@ from jaxinfer.programs import Program
 Key = TypeVar("Key")
 
 
-def compile_all(
-    programs: Mapping[Key, Program], progress: Callable[[int, int], None] | None = None
-) -> dict[Key, jax.stages.Compiled]:
-    """The compiled program of each key, calling `progress(done, total)` after each."""
-    compiled: dict[Key, jax.stages.Compiled] = {}
-    pool = ThreadPoolExecutor()
-    try:
-        futures = {pool.submit(compile_program, program): key for key, program in programs.items()}
-        for future in as_completed(futures):
-            compiled[futures[future]] = future.result()
-            if progress is not None:
-                progress(len(compiled), len(programs))
-    finally:
-        pool.shutdown(cancel_futures=True)  # a program that failed must not wait for those behind it
-    return compiled
+class Compiling(Generic[Key]):
+    """Programs that are being compiled side by side, the first ones first; each can be had as soon as it is ready.
+
+    Who waits for one must not give these threads less of the processors: they trace while they hold Python's lock.
+    """
+
+    def __init__(self, programs: Mapping[Key, Program]):
+        self._programs = dict(programs)
+        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        self._futures = {key: self._pool.submit(compile_program, each) for key, each in self._programs.items()}
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._programs)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._programs
+
+    def __getitem__(self, key: Key) -> jax.stages.Compiled:
+        """Waits for it; what nobody has begun is compiled by who asks."""
+        if self._futures[key].cancel():
+            self._futures[key] = future = Future()
+            future.set_result(compile_program(self._programs[key]))
+        return self._futures[key].result()
+
+    def wait(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """For all, calling `progress(done, total)` after each. What one raises ends it, and those not begun."""
+        try:
+            for done, future in enumerate(as_completed(self._futures.values()), start=1):
+                future.result()
+                if progress is not None:
+                    progress(done, len(self._futures))
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Compiles no more; waits for those that are under way."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def compile_all(programs: Mapping[Key, Program]) -> dict[Key, jax.stages.Compiled]:
+    """The compiled program of each key."""
+    compiling = Compiling(programs)
+    compiling.wait()
+    return {key: compiling[key] for key in compiling}
 
 
 def compile_program(program: Program) -> jax.stages.Compiled:
     """Loaded, if programs are kept and this one was compiled before."""
     store = program_store()
     if store is None:
-        return program.lower().compile()
+        return _compile(program)
     if (loaded := store.load(program)) is not None:
         return loaded
     with without_cache:
-        compiled = program.lower().compile()
+        compiled = _compile(program)
     store.save(program, compiled)
     return compiled
 
 
 def num_compilations() -> int:
-    """Programs compiled, or read from the compilation cache, since the first call."""
+    """Programs that JAX compiled or read from its cache since the first call, but for those that are compiled here."""
     return _counter().count
+
+
+def _compile(program: Program) -> jax.stages.Compiled:
+    with _counter().paused():
+        return program.lower().compile()
 
 
 class _Counter:
     def __init__(self):
         self.count = 0
+        self._of_thread = threading.local()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """In this thread."""
+        self._of_thread.is_paused = True
+        try:
+            yield
+        finally:
+            self._of_thread.is_paused = False
 
     def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         del duration_secs, kwargs
-        self.count += event == "/jax/core/compile/backend_compile_duration"
+        is_compilation = event == "/jax/core/compile/backend_compile_duration"
+        self.count += is_compilation and not getattr(self._of_thread, "is_paused", False)
 
 
 @functools.cache

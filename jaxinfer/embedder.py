@@ -1,6 +1,6 @@
 """Runs an encoder: texts in, a vector for each out. What `Engine` does with a model that generates nothing.
 
-Texts of about one length are read side by side, in programs that are all compiled by `compile_all`.
+Texts of about one length are read side by side, in programs that are all compiled before or while they do.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import encoder_batch
-from jaxinfer.compilations import compile_all
+from jaxinfer.compilations import Compiling
 from jaxinfer.encoder_batch import Array, EncoderBatch, EncoderShape
 from jaxinfer.intake import Prompt, encode_prompt, read_each
 from jaxinfer.metrics import EngineMetrics
@@ -52,12 +52,16 @@ class Embedder:
         self._weights = weights
         self._stats = stats
         self._totals = RequestStats()
-        self._programs: dict[EncoderShape, jax.stages.Compiled] = {}
+        self._programs: Compiling[EncoderShape] = Compiling({})
 
-    def compile_all(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles the program of every shape, calling `progress(done, total)` after each."""
+    def start_compiling(self) -> None:
+        """The program of every shape; a step waits for its own."""
         programs = {shape: self.program(shape) for shape in self._resolved.buckets.shapes()}
-        self._programs = compile_all(programs, progress)
+        self._programs = Compiling(programs)
+
+    def finish_compiling(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Waits for all, calling `progress(done, total)` after each."""
+        self._programs.wait(progress)
 
     @property
     def default_pooling(self) -> str:
@@ -114,7 +118,8 @@ class Embedder:
         for array in self._weights:
             array.delete()
         self._weights = ()
-        self._programs.clear()
+        self._programs.close()
+        self._programs = Compiling({})
 
     def program(self, shape: EncoderShape) -> Program:
         """The program of a shape: (weights, batch) -> Vectors."""

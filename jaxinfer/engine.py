@@ -6,6 +6,7 @@
 nothing has an Embedder in the core's place. An engine belongs to one thread.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -35,8 +36,9 @@ class Engine:
     """A model on a mesh, ready to generate or, if it is an encoder, to embed.
 
     `Engine(model=None, **fields)` takes the fields of `EngineConfig`; no model is the demonstration model. The
-    constructor reads, plans, loads and compiles: after it nothing compiles any more. Raises ValueError, in one
-    line, for a model or a setting that cannot work, before memory is allocated where that can be known.
+    constructor reads, plans, loads and compiles: after it nothing compiles any more, but for what it did not wait for
+    with `wait_for_programs=False`. Raises ValueError, in one line, for a model or a setting that cannot work, before
+    memory is allocated where that can be known.
     """
 
     def __init__(self, model: str | None = None, **fields: Any):
@@ -65,8 +67,10 @@ class Engine:
                     max_model_len=resolved.max_model_len,
                     seed=config.seed,
                 )
-            with self.progress.phase("compiling", "programs") as advance, self.stats.timed("compile_s"):
-                self._running.compile_all(advance)
+            self._compile_start: float | None = time.perf_counter()
+            self._running.start_compiling()
+            if config.wait_for_programs or group is not None:
+                self.finish_compiling("compiling")
         if group is not None:
             group.all_gather("ready", None)
         self._unfinished: dict[str, list[Request]] = {}  # all outputs of a prompt, by request id
@@ -86,6 +90,14 @@ class Engine:
         self._unfinished.clear()
         self._undelivered.clear()
         self._running.close()
+
+    def finish_compiling(self, title: str = "compiling the rest") -> None:
+        """Returns when all programs are compiled: at once, unless `wait_for_programs` is False."""
+        if self._compile_start is None:
+            return
+        with self.progress.phase(title, "programs") as advance:
+            self._running.finish_compiling(advance)
+        self.stats.compile_s, self._compile_start = time.perf_counter() - self._compile_start, None
 
     def follow(self) -> None:
         """In every process but the first: does its part of what process 0's engine does, until that is closed.

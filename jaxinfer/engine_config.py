@@ -50,6 +50,8 @@ class EngineConfig(StrictFields):
         as copies. `expert_placement.propose` makes one. None: each once.
       expert_counts: count the tokens of each expert, for the metrics.
       generation_config: "auto" applies the model's generation_config.json, "none" does not.
+      wait_for_programs: an `Engine` is made when all programs are compiled. False: at once, a step waits for its own
+        program, and the rest is compiled beside the steps. Several processes always wait.
       show_progress: progress lines for loading, compiling and `generate`, on stderr.
     """
 
@@ -72,6 +74,7 @@ class EngineConfig(StrictFields):
     expert_placement: str | None = None
     expert_counts: bool = False
     generation_config: str = "auto"
+    wait_for_programs: bool = True
     show_progress: bool = False
 
     def __post_init__(self):

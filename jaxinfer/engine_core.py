@@ -65,7 +65,7 @@ class EngineCore:
         stats: EngineStats,
         make_runner: Callable[..., Runner] = Runner,
     ) -> "EngineCore":
-        """As `resolved` has decided; `compile_all` makes it ready."""
+        """As `resolved` has decided; it is ready once that is compiled."""
         runner = make_runner(
             resolved.definition,
             weights,
@@ -90,8 +90,11 @@ class EngineCore:
         )
         return cls(scheduler, runner, stats)
 
-    def compile_all(self, progress: Callable[[int, int], None] | None = None) -> None:
-        self.runner.compile_all(progress)
+    def start_compiling(self) -> None:
+        self.runner.start_compiling()
+
+    def finish_compiling(self, progress: Callable[[int, int], None] | None = None) -> None:
+        self.runner.finish_compiling(progress)
 
     @property
     def has_work(self) -> bool:
@@ -158,8 +161,9 @@ class EngineCore:
         self.runner.close()
 
     def _start(self, plan: StepPlan) -> _StepUnderWay:
-        start_time = time.perf_counter()
         shape = self.runner.buckets.shape(plan)
+        self.runner.check_compiled(shape)  # waits, which is no part of the step's time
+        start_time = time.perf_counter()
         batch = batches.build(plan, shape, self.scheduler.table)
         output = self.runner.dispatch(shape, batch, extras.build(plan, shape, self.runner.extras_spec))
         return _StepUnderWay(plan, shape, batch, output, start_time)

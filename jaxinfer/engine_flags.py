@@ -36,6 +36,7 @@ flags.DEFINE_bool("expert_counts", _DEFAULTS.expert_counts, "Count the tokens of
 flags.DEFINE_string(
     "generation_config", _DEFAULTS.generation_config, "auto: apply the model's generation_config.json; none: do not."
 )
+flags.DEFINE_bool("wait_for_programs", False, "Compile everything before the first step; else the rest beside them.")
 
 
 def parse(program: str, module: str, argv: list[str]) -> list[str]:

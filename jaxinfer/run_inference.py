@@ -122,6 +122,7 @@ def run() -> None:
             for i, output in run_in_order(engine, inputs, params, advance):
                 sink.add(prompts[i], output)
                 failed += [str(i)] if any(c.finish_reason == "error" for c in output.outputs) else []
+        engine.finish_compiling()
         print_summary(engine, ready_s, printer.first_text_time and printer.first_text_time - _START)
     if failed:
         raise RuntimeError(

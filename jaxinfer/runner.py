@@ -1,7 +1,7 @@
 """Owns what is on the devices: weights, cache, each slot's last token, and one compiled program per shape.
 
 A step decodes rows, or prefills chunks of prompts beside them; it takes cache and slots and gives
-them back. All programs are compiled by `compile_all`; a shape outside that list is an error, never a silent
+them back. All programs are those of `compile_all`; a shape outside that list is an error, never a silent
 compilation.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxinfer import kv_cache
 from jaxinfer.batch import Buckets, StepBatch, StepShape
-from jaxinfer.compilations import compile_all
+from jaxinfer.compilations import Compiling
 from jaxinfer.extras import Extras
 from jaxinfer.kv_cache import CacheSpec
 from jaxinfer.parameters import ModelDefinition
@@ -51,7 +51,7 @@ class Runner:
         self._weights = definition.stack(weights)
         self._allocate_cache = kv_cache.allocator(spec, self._partitioner)
         self._cache, self._slots = self._allocate_cache(), self._empty_slots()
-        self._programs: dict[StepShape, jax.stages.Compiled] = {}
+        self._programs: Compiling[StepShape | Key] = Compiling({})
         self.extras_spec = self._steps.extras_spec
         self._sampler = SamplerPrograms(self._steps.sampler)
 
@@ -60,16 +60,21 @@ class Runner:
 
         Without `extras` no step can have any, and much less is compiled.
         """
+        self.start_compiling(extras=extras)
+        self.finish_compiling(progress)
+
+    def start_compiling(self, *, extras: bool = True) -> None:
+        """Returns at once: a step waits for its own program."""
         shapes = self.buckets.shapes()
         one_token = [self._steps.batch(shape) for shape in shapes if shape.num_steps == 1]
         programs: dict[StepShape | Key, Program] = {shape: self._steps.program(shape) for shape in shapes}
         if extras:
             programs |= self._steps.sampler.all(one_token, self.definition.abstract_arrays)
-        for key, program in compile_all(programs, progress).items():
-            if isinstance(key, StepShape):
-                self._programs[key] = program
-            else:
-                self._sampler.add(key, program)
+        self._programs = Compiling(programs)
+
+    def finish_compiling(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Waits for what `start_compiling` has started."""
+        self._programs.wait(progress)
 
     def dispatch(self, shape: StepShape, batch: StepBatch, extras: Extras | None = None) -> StepOutput:
         """Starts a step and returns its output, on the devices, without waiting for it."""
@@ -81,15 +86,19 @@ class Runner:
             self._weights, self._cache, self._slots, batch
         )
         if extras is not None:
-            self._slots, output = self._sampler.run(self._slots, self._weights, activations, output, batch, extras)
+            self._slots, output = self._sampler.run(
+                self._programs, self._slots, self._weights, activations, output, batch, extras
+            )
         for array in jax.tree.leaves(output):
             array.copy_to_host_async()
         return output
 
     def check_compiled(self, shape: StepShape) -> None:
-        """Raises RuntimeError for a shape that is not."""
+        """Waits until it is; RuntimeError for a shape that never will be."""
         if shape not in self._programs:
-            raise RuntimeError(f"{shape} is not a compiled shape; compiled: {sorted(self._programs)}")
+            shapes = sorted(key for key in self._programs if isinstance(key, StepShape))
+            raise RuntimeError(f"{shape} is not a compiled shape; compiled: {shapes}")
+        self._programs[shape]
 
     def reset_cache(self) -> None:
         """Makes a new, empty cache after a step that failed, and may have taken the donated one with it."""
@@ -104,7 +113,8 @@ class Runner:
             array.delete()
         self._sampler.close()
         self._weights, self._cache = (), ()
-        self._programs.clear()
+        self._programs.close()
+        self._programs = Compiling({})
 
     def _empty_slots(self) -> SlotState:
         shape = self._steps.slot_shape

@@ -1,11 +1,13 @@
-"""Owns the parameters that requests have in their slots on the devices, and the compiled programs of `full_sampler`."""
+"""Owns the parameters that requests have in their slots on the devices; runs the programs of `full_sampler`."""
+
+from typing import Any
 
 import jax
 
 from jaxinfer.batch import StepBatch
-from jaxinfer.compilations import compile_program
+from jaxinfer.compilations import Compiling, compile_program
 from jaxinfer.extras import Extras
-from jaxinfer.sampler_lowerings import LOAD, SCORE, Key, SamplerLowerings, without_tokens
+from jaxinfer.sampler_lowerings import LOAD, SCORE, SamplerLowerings, without_tokens
 from jaxinfer.steps import Activations, Arrays, SlotState, StepOutput
 
 
@@ -15,13 +17,10 @@ class SamplerPrograms:
     def __init__(self, lowerings: SamplerLowerings):
         self._allocate = compile_program(lowerings.allocation())
         self._params = self._allocate()
-        self._programs: dict[Key, jax.stages.Compiled] = {}
-
-    def add(self, key: Key, program: jax.stages.Compiled) -> None:
-        self._programs[key] = program
 
     def run(
         self,
+        programs: Compiling[Any],
         slots: SlotState,
         weights: Arrays,
         activations: Activations,
@@ -29,17 +28,20 @@ class SamplerPrograms:
         batch: StepBatch,
         extras: Extras,
     ) -> tuple[SlotState, StepOutput]:
-        """Does a step's extras behind it; donates `slots`. The batch's and the extras' arrays are on the devices."""
+        """Does a step's extras behind it; donates `slots`. The batch's and the extras' arrays are on the devices.
+
+        `programs` has those of `SamplerLowerings.all`, by their keys.
+        """
         for load in extras.loads:
-            self._params = self._programs[LOAD](self._params, load)
+            self._params = programs[LOAD](self._params, load)
         if extras.rows is not None:
             batch = without_tokens(batch)
-            sample = self._programs[batch.slots.shape[1]]
+            sample = programs[batch.slots.shape[1]]
             expert_counts, output = output.expert_counts, output._replace(expert_counts=None)
             slots, self._params, output = sample(slots, self._params, activations.logits, output, batch, extras.rows)
             output = output._replace(expert_counts=expert_counts)
         if extras.score is not None:
-            scores = self._programs[SCORE](weights, activations.hidden, extras.score)
+            scores = programs[SCORE](weights, activations.hidden, extras.score)
             output = output._replace(prompt_logprobs=scores)
         return slots, output
 

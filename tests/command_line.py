@@ -11,7 +11,7 @@ from absl.testing import flagsaver
 
 import jaxinfer.engine
 from jaxinfer import Engine, cli_flags, run_inference
-from jaxinfer.compilation_cache import forget_programs
+from jaxinfer.compilation_cache import keep_no_programs
 
 COMMAND = [sys.executable, "-m", "jaxinfer.run_inference"]
 
@@ -43,7 +43,7 @@ def run_here(*flags: str) -> int:
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else 1
         finally:
-            forget_programs()  # which the command keeps for all engines of the process
+            keep_no_programs()  # which the command keeps for all engines of the process
 
 
 def with_engine(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> list[dict[str, Any]]:

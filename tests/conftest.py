@@ -96,6 +96,14 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-golden"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _engines_keep_no_programs() -> None:
+    """Tests put faults into functions, and a program on disk has none of them."""
+    from jaxinfer import compilation_cache
+
+    compilation_cache.keep_no_programs()
+
+
 @pytest.fixture
 def whole_contexts(monkeypatch: pytest.MonkeyPatch):
     """Attention gathers them, as on a GPU, so that its workspace is what matters most."""

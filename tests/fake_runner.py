@@ -94,6 +94,9 @@ class FakeRunner:
     def close(self) -> None:
         """Nothing to free."""
 
+    def check_compiled(self, shape: StepShape) -> None:
+        assert shape in self.buckets.shapes()
+
     def dispatch(self, shape: StepShape, batch: StepBatch, extras: Extras | None = None) -> StepOutput:
         assert shape in self.buckets.shapes(), shape
         fail_at, self.fail_at = self.fail_at, ""
@@ -236,6 +239,7 @@ def make_engine(*, max_model_len: int = 64, **fields: Any) -> Engine:
     engine.progress = Progress(enabled=False)
     engine._unfinished, engine._undelivered = {}, {}
     engine._is_closed, engine._num_compilations_when_ready, engine._group = False, 0, None
+    engine._compile_start = None
     return engine
 
 

@@ -37,19 +37,46 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_decode_alone(model_dir: pathlib.Path):
-    record = run("bench_decode", f"--model={model_dir}", "--peer=none", *SMALL)
+    record = run("bench_decode", f"--model={model_dir}", "--peers=", *SMALL)
     (result,) = record["results"]
-    assert result["batch_size"] == 2 and result["tokens_per_s"] > 0 and "ratio" not in result
+    assert result["batch_size"] == 2 and result["prompt_tokens"] == 5
+    assert result["tokens_per_s"] > 0 and result["prefill_tokens_per_s"] > 0
     assert result["step_bytes"] > record["num_params"] * 4
-    assert "torch" not in record["versions"]
+    assert "torch" not in record["versions"] and not {*result} & {*bench_peer.PEERS}
 
 
 @pytest.mark.parity
-def test_decode_beside_its_peer(model_dir: pathlib.Path):
-    record = run("bench_decode", f"--model={model_dir}", "--peer_threads=1", *SMALL)
+def test_decode_beside_transformers(model_dir: pathlib.Path):
+    record = run("bench_decode", f"--model={model_dir}", "--peers=hf", "--peer_threads=1", *SMALL)
     (result,) = record["results"]
-    assert result["compared_tokens"] == 2 * 7 and result["equal_tokens"] >= 7 and result["ratio"] > 0
+    assert result["hf"]["threads"] == 1 and result["hf"]["decode_ratio"] > 0 and result["hf"]["prefill_ratio"] > 0
+    assert result["hf"]["compared_tokens"] == 2 * 7 and result["hf"]["equal_tokens"] >= 7
     assert "torch" in record["versions"]
+
+
+@only_long
+@pytest.mark.parity
+def test_decode_beside_compiled_transformers(model_dir: pathlib.Path):
+    (result,) = run("bench_decode", f"--model={model_dir}", "--peers=hf_compiled", "--peer_threads=1", *SMALL)[
+        "results"
+    ]
+    assert result["hf_compiled"]["equal_tokens"] >= 7
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads"), [("float32", {}), ("float16", {"num_key_value_heads": 8, "tie_word_embeddings": False})]
+)
+def test_decode_beside_llama_cpp(tmp_path: pathlib.Path, dtype: str, heads: dict[str, Any]):
+    pytest.importorskip("llama_cpp")
+    model_dir = tiny_model.make(tmp_path / "tiny", model_type="llama", seed=1, **heads)
+    record = run("bench_decode", f"--model={model_dir}", f"--dtype={dtype}", "--peers=llama_cpp", *SMALL)
+    (result,) = record["results"]
+    assert result["llama_cpp"]["compared_tokens"] == 2 * 7 and result["llama_cpp"]["equal_tokens"] >= 7
+
+
+def test_peers_that_are_not_there_are_named():
+    with pytest.raises(ValueError, match="unknown vllm; known: hf, hf_compiled, llama_cpp"):
+        bench_peer.check(["hf", "vllm"])
 
 
 def test_sampling():

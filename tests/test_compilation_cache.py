@@ -12,12 +12,19 @@ from tests.command_line import run_here
 
 
 @pytest.fixture(autouse=True)
-def _jax_config_as_before() -> Iterator[None]:
+def _config_as_before() -> Iterator[None]:
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: jax.config.values[name] for name in names}
     yield
+    compilation_cache.keep_no_programs()
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture
+def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process begins that has an Engine and no flags."""
+    monkeypatch.setattr(compilation_cache, "_is_decided", False)
 
 
 def used() -> str | None:
@@ -52,6 +59,30 @@ def test_a_directory_that_others_may_write_to_is_not_used(tmp_path: pathlib.Path
     problem = use_compilation_cache(str(tmp_path))
     assert problem == f"compiled programs are not kept: others may write to {tmp_path}; run chmod go-w {tmp_path}"
     assert used() is None
+
+
+def test_engines_in_python_keep_programs_by_default_and_leave_jax_alone(
+    undecided: None, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(compilation_cache, "DEFAULT_DIR", str(tmp_path / "default"))
+    before = used()
+    store = compilation_cache.program_store()
+    assert store is not None and (tmp_path / "default" / "programs" / "secret").exists() and used() == before
+    assert compilation_cache.program_store() is store
+    compilation_cache.keep_no_programs()
+    assert compilation_cache.program_store() is None
+
+
+def test_engines_in_python_go_on_without(
+    undecided: None, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+):
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    assert compilation_cache.program_store() is None and compilation_cache.program_store() is None
+    assert [record.getMessage() for record in caplog.records] == [
+        f"compiled programs are not kept: others may write to {tmp_path}; run chmod go-w {tmp_path}"
+    ]
 
 
 def test_the_command_warns_and_goes_on(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):

@@ -236,7 +236,7 @@ def test_nothing_runs_and_nothing_outside_is_read(
     opened: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(Runner, "compile_all", lambda *_: None)
+    monkeypatch.setattr(Runner, "start_compiling", lambda *_, **__: None)
     trap(model_dir)
     monkeypatch.chdir(model_dir)
     refusals = []

@@ -172,7 +172,7 @@ def jax_cache(tmp_path: pathlib.Path) -> Iterator[None]:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax_cache_of_jax.reset_cache()  # or it goes on with the directory that it has
     yield
-    compilation_cache.forget_programs()
+    compilation_cache.keep_no_programs()
     for name, value in before.items():
         jax.config.update(name, value)
     jax_cache_of_jax.reset_cache()

@@ -35,7 +35,7 @@ def test_a_prompt_streams_and_ends_with_a_summary(model_dir: pathlib.Path):
         "memory per device:",
         "tokens at once",
         "loading weights:",
-        "compiling:",
+        "compiling the rest:",
         "sampling:",
         "tokens/s",
     ):

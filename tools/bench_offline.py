@@ -132,7 +132,9 @@ def needs_torch() -> bool:
 def make_peers(model_dir: pathlib.Path) -> dict[str, Generate]:
     peers: dict[str, Generate] = {}
     if needs_torch():
-        model = bench_peer.load(model_dir, _DTYPE.value)
+        from jaxinfer.tools import bench_peer_torch
+
+        model = bench_peer_torch.load(model_dir, _DTYPE.value)
         peers |= {
             "transformers": make_transformers(model, False),
             "transformers_sorted": make_transformers(model, True),
@@ -185,7 +187,7 @@ def main(argv: list[str]) -> None:
         bench_models.write_random(model_dir, config, _DTYPE.value)
         peers = make_peers(model_dir)
         result = compare(make_ours(model_dir, enable_prefix_caching=True), peers, config["vocab_size"])
-    run = bench_record.describe_run("bench_offline", bench_peer.PACKAGES if needs_torch() else ())
+    run = bench_record.describe_run("bench_offline", bench_peer.packages(["hf"] if needs_torch() else []))
     workload = {flag.name: flag.value for flag in (_SHAPE, _DTYPE, _REQUESTS, _SCALE, _SHARED, _BATCH_SIZE)}
     bench_record.print_record(run | workload | {"results": result})
 

@@ -1,53 +1,85 @@
-"""The peer of the benchmarks: Hugging Face transformers, run eagerly, on the device that jax uses. Needs torch."""
+"""Who the benchmarks compare with, in the same run: the same weights and prompts, decoded greedily.
 
-import functools
+    hf            Hugging Face transformers, eager, with its growing cache
+    hf_compiled   transformers with a static cache, its decode step compiled by torch.compile
+    llama_cpp     llama.cpp by way of llama-cpp-python, its weights written to GGUF here; on CPUs
+
+Each is imported when it is asked for: pip install -e ".[bench]" brings what it can, torch is best installed as its own
+page says. On a busy machine torch can be several times faster with one thread than with its own choice, so a peer runs
+with several numbers of threads and whichever is best counts.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import itertools
 import pathlib
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
-# Prompts, all of one length -> each sequence's new tokens, and the seconds it took to decode all but the first.
-Generate = Callable[[list[list[int]]], tuple[list[list[int]], float]]
 
-PACKAGES = ("torch", "transformers")
+class Generated(NamedTuple):
+    """New tokens of each sequence, the seconds until each had its first, and those for all others."""
 
-
-def load(model_dir: pathlib.Path, dtype: str) -> Any:
-    """The transformers model, ready to run."""
-    import torch
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
-    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    return model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
+    tokens: list[list[int]]
+    prefill_s: float
+    decode_s: float
 
 
-def make_peer(model_dir: pathlib.Path, dtype: str, new_tokens: int) -> Callable[[int], Generate]:
-    """Greedy decoding of `new_tokens` after the first; takes the number of threads, 0 for torch's own choice."""
-    import torch
-    import transformers
+Generate = Callable[[list[list[int]]], Generated]  # of prompts that are all as long
 
-    own_choice = torch.get_num_threads()
-    model = load(model_dir, dtype)
 
-    @torch.inference_mode()
-    def generate(num_threads: int, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
-        torch.set_num_threads(num_threads or own_choice)
-        cache = transformers.DynamicCache(config=model.config)
-        step = functools.partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token = step(torch.tensor(prompts, device=model.device)).logits[:, -1:].argmax(-1)
-        tokens = [token.tolist()]  # to the host, so that prefill is over
-        start = time.perf_counter()
-        for _ in range(new_tokens):
-            token = step(token).logits[:, -1:].argmax(-1)
-            tokens.append(token.tolist())
-        elapsed_s = time.perf_counter() - start
-        return np.concatenate(tokens, axis=1).tolist(), elapsed_s
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a peer generates with.
 
-    return lambda num_threads: functools.partial(generate, num_threads)
+    Attributes:
+      model_dir: config.json and safetensors, in `dtype`.
+      dtype: a name: float32, bfloat16, float16.
+      batch_size: prompts at once.
+      prompt_tokens: of each.
+      new_tokens: of each, after the first.
+    """
+
+    model_dir: pathlib.Path
+    dtype: str
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+class _Peer(NamedTuple):
+    module: str  # beside this one, with a function `make` of a Setting, the peer's name and a number of threads
+    packages: tuple[str, ...]  # that it imports, as they are called in Python and where they are installed from
+
+
+_TORCH = _Peer("bench_peer_torch", ("torch", "transformers"))
+PEERS = {"hf": _TORCH, "hf_compiled": _TORCH, "llama_cpp": _Peer("bench_peer_llama_cpp", ("llama_cpp", "gguf"))}
+
+
+def check(names: Iterable[str]) -> None:
+    """Raises ValueError for peers that nobody knows or that are not installed."""
+    names = [*names]
+    if unknown := sorted({*names} - {*PEERS}):
+        raise ValueError(f"unknown {', '.join(unknown)}; known: {', '.join(PEERS)}")
+    missing = {name: [p for p in PEERS[name].packages if importlib.util.find_spec(p) is None] for name in names}
+    if told := [f"{name} needs {' and '.join(packages)}" for name, packages in missing.items() if packages]:
+        raise ValueError(f'{"; ".join(told)}: pip install -e ".[bench]", and torch as its own page says')
+
+
+def packages(names: Iterable[str]) -> tuple[str, ...]:
+    """Whose versions decide how fast these peers are, as they are installed."""
+    found = dict.fromkeys(package for name in names for package in PEERS[name].packages)
+    return tuple(package.replace("llama_cpp", "llama-cpp-python") for package in found)
+
+
+def make(names: Iterable[str], setting: Setting, threads: Iterable[int]) -> Iterator[tuple[str, int, Generate]]:
+    """Each peer with each number of threads, 0 being its own choice."""
+    for name, number in itertools.product(names, threads):
+        module = importlib.import_module(f"jaxinfer.tools.{PEERS[name].module}")
+        yield name, number, module.make(setting, name, number)
 
 
 def count_equal(ours: list[list[int]], theirs: list[list[int]]) -> int:

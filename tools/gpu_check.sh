@@ -61,7 +61,7 @@ else
     model=(--shape=8b --rounds=5 --prompt_tokens=1000 --new_tokens=128 --decode_steps=16 --dtype=bfloat16)
     batches=1,8,32
 fi
-model+=(--peer=none)
+model+=(--peers=)
 
 step tests 130 "${tests[@]}"
 tail -n 1 "$folder/tests.log"

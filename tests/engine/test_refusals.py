@@ -98,11 +98,11 @@ def test_no_process_begins_before_all_have_compiled(model_dir: pathlib.Path, mon
         done.append(topic)
         return [value]
 
-    def compile_all(self: EngineCore, progress: object) -> None:
+    def finish_compiling(self: EngineCore, progress: object) -> None:
         done.append("compiled")
 
     group = types.SimpleNamespace(leads=True, all_gather=all_gather, close=lambda: done.append("closed"))
     monkeypatch.setattr("jaxinfer.engine.process_group", lambda: group)
-    monkeypatch.setattr(EngineCore, "compile_all", compile_all)
+    monkeypatch.setattr(EngineCore, "finish_compiling", finish_compiling)
     Engine(str(model_dir), **tiny_model.ONE_SLOT).close()
     assert done[0] == "config" and done[-3:] == ["compiled", "ready", "closed"]
