@@ -14,6 +14,7 @@ from typing import Any
 from jaxinfer.model_files import check_files
 
 MANIFEST, COMPLETE = "jaxinfer_manifest.json", "COMPLETE"
+ORBAX_DIRECTORY = "weights"  # where the format is Orbax
 _VERSION = 1
 _BUFFER_BYTES = 1 << 22
 

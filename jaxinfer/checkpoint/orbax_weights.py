@@ -14,11 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from jaxinfer.checkpoint.groups import groups
+from jaxinfer.checkpoint.manifest import ORBAX_DIRECTORY
 from jaxinfer.param_specs import ParamSpec
 from jaxinfer.parameters import ModelDefinition
 from sharding_rules import axes as ax
 
-DIRECTORY = "weights"
 _CHUNK_BYTES = 1 << 20  # before compression
 _ONE_PER_CHUNK = (ax.HEADS, ax.KV_HEADS, ax.EXPERTS)
 _GROUP_BYTES = 1 << 28  # restored by one call, whose overhead would else be most of it
@@ -120,7 +120,7 @@ def _restore(model_dir: pathlib.Path, abstract: dict[str, Any]) -> Any:
 
 
 def _path(model_dir: pathlib.Path) -> str:
-    return str(model_dir.resolve() / DIRECTORY)
+    return str(model_dir.resolve() / ORBAX_DIRECTORY)
 
 
 def _nested(leaves: dict[str, Any]) -> dict[str, Any]:

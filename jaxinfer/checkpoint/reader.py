@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.checkpoint import hf_reader, manifest, orbax_weights
+from jaxinfer.checkpoint import hf_reader, manifest
 from jaxinfer.checkpoint.hf_index import listed
 from jaxinfer.parameters import ModelDefinition
 
@@ -22,7 +22,7 @@ def format_of(model_dir: pathlib.Path) -> str:
         if found not in (HUGGING_FACE, ORBAX):
             raise ValueError(f"{model_dir}: {manifest.MANIFEST} says format {found!r}; known: {HUGGING_FACE}, {ORBAX}")
         return found
-    if (model_dir / orbax_weights.DIRECTORY).exists():
+    if (model_dir / manifest.ORBAX_DIRECTORY).exists():
         raise ValueError(f"{model_dir}: Orbax weights without {manifest.MANIFEST}; convert_checkpoint writes one")
     return HUGGING_FACE
 
@@ -37,6 +37,8 @@ def load_weights(
     """
     if format_of(model_dir) == HUGGING_FACE:
         return hf_reader.load_weights(model_dir, definition, progress)
+    from jaxinfer.checkpoint import orbax_weights  # Orbax takes a third of a second to import
+
     check_matches(model_dir, definition)
     arrays = orbax_weights.load(model_dir, definition, progress)
     if definition.dtype == jnp.float16:  # Orbax casts without a word
