@@ -61,8 +61,9 @@ class FullSampler:
         history, bias, processors = jax.tree.map(lambda a: _flat(own(a, jnp.maximum(batch.slots, 0))), params)
         processed = process(logits, processors, history, bias, _flat(num_tokens))
         processed = jnp.where(_flat(rows.is_full)[:, None], processed, logits)  # others have no parameters in the slot
-        sampling, in_each_shard = batch.sampling._replace(draws=rows.draws), self.definition.partitioner.in_each_shard
-        tokens = sample(processed, sampling, _flat(num_tokens), in_each_shard)
+        sampling, partitioner = batch.sampling._replace(draws=rows.draws), self.definition.partitioner
+        in_kernel = partitioner.has_whole_rows_on_gpus
+        tokens = sample(processed, sampling, _flat(num_tokens), partitioner.in_each_shard, in_kernel=in_kernel)
         has_choice = jnp.any(processed > -jnp.inf, axis=-1).reshape(num_tokens.shape)
         logprobs = lax.cond(
             rows.wants_logprobs,

@@ -132,6 +132,11 @@ class Partitioner(AxisSplits):
         return self.shard_map(function, in_specs=rows, out_specs=rows)
 
     @property
+    def has_whole_rows_on_gpus(self) -> bool:
+        """Whether each device has all of the vocabulary for its rows, so that a kernel can draw their tokens."""
+        return self.device.platform == "gpu" and self.num_shards(ax.VOCAB) == 1
+
+    @property
     def _mesh_here(self) -> Mesh | AbstractMesh:
         """The mesh, or inside of a `shard_map` over some of its axes the one that knows of that."""
         inside = jax.sharding.get_abstract_mesh()

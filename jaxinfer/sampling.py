@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import draw
+from pallas_kernels.noise import gumbel, ordered_bits
+
 Draw = Callable[..., jax.Array]
 
 
@@ -31,13 +34,27 @@ def sample(
     params: SamplingArrays,
     positions: jax.Array,
     in_each_shard: Callable[[Draw], Draw] = lambda draw: draw,
+    *,
+    in_kernel: bool = False,
 ) -> jax.Array:
     """Token ids int32 [B] from float32 logits [B, V] for the tokens at `positions` int32 [B].
 
     A batch of greedy rows pays for an argmax only, and one without top-k, top-p and min-p for no look at what is above
     a token. `in_each_shard` has that done for the rows of each data shard apart, with all of the vocabulary: there are
-    several passes, as many as a shard's own rows need, and the devices would agree on each.
+    several passes, as many as a shard's own rows need, and the devices would agree on each. `in_kernel` has a GPU do
+    all of it without asking the host, and draws the same; a row's logits must be whole in each device.
     """
+    if in_kernel:
+        rows = draw.RowParams(
+            temperature=jnp.where(params.draws, params.temperature, 0),
+            top_k=jnp.where(params.truncates, params.top_k, 0),
+            top_p=jnp.where(params.truncates, params.top_p, 1),
+            min_p=jnp.where(params.truncates, params.min_p, 0),
+            seed=params.seed,
+            position=positions.astype(jnp.uint32),
+            highest=jnp.max(logits, axis=-1),
+        )
+        return in_each_shard(draw.draw)(logits, rows)
     greedy = argmax(logits)
 
     def draw_likely(scaled: jax.Array) -> jax.Array:
@@ -45,14 +62,14 @@ def sample(
         top_k, top_p = jnp.where(is_greedy, 0, params.top_k), jnp.where(is_greedy, 1.0, params.top_p)
         return in_each_shard(_draw_likely)(scaled, params.min_p, top_k, top_p, params.seed, positions)
 
-    def draw() -> jax.Array:
+    def draw_any_way() -> jax.Array:
         # Below the maximum, so that a temperature near 0 drives all others to -inf and none to inf.
         scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
         scaled /= jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
         draw_any = lambda scaled: argmax(_perturbed(scaled, params.seed, positions))  # noqa: E731
         return jnp.where(params.temperature > 0, lax.cond(params.truncates, draw_likely, draw_any, scaled), greedy)
 
-    return lax.cond(params.draws, draw, lambda: greedy)
+    return lax.cond(params.draws, draw_any_way, lambda: greedy)
 
 
 def _draw_likely(
@@ -64,7 +81,8 @@ def _draw_likely(
 
 def _perturbed(logits: jax.Array, seed: jax.Array, positions: jax.Array) -> jax.Array:
     """Of which the largest is an exact draw from softmax(logits): Gumbel-max."""
-    return logits + jax.vmap(_gumbel, in_axes=(0, 0, None))(seed, positions, logits.shape[-1])
+    token_ids = jnp.arange(logits.shape[-1], dtype=jnp.uint32)
+    return logits + jax.vmap(gumbel, in_axes=(0, 0, None))(seed, positions.astype(jnp.uint32), token_ids)
 
 
 def drop_unlikely(logits: jax.Array, min_p: jax.Array) -> jax.Array:
@@ -137,7 +155,7 @@ def _mass_of_likeliest(logits: jax.Array, top_k: jax.Array) -> jax.Array:
 
     Their bound is found bit by bit from the top, until exactly top_k are above it.
     """
-    order = _ordered_bits(logits)
+    order = ordered_bits(logits)
 
     def is_sought(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         bit, _, is_exact = state
@@ -154,13 +172,6 @@ def _mass_of_likeliest(logits: jax.Array, top_k: jax.Array) -> jax.Array:
     return _mass_where(order >= bound[:, None], logits)
 
 
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """uint32 that compare as the float32 do."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    negative = bits >> 31 == 1
-    return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
-
-
 def argmax(x: jax.Array) -> jax.Array:
     """Of each row: [B, V] -> int32 [B]. Of a row with a NaN some token.
 
@@ -174,30 +185,3 @@ def _first(mask: jax.Array) -> jax.Array:
     """The lowest id of each row; the last one if there is none."""
     last = mask.shape[-1] - 1
     return jnp.min(jnp.where(mask, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
-
-
-def _gumbel(seed: jax.Array, position: jax.Array, vocab_size: int) -> jax.Array:
-    """Noise of a row, float32 [V]: what jax.random.gumbel makes of (seed, position), a key of two words."""
-    bits = _threefry(seed, position.astype(jnp.uint32), jnp.arange(vocab_size, dtype=jnp.uint32))
-    uniform = lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32) - 1.0
-    return -jnp.log(-jnp.log(jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny)))
-
-
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-
-
-def _threefry(seed: jax.Array, position: jax.Array, counters: jax.Array) -> jax.Array:
-    """uint32 bits for each counter: Threefry-2x32 of 20 rounds (Salmon et al. 2011) with the key (seed, position).
-
-    As `jax.random.bits` gives them, which on a CPU rolls the rounds into a loop over memory: 12 times slower.
-    """
-    keys = (seed, position, seed ^ position ^ jnp.uint32(0x1BD11BDA))
-    high, low = jnp.full_like(counters, keys[0]), counters + keys[1]
-    for i in range(5):
-        for rotation in _ROTATIONS[i % 2]:
-            high += low
-            low = (low << rotation) | (low >> (32 - rotation))
-            low ^= high
-        high += keys[(i + 1) % 3]
-        low += keys[(i + 2) % 3] + jnp.uint32(i + 1)
-    return high ^ low

@@ -224,7 +224,9 @@ class StepFunctions:
         """[D, R, V] -> [D, R]."""
         flat, params = logits.reshape(-1, logits.shape[-1]), jax.tree.map(jnp.ravel, sampling)
         params = params._replace(draws=sampling.draws, truncates=sampling.truncates)
-        tokens = sample(flat, params, positions.reshape(-1), self.definition.partitioner.in_each_shard)
+        partitioner = self.definition.partitioner
+        in_kernel = partitioner.has_whole_rows_on_gpus
+        tokens = sample(flat, params, positions.reshape(-1), partitioner.in_each_shard, in_kernel=in_kernel)
         return tokens.reshape(positions.shape)
 
 

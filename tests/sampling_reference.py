@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.sampling import _gumbel
 from jaxinfer.sampling_params import SamplingParams
+from pallas_kernels.noise import gumbel
 
 
 def process(
@@ -58,7 +58,8 @@ def draw(logits: np.ndarray, params: SamplingParams, seed: int, position: int) -
     """The token at `position` from processed logits [V], with the very noise that the devices use."""
     if params.temperature == 0:
         return int(np.argmax(logits))
-    noise = np.asarray(_gumbel(jnp.uint32(seed), jnp.int32(position), len(logits)), np.float64)
+    token_ids = jnp.arange(len(logits), dtype=jnp.uint32)
+    noise = np.asarray(gumbel(jnp.uint32(seed), jnp.uint32(position), token_ids), np.float64)
     return int(np.argmax(keep_likely(logits, params) + noise))
 
 

@@ -11,10 +11,11 @@ import pytest
 
 from jaxinfer import batch
 from jaxinfer.batch import StepShape
-from jaxinfer.sampling import SamplingArrays, _gumbel, argmax, drop_unlikely, first_likely, sample
+from jaxinfer.sampling import SamplingArrays, argmax, drop_unlikely, first_likely, sample
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.slot_table import SlotTable
 from jaxinfer.step_plan import StepPlan
+from pallas_kernels.noise import gumbel
 from tests.fake_runner import make_request
 
 VOCAB = 50
@@ -228,10 +229,11 @@ def test_different_seeds_and_positions_draw_differently():
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
 def test_noise_is_that_of_jax(seed: int):
     """Bit for bit, so that its generator's tests stand for ours."""
+    token_ids = jnp.arange(1000, dtype=jnp.uint32)
     for position in (0, 7, 2**31 - 1):
         key = jax.random.wrap_key_data(jnp.array([seed, position], jnp.uint32), impl="threefry2x32")
         expected = jax.random.gumbel(key, (1000,), jnp.float32)
-        np.testing.assert_array_equal(_gumbel(jnp.uint32(seed), jnp.int32(position), 1000), expected)
+        np.testing.assert_array_equal(gumbel(jnp.uint32(seed), jnp.uint32(position), token_ids), expected)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 1000])

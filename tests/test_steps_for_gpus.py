@@ -42,6 +42,7 @@ class Step:
         assert memory is not None and hlo is not None
         (thunks,) = directory.glob(f"*.jit_decode.{THUNKS}")
         self.definition, self.memory, self.hlo, self.thunks = definition, memory, hlo, thunks.read_text("utf-8")
+        self.num_batch_arrays = len(jax.tree.leaves(programs.arguments(shape)[2:]))
         spec = programs.cache_spec
         self.page_shape = kv_cache.cache_sharding(spec, partitioner).shard_shape(spec.shape)
         self.cache_bytes = 2 * NUM_LAYERS * jnp.zeros(1, spec.dtype).nbytes * math.prod(self.page_shape)
@@ -74,12 +75,26 @@ def graphs(thunks: str) -> list[list[str]]:
 
 
 def test_one_graph_has_all_layers(step: Step):
-    """And so the host starts one thing for all of a step up to its logits."""
+    """And the draw behind them: the host starts one thing for all of a step."""
     in_graphs = [sum("_attend_kernel" in line for line in graph) for graph in graphs(step.thunks)]
     assert sorted(in_graphs, reverse=True)[:2] == [NUM_LAYERS, 0]
     (graph,) = (graph for graph in graphs(step.thunks) if any("_attend_kernel" in line for line in graph))
     assert sum("_merge_kernel" in line for line in graph) == NUM_LAYERS
     assert sum("gemm" in line for line in graph) >= 4 * NUM_LAYERS + 1  # the head's too
+    assert ["_noise_kernel" in line or "_choice_kernel" in line for line in graph].count(True) == 2
+
+
+def test_the_host_is_asked_nothing_within_a_dispatch(step: Step):
+    """A condition, or a loop without a known end, waits for the GPU to tell the host how it goes on."""
+    kinds = re.findall(r"\d+: (\w+)", step.thunks)
+    assert "kConditional" not in kinds and kinds.count("kWhile") == 1
+    assert re.findall(r'"known_trip_count":{"n":"(\d+)"', step.hlo) == [str(SHAPES.num_steps)]
+    assert not re.findall(r" (?:infeed|outfeed|send|recv|copy-start)\(", step.hlo)
+
+
+def test_a_dispatch_has_few_arrays_beside_weights_and_cache(step: Step):
+    """Each costs the host time."""
+    assert step.num_batch_arrays <= 16
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="before, what Mosaic compiles is started outside of graphs")

@@ -5,7 +5,8 @@
 
 Of each way to draw and each kind of logits (`peaked` as trained models have them, `flat` as random ones do):
 
-    ours        `sampling.sample`, as it is compiled into a step
+    ours        `sampling.sample`, as it is compiled into a step: on a GPU by a kernel
+    xla         the same as XLA compiles it, on a GPU; on a CPU that is ours
     sort        the same draw from all logits sorted, their sum cut where it reaches top_p: the usual way
     torch       likewise with torch.sort and torch.multinomial, if torch is installed
 
@@ -17,6 +18,7 @@ what of it goes to drawing within top-p instead of taking the likeliest.
 """
 
 import functools
+import importlib.util
 import itertools
 import statistics
 import time
@@ -39,7 +41,7 @@ from pallas_kernels import paged_attention
 _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["64"], "Rows.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 128256, "Logits of a row.", lower_bound=2)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds of each.", lower_bound=1)
-_PEERS = flags.DEFINE_list("peers", ["sort", "torch"], "Of those above; one that is not installed is left out.")
+_PEERS = flags.DEFINE_list("peers", ["xla", "sort", "torch"], "Of those above; one that is not there is left out.")
 _SHAPE = flags.DEFINE_enum("shape", None, list(bench_models.SHAPES), "Of the model whose step is timed, too.")
 _LAYERS = flags.DEFINE_integer("layers", None, "Layers, instead of the shape's.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of that model.")
@@ -70,9 +72,10 @@ def params(num_rows: int, *, temperature: float = 1.0, top_k: float = 0, top_p: 
     )
 
 
-def ours(logits: np.ndarray, **way: float) -> Draw:
+def ours(logits: np.ndarray, *, in_kernel: bool, **way: float) -> Draw:
     on_device, sampling = jax.device_put((logits, params(len(logits), **way)))
-    program = jax.jit(sample).lower(on_device, sampling, _positions(logits, 0)).compile()
+    of = functools.partial(sample, in_kernel=in_kernel)
+    program = jax.jit(of).lower(on_device, sampling, _positions(logits, 0)).compile()
     return lambda position: program(on_device, sampling, _positions(logits, position))
 
 
@@ -116,7 +119,10 @@ def torch_sort(logits: np.ndarray, *, temperature: float = 1.0, top_k: float = 0
 
 def compare(logits: np.ndarray, way: dict[str, float], peers: dict[str, Callable[..., Draw]]) -> dict[str, float]:
     """Seconds of each, and how often ours goes into each of `peers`."""
-    draws = {name: make(logits, **way) for name, make in {"ours": ours, **peers}.items()}
+    draws = {
+        name: make(logits, **way)
+        for name, make in {"ours": functools.partial(ours, in_kernel=_on_gpu()), **peers}.items()
+    }
     for draw in draws.values():
         jax.block_until_ready(draw(0))
     seconds: dict[str, list[float]] = {name: [] for name in draws}
@@ -146,19 +152,22 @@ def step_seconds(shape: str, num_rows: int) -> dict[str, float]:
     return {"step_s": statistics.median(steps), "sampling_share": statistics.median(shares)}
 
 
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
 def _positions(logits: np.ndarray, position: int) -> np.ndarray:
     return np.full(len(logits), position, np.int32)
 
 
 def _installed(names: list[str]) -> dict[str, Callable[..., Draw]]:
-    peers: dict[str, Callable[..., Draw]] = {"sort": sort, "torch": torch_sort}
+    of_xla = functools.partial(ours, in_kernel=False)
+    peers: dict[str, Callable[..., Draw]] = {"xla": of_xla, "sort": sort, "torch": torch_sort}
     if unknown := sorted({*names} - {*peers}):
         raise app.UsageError(f"--peers={','.join(names)}: unknown {unknown}; known: {', '.join(peers)}")
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        names = [name for name in names if name != "torch"]
-    return {name: peers[name] for name in names}
+    absent = {"torch"} if importlib.util.find_spec("torch") is None else set()
+    absent |= set() if _on_gpu() else {"xla"}
+    return {name: peers[name] for name in names if name not in absent}
 
 
 def main(argv: list[str]) -> None:

@@ -40,17 +40,18 @@ benchmark() {  # benchmark NAME SECONDS PROGRAM FLAG...: a step that ends with i
     shift 3
     step "$name" "$limit" "$python" "tools/$program.py" "$@"
     result=$?
-    grep -E '^(batch|copies|decode|prefill|[0-9]+ tokens|.* cannot:) ?' "$folder/$name.log"
+    grep -E '^(batch|copies|decode|prefill|[0-9]+ (tokens|rows)|.* cannot:) ?' "$folder/$name.log"
     [ "$result" -ne 0 ] || grep '^{' "$folder/$name.log" | tail -n 1 >"$folder/$name.json"
 }
 
-kernel_tests=(tests/test_{work_list,paged_attention,mosaic_gpu,quantized_cache,grouped_matmul,attention_backends,gpu}.py)
+kernel_tests=(tests/test_{work_list,paged_attention,mosaic_gpu,quantized_cache,grouped_matmul,attention_backends,draw,gpu}.py)
 if [ -n "$quick" ]; then
     tests=(env JAXINFER_TEST_PLATFORM=cpu "$python" -m pytest -q -m any_device -k evenly tests/test_work_list.py)
     kernels=(--quick --dtype=float32 --decode=zipf3x90 --prefill=1x48 --heads=4,2,32 --page_size=16)
     small=(--quick --dtype=float32 --decode=2x40 --prefill= --heads=4,2,32 --page_size=16)
     experts=(--quick --dtype=float32 --experts=4,2,32,48 --tokens=3 --nopeer)
     model=(--shape=61m --layers=1 --rounds=1 --prompt_tokens=16 --new_tokens=2 --decode_steps=1 --dtype=float32)
+    sampling=(--batch_sizes=2 --vocab_size=300 --rounds=1)
     batches=1
 else
     nvidia-smi >"$folder/nvidia-smi.log" 2>&1
@@ -59,6 +60,7 @@ else
     small=(--decode=64x8192,zipf64x32768 --prefill=)
     experts=(--nopeer)
     model=(--shape=8b --rounds=5 --prompt_tokens=1000 --new_tokens=128 --decode_steps=16 --dtype=bfloat16)
+    sampling=(--batch_sizes=1,8,64 --rounds=20 --shape=8b --dtype=bfloat16)
     batches=1,8,32
 fi
 model+=(--peers=)
@@ -68,6 +70,7 @@ tail -n 1 "$folder/tests.log"
 benchmark kernels 130 bench_kernel "${kernels[@]}"
 benchmark decode 120 bench_decode "${model[@]}" --batch_sizes=$batches --attention_backend=triton
 benchmark kernels_int8 30 bench_kernel --kv_cache_dtype=int8 "${small[@]}"
+benchmark sampling 60 bench_sampling "${sampling[@]}"
 benchmark experts 50 bench_grouped "${experts[@]}"
 benchmark decode_xla 60 bench_decode "${model[@]}" --batch_sizes="${batches##*,}" --attention_backend=xla
 echo "$num_passed of $num_steps steps passed in $SECONDS s; $folder has their logs and records"
