@@ -89,7 +89,7 @@ class _Best(NamedTuple):
 class _Above(NamedTuple):
     """What is likelier than a bound; in each lane, [piece], or of a row."""
 
-    count: jax.Array  # int32
+    tokens: jax.Array  # int32; how many
     mass: jax.Array  # float32
 
 
@@ -126,7 +126,7 @@ class _Row:
         enough = self._enough(top_k)
 
         def is_cut(above: _Above) -> jax.Array:
-            return (above.count >= top_k) | (above.mass >= enough)
+            return (above.tokens >= top_k) | (above.mass >= enough)
 
         def turn(state: _Sought) -> _Sought:
             scores = lambda at: self._scores[self._index, at]  # noqa: E731

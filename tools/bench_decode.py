@@ -67,7 +67,7 @@ def compare(definition: ModelDefinition, setting: Setting, ours: Generate, peers
         places = {threads: place for place, (_, threads, _) in group}
         threads = min(places, key=lambda n: np.median([of_round[places[n]].decode_s for of_round in rounds]))
         pairs = [(of_round[0], of_round[places[threads]]) for of_round in rounds]
-        found = _of_peer(pairs) | {"threads": threads}
+        found: dict[str, Any] = _of_peer(pairs) | {"threads": threads}
         equal = bench_peer.count_equal(warm_up[0].tokens, warm_up[places[threads]].tokens)
         result[name] = found | {"equal_tokens": equal, "compared_tokens": setting.batch_size * (1 + setting.new_tokens)}
         low, high = found["decode_ratio_iqr"]

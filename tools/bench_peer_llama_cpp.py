@@ -43,7 +43,9 @@ def make(setting: Setting, name: str, num_threads: int) -> Generate:
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:
         raise RuntimeError(f"llama.cpp has no room for {params.n_ctx} tokens of cache")
-    vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    vocab: Any = llama_cpp.llama_model_get_vocab(model)
+    memory: Any = llama_cpp.llama_get_memory(context)
+    vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
     batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
 
     def run(entries: list[tuple[int, int, int, bool]]) -> list[int]:
@@ -58,7 +60,7 @@ def make(setting: Setting, name: str, num_threads: int) -> Generate:
         return [int(np.ctypeslib.as_array(row, (vocab_size,)).argmax()) for row in rows]
 
     def generate(prompts: list[list[int]]) -> Generated:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        llama_cpp.llama_memory_clear(memory, True)
         start = time.perf_counter()
         tokens = []
         for sequence, prompt in enumerate(prompts):

@@ -68,9 +68,12 @@ def phases(start: float) -> dict[str, Any]:
     from jaxinfer import Engine, SamplingParams
 
     counts: Counter[str] = Counter()
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: counts.update([_JAX_EVENTS[event]] if event in _JAX_EVENTS else [])
-    )
+
+    def count(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
+        counts.update([_JAX_EVENTS[event]] if event in _JAX_EVENTS else [])
+
+    jax.monitoring.register_event_duration_secs_listener(count)
     imported = time.time()
     with Engine(_MODEL.value, max_num_seqs=1) as engine:
         ready = time.time()
@@ -95,7 +98,7 @@ def run_transformers() -> None:
 
     model_dir = _MODEL.value or _demo_model()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     inputs = tokenizer(_PROMPT.value, return_tensors="pt")
     tokens = model.generate(inputs["input_ids"], max_new_tokens=1, do_sample=False)
     print(tokenizer.decode(tokens[0]), flush=True)
