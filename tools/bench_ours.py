@@ -22,6 +22,7 @@ from jaxinfer.tools.bench_peer import Generate, Generated, Setting
 from pallas_kernels import paged_attention
 
 _SMALLEST_CONTEXT = 128  # a bucket that the engine has
+_CHUNK_TOKENS = 512  # that the engine prefills in a step, unless it is told otherwise
 _GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
@@ -29,8 +30,9 @@ def make(
     definition: ModelDefinition, weights: tuple[jax.Array, ...], setting: Setting, num_steps: int, attention: str
 ) -> Generate:
     """Greedy, `num_steps` tokens per dispatch; of each kind of step it compiles the one shape that is needed."""
-    max_tokens = setting.new_tokens + setting.batch_size  # the first of each, and those beside the prefill of others
-    context = max(_SMALLEST_CONTEXT, 1 << (setting.prompt_tokens + max_tokens - 1).bit_length())
+    together = max(1, min(setting.batch_size, _CHUNK_TOKENS // setting.prompt_tokens))  # prompts of a step
+    most_tokens = _max_tokens(setting, together, 0)
+    context = max(_SMALLEST_CONTEXT, 1 << (setting.prompt_tokens + most_tokens - 1).bit_length())
     page_size = 16 if jax.default_backend() == "cpu" else 64
     sizes = ShardSizes(
         num_shards=1,
@@ -39,8 +41,8 @@ def make(
         page_size=page_size,
         max_model_len=context,
     )
-    runner = _runner(definition, weights, sizes, setting.prompt_tokens, num_steps, attention)
-    return functools.partial(_generate, runner, sizes, max_tokens, setting)
+    runner = _runner(definition, weights, sizes, together * setting.prompt_tokens, num_steps, attention)
+    return functools.partial(_generate, runner, sizes, together, setting)
 
 
 def step_bytes(definition: ModelDefinition, setting: Setting) -> int:
@@ -73,11 +75,16 @@ def _runner(
     return runner
 
 
+def _max_tokens(setting: Setting, together: int, index: int) -> int:
+    """Of a sequence; so that all have as many to go when the last of them is prefilled, beside which others decode."""
+    return 1 + setting.new_tokens + (setting.batch_size - 1) // together - index // together
+
+
 def _generate(
-    runner: Runner, sizes: ShardSizes, max_tokens: int, setting: Setting, prompts: list[list[int]]
+    runner: Runner, sizes: ShardSizes, together: int, setting: Setting, prompts: list[list[int]]
 ) -> Generated:
     buckets = runner.buckets
-    policy = ChunkPolicy(setting.prompt_tokens + setting.batch_size, buckets.chunk_tokens)
+    policy = ChunkPolicy(buckets.chunk_tokens[-1] + setting.batch_size, buckets.chunk_tokens)
     scheduler = Scheduler(sizes, policy, decode_steps=buckets.decode_steps, enable_prefix_caching=False)
     core = EngineCore(scheduler, runner, stats := EngineStats())
     requests = [
@@ -87,7 +94,7 @@ def _generate(
             token_ids=[*prompt],
             params=_GREEDY,
             stop_token_ids=(),
-            max_tokens=max_tokens - i,  # so that all have as many to go when the last is prefilled
+            max_tokens=_max_tokens(setting, together, i),
             seed=0,
             text=OutputText(None, ()),
         )
