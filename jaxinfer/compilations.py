@@ -40,6 +40,10 @@ class Compiling(Generic[Key]):
             future.set_result(compile_program(self._programs[key]))
         return self._futures[key].result()
 
+    @property
+    def is_done(self) -> bool:
+        return all(future.done() for future in self._futures.values())
+
     def wait(self, progress: Callable[[int, int], None] | None = None) -> None:
         """For all, calling `progress(done, total)` after each. What one raises ends it, and those not begun."""
         try:

@@ -59,6 +59,10 @@ class Embedder:
         programs = {shape: self.program(shape) for shape in self._resolved.buckets.shapes()}
         self._programs = Compiling(programs)
 
+    @property
+    def is_compiling(self) -> bool:
+        return not self._programs.is_done
+
     def finish_compiling(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Waits for all, calling `progress(done, total)` after each."""
         self._programs.wait(progress)

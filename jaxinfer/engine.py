@@ -6,6 +6,7 @@
 nothing has an Embedder in the core's place. An engine belongs to one thread.
 """
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -70,7 +71,7 @@ class Engine:
             self._compile_start: float | None = time.perf_counter()
             self._running.start_compiling()
             if config.wait_for_programs or group is not None:
-                self.finish_compiling("compiling")
+                self._finish_compiling("compiling")
         if group is not None:
             group.all_gather("ready", None)
         self._unfinished: dict[str, list[Request]] = {}  # all outputs of a prompt, by request id
@@ -91,13 +92,15 @@ class Engine:
         self._undelivered.clear()
         self._running.close()
 
-    def finish_compiling(self, title: str = "compiling the rest") -> None:
+    @property
+    def is_compiling(self) -> bool:
+        """Whether programs are still compiled beside the steps, which are slower for it."""
+        return self._compile_start is not None and self._running.is_compiling
+
+    def finish_compiling(self) -> None:
         """Returns when all programs are compiled: at once, unless `wait_for_programs` is False."""
-        if self._compile_start is None:
-            return
-        with self.progress.phase(title, "programs") as advance:
-            self._running.finish_compiling(advance)
-        self.stats.compile_s, self._compile_start = time.perf_counter() - self._compile_start, None
+        if self._compile_start is not None:
+            self._finish_compiling("compiling the rest" if self.is_compiling else None)
 
     def follow(self) -> None:
         """In every process but the first: does its part of what process 0's engine does, until that is closed.
@@ -239,6 +242,14 @@ class Engine:
         if isinstance(self._running, Embedder):
             raise ValueError(generates_nothing(self._resolved.architecture))
         return self._running
+
+    def _finish_compiling(self, title: str | None) -> None:
+        """Under a line of progress with that title. Raises what compiling raised."""
+        with self.progress.phase(title, "programs") if title else contextlib.nullcontext() as advance:
+            self._running.finish_compiling(advance)
+        if title and self._compile_start is not None:
+            self.stats.compile_s = time.perf_counter() - self._compile_start
+        self._compile_start = None
 
     def _make_requests(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[Request]:
         self._check_open()

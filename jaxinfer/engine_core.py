@@ -93,6 +93,10 @@ class EngineCore:
     def start_compiling(self) -> None:
         self.runner.start_compiling()
 
+    @property
+    def is_compiling(self) -> bool:
+        return self.runner.is_compiling
+
     def finish_compiling(self, progress: Callable[[int, int], None] | None = None) -> None:
         self.runner.finish_compiling(progress)
 

@@ -122,8 +122,9 @@ def run() -> None:
             for i, output in run_in_order(engine, inputs, params, advance):
                 sink.add(prompts[i], output)
                 failed += [str(i)] if any(c.finish_reason == "error" for c in output.outputs) else []
+        was_alone = not engine.is_compiling
         engine.finish_compiling()
-        print_summary(engine, ready_s, printer.first_text_time and printer.first_text_time - _START)
+        print_summary(engine, ready_s, printer.first_text_time and printer.first_text_time - _START, was_alone)
     if failed:
         raise RuntimeError(
             f'{len(failed)} of {len(prompts)} outputs ended with finish_reason "error": the model produced values that '

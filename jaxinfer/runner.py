@@ -72,6 +72,10 @@ class Runner:
             programs |= self._steps.sampler.all(one_token, self.definition.abstract_arrays)
         self._programs = Compiling(programs)
 
+    @property
+    def is_compiling(self) -> bool:
+        return not self._programs.is_done
+
     def finish_compiling(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Waits for what `start_compiling` has started."""
         self._programs.wait(progress)

@@ -2,13 +2,15 @@
 
 import pathlib
 import time
+import types
 from typing import Any
 
 import pytest
 
 from jaxinfer import SamplingParams, cli_output
-from jaxinfer.cli_output import Printer, RecordFile, run_in_order
+from jaxinfer.cli_output import Printer, RecordFile, print_summary, run_in_order
 from jaxinfer.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from jaxinfer.stats import EngineStats
 
 
 def output(request_id: str = "0", text: str = "", finish_reason: str | None = None, **fields: Any) -> RequestOutput:
@@ -82,3 +84,12 @@ def test_where_nothing_can_be_written_is_known_at_once(tmp_path: pathlib.Path, m
     monkeypatch.setattr(cli_output.os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match=r"--output_file=.*out.jsonl: no permission to write into "):
         RecordFile(tmp_path / "out.jsonl")
+
+
+def test_a_speed_that_was_measured_beside_the_compiler_is_told_as_such(capsys: pytest.CaptureFixture[str]):
+    stats = EngineStats(load_s=0.1, compile_s=9.0, decode_steps=4, decode_tokens=4, decode_s=0.5)
+    print_summary(types.SimpleNamespace(stats=stats), 1.0, 2.0, was_alone=False)  # pyright: ignore[reportArgumentType]
+    expected = (
+        "load 0.1 s, ready after 1.0 s, first text after 2.0 s, 8.0 tokens/s, beside the compiler, which took 9.0 s"
+    )
+    assert capsys.readouterr().err == f"summary: {expected}\n"

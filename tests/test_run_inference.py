@@ -28,19 +28,22 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_a_prompt_streams_and_ends_with_a_summary(model_dir: pathlib.Path):
-    result = run(f"--model={model_dir}", "--prompt=abc", "--max_tokens=5", "--temperature=0", *SMALL)
+    flags = (f"--model={model_dir}", "--prompt=abc", "--max_tokens=5", "--temperature=0", *SMALL)
+    result = run(*flags, "--wait_for_programs")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("abc") and len(result.stdout) > 4
     for part in (
         "memory per device:",
         "tokens at once",
         "loading weights:",
-        "compiling the rest:",
+        "compiling:",
         "sampling:",
         "tokens/s",
     ):
         assert part in result.stderr
     assert re.search(r"^summary: .* of [\d.]+ GB/s \(\d+%\)$", result.stderr, re.MULTILINE)
+    at_once = run(*flags)
+    assert at_once.returncode == 0 and at_once.stdout == result.stdout and "compiling:" not in at_once.stderr
 
 
 def test_prompts_file_to_output_file_on_eight_virtual_devices(model_dir: pathlib.Path, tmp_path: pathlib.Path):
