@@ -73,7 +73,7 @@ def compile_program(program: Program) -> jax.stages.Compiled:
         return _compile(program)
     if (loaded := store.load(program)) is not None:
         return loaded
-    with without_cache if jax.config.jax_compilation_cache_dir else contextlib.nullcontext():
+    with without_cache if jax.config.values["jax_compilation_cache_dir"] else contextlib.nullcontext():
         compiled = _compile(program)
     store.save(program, compiled)
     return compiled

@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxinfer.tools import bench_peer, bench_record
+from jaxinfer.tools import bench_all, bench_page, bench_peer, bench_record
 from pallas_kernels.grouped_matmul import backends
 from tests import tiny_model
 from tests.long_campaign import only_long
@@ -116,6 +118,23 @@ def test_offline():
     results = run("bench_offline", "--peers=no_prefix_cache", *flags)["results"]
     assert results["output_tokens"] >= 6 and results["requests_all_equal"] == 3
     assert results["ours"]["tokens_per_s"] > 0 and results["no_prefix_cache"]["ratio"] > 0
+
+
+def test_all_of_them_make_a_page(tmp_path: pathlib.Path):
+    """A record anew, beside those that were there."""
+    for path in (ROOT / "docs" / "benchmarks").glob("*_cpu.json"):
+        shutil.copy(path, tmp_path)
+    command = ["tools/bench_all.py", "--only=host", "--more=--running=2 --steps=3", f"--folder={tmp_path}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert json.loads((tmp_path / "host_cpu.json").read_text())["command"].endswith("--running=2 --steps=3")
+    page = (tmp_path / "cpu.md").read_text()
+    assert "| 254 M | 1 | 32 |" in page and "to its first text" in page and "--running=2 --steps=3" in page
+    for picture in re.findall(r"\((cpu_\w+\.svg)\)", page):
+        assert (tmp_path / picture).read_text().lstrip().startswith("<?xml")
+    first = (tmp_path / "cpu_startup.svg").read_bytes()
+    bench_page.write(tmp_path, bench_all.records(tmp_path))
+    assert (tmp_path / "cpu_startup.svg").read_bytes() == first
 
 
 def test_experts():
