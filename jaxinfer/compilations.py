@@ -23,6 +23,7 @@ class Compiling(Generic[Key]):
     """
 
     def __init__(self, programs: Mapping[Key, Program]):
+        _counter()  # made by one thread, before several ask for it
         self._programs = dict(programs)
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
         self._futures = {key: self._pool.submit(compile_program, each) for key, each in self._programs.items()}
