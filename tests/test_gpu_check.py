@@ -24,7 +24,7 @@ def check(root: pathlib.Path, folder: pathlib.Path, **environment: str) -> subpr
 @only_long  # and a step of .ci/run: it takes minutes
 def test_every_step_passes_and_leaves_its_record(tmp_path: pathlib.Path):
     result = check(ROOT, tmp_path / "out")
-    assert result.returncode == 0 and "6 of 6 steps passed" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "7 of 7 steps passed" in result.stdout, result.stdout + result.stderr
     records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
     assert set(records) == {"kernels", "kernels_int8", "experts", "decode", "decode_xla"}
     assert all(record["versions"]["jax"] == jax.__version__ for record in records.values())
@@ -42,7 +42,7 @@ def broken(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def test_a_step_that_fails_stops_no_other_and_is_told(broken: pathlib.Path):
     result = check(broken, broken / "out")
-    assert result.returncode != 0 and "0 of 6 steps passed" in result.stdout
+    assert result.returncode != 0 and "0 of 7 steps passed" in result.stdout
     assert "kernels: failed with exit status 2" in result.stdout and "No such file" in result.stdout
     assert not [*(broken / "out").glob("*.json")]
 

@@ -56,8 +56,8 @@ def distributions(folders: tuple[str, ...]) -> set[str]:
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     names = {name.partition(".")[0] for file in files for name in imports_of(file)}
     names -= {*sys.stdlib_module_names, *PACKAGES, "tools"}
-    known = importlib.metadata.packages_distributions()
-    return {distribution for name in names for distribution in known.get(name, [name])}
+    known = {"llama_cpp": ["llama-cpp-python"]} | importlib.metadata.packages_distributions()
+    return {distribution.replace("_", "-") for name in names for distribution in known.get(name, [name])}
 
 
 def required(lines: list[str]) -> set[str]:
@@ -68,7 +68,7 @@ def test_what_is_imported_is_what_is_required():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     core, extras = required(project["dependencies"]), project["optional-dependencies"]
     assert distributions(PACKAGES) == core - {"jinja2"} | required(extras["kubernetes"]) | required(extras["viz"])
-    of_tools = core | required(extras["train"]) | required(extras["parity"])
+    of_tools = core.union(*(required(extras[name]) for name in ("train", "parity", "viz", "bench")))
     assert distributions(("tools",)) <= of_tools and of_tools - core <= distributions(("tools",))
 
 

@@ -194,7 +194,7 @@ def test_virtual_devices_share_the_bandwidth_of_the_machine(
     monkeypatch.setattr(bandwidth, "measure_read_bandwidth", lambda device: 80e9)
     model_dir = tiny_model.make(tmp_path / "model")
     flags = (f"--model={model_dir}", "--prompt=abc", "--max_model_len=32", "--decode_steps=2", *SHORT)
-    assert run_here(*flags, "--mesh=data:2") == 0
+    assert run_here(*flags, "--mesh=data:2", "--wait_for_programs") == 0
     assert " of 40.0 GB/s" in capsys.readouterr().err
 
 

@@ -192,7 +192,7 @@ def greedy_only() -> Iterator[None]:
     """Without what samples, which is the same for all families, a model compiles in half the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SamplerLowerings, "all", lambda *_: {})
-        patch.setattr(steps, "sample", lambda logits, *_: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        patch.setattr(steps, "sample", lambda logits, *_, **__: jnp.argmax(logits, axis=-1).astype(jnp.int32))
         yield
 
 
