@@ -203,7 +203,7 @@ def _is_stream(path: pathlib.Path) -> bool:
 def print_summary(engine: "Engine", ready_s: float, first_text_s: float | None, was_alone: bool) -> None:
     """Says where the time went. `ready_s` and `first_text_s` count from the program's start.
 
-    `was_alone`: it had all programs before the text ended, so that its speed is its own.
+    `was_alone`: it had all programs when the first text came, so that its speed is its own.
     """
     stats = engine.stats
     parts = [f"load {stats.load_s:.1f} s", f"ready after {ready_s:.1f} s"]
@@ -212,7 +212,7 @@ def print_summary(engine: "Engine", ready_s: float, first_text_s: float | None, 
     if stats.decode_steps:
         parts.append(f"{stats.decode_tokens / stats.decode_s:.1f} tokens/s")
     if not was_alone:
-        parts.append(f"beside the compiler, which took {stats.compile_s:.1f} s")
+        parts.append("beside the compiler" + (f", which took {stats.compile_s:.1f} s" if stats.compile_s else ""))
     elif stats.decode_steps:
         # A device without the memory to measure with must not fail a run that is finished.
         with contextlib.suppress(RuntimeError):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Generic, TypeVar
@@ -23,10 +24,11 @@ class Compiling(Generic[Key]):
     """
 
     def __init__(self, programs: Mapping[Key, Program]):
-        _counter()  # made by one thread, before several ask for it
+        _counter(), program_store()  # made by one thread, before several ask for them
+        self._start = self._last_end = time.perf_counter()
         self._programs = dict(programs)
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-        self._futures = {key: self._pool.submit(compile_program, each) for key, each in self._programs.items()}
+        self._futures = {key: self._pool.submit(self._compile, each) for key, each in self._programs.items()}
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._programs)
@@ -35,29 +37,41 @@ class Compiling(Generic[Key]):
         return key in self._programs
 
     def __getitem__(self, key: Key) -> jax.stages.Compiled:
-        """Waits for it; what nobody has begun is compiled by who asks."""
-        if self._futures[key].cancel():
+        """Waits for it; what nobody has begun is compiled by who asks, and again if that failed."""
+        future = self._futures[key]
+        if future.cancel() or future.cancelled():
+            compiled = self._compile(self._programs[key])
             self._futures[key] = future = Future()
-            future.set_result(compile_program(self._programs[key]))
-        return self._futures[key].result()
+            future.set_result(compiled)
+        return future.result()
 
     @property
     def is_done(self) -> bool:
         return all(future.done() for future in self._futures.values())
 
-    def wait(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """For all, calling `progress(done, total)` after each. What one raises ends it, and those not begun."""
+    def wait(self, progress: Callable[[int, int], None] | None = None) -> float:
+        """For all, calling `progress(done, total)` after each -> seconds from the beginning until the last was done.
+
+        What one raises ends it, and those not begun.
+        """
         try:
-            for done, future in enumerate(as_completed(self._futures.values()), start=1):
+            begun = [future for future in self._futures.values() if not future.cancelled()]
+            for done, future in enumerate(as_completed(begun), start=1):
                 future.result()
                 if progress is not None:
-                    progress(done, len(self._futures))
+                    progress(done, len(begun))
         finally:
             self.close()
+        return self._last_end - self._start
 
     def close(self) -> None:
-        """Compiles no more; waits for those that are under way."""
+        """Begins no more by itself; waits for those that are under way."""
         self._pool.shutdown(cancel_futures=True)
+
+    def _compile(self, program: Program) -> jax.stages.Compiled:
+        compiled = compile_program(program)
+        self._last_end = time.perf_counter()
+        return compiled
 
 
 def compile_all(programs: Mapping[Key, Program]) -> dict[Key, jax.stages.Compiled]:

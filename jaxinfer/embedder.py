@@ -63,9 +63,9 @@ class Embedder:
     def is_compiling(self) -> bool:
         return not self._programs.is_done
 
-    def finish_compiling(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Waits for all, calling `progress(done, total)` after each."""
-        self._programs.wait(progress)
+    def finish_compiling(self, progress: Callable[[int, int], None] | None = None) -> float:
+        """Waits for all, calling `progress(done, total)` after each -> seconds that it took."""
+        return self._programs.wait(progress)
 
     @property
     def default_pooling(self) -> str:

@@ -7,7 +7,6 @@ nothing has an Embedder in the core's place. An engine belongs to one thread.
 """
 
 import contextlib
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -68,7 +67,7 @@ class Engine:
                     max_model_len=resolved.max_model_len,
                     seed=config.seed,
                 )
-            self._compile_start: float | None = time.perf_counter()
+            self._waits_for_programs = True
             self._running.start_compiling()
             if config.wait_for_programs or group is not None:
                 self._finish_compiling("compiling")
@@ -95,11 +94,11 @@ class Engine:
     @property
     def is_compiling(self) -> bool:
         """Whether programs are still compiled beside the steps, which are slower for it."""
-        return self._compile_start is not None and self._running.is_compiling
+        return self._waits_for_programs and self._running.is_compiling
 
     def finish_compiling(self) -> None:
         """Returns when all programs are compiled: at once, unless `wait_for_programs` is False."""
-        if self._compile_start is not None:
+        if self._waits_for_programs:
             self._finish_compiling("compiling the rest" if self.is_compiling else None)
 
     def follow(self) -> None:
@@ -246,10 +245,8 @@ class Engine:
     def _finish_compiling(self, title: str | None) -> None:
         """Under a line of progress with that title. Raises what compiling raised."""
         with self.progress.phase(title, "programs") if title else contextlib.nullcontext() as advance:
-            self._running.finish_compiling(advance)
-        if title and self._compile_start is not None:
-            self.stats.compile_s = time.perf_counter() - self._compile_start
-        self._compile_start = None
+            self.stats.compile_s = self._running.finish_compiling(advance)
+        self._waits_for_programs = False
 
     def _make_requests(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[Request]:
         self._check_open()

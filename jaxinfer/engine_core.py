@@ -97,8 +97,8 @@ class EngineCore:
     def is_compiling(self) -> bool:
         return self.runner.is_compiling
 
-    def finish_compiling(self, progress: Callable[[int, int], None] | None = None) -> None:
-        self.runner.finish_compiling(progress)
+    def finish_compiling(self, progress: Callable[[int, int], None] | None = None) -> float:
+        return self.runner.finish_compiling(progress)
 
     @property
     def has_work(self) -> bool:

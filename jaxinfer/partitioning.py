@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 import sharding_rules
 from jaxinfer.layouts import AxisSplits, mesh_shape, rules_for
 from jaxinfer.meshes import make_mesh
+from pallas_kernels.triton_launch import unsupported_device
 from sharding_rules import axes as ax
 
 T = TypeVar("T")
@@ -132,9 +133,10 @@ class Partitioner(AxisSplits):
         return self.shard_map(function, in_specs=rows, out_specs=rows)
 
     @property
-    def has_whole_rows_on_gpus(self) -> bool:
-        """Whether each device has all of the vocabulary for its rows, so that a kernel can draw their tokens."""
-        return self.device.platform == "gpu" and self.num_shards(ax.VOCAB) == 1
+    def draws_in_kernel(self) -> bool:
+        """Whether each device has all of the vocabulary for its rows, and runs the kernel that draws their tokens."""
+        is_gpu = self.device.platform == "gpu" and unsupported_device(self.device) is None
+        return is_gpu and self.num_shards(ax.VOCAB) == 1
 
     @property
     def _mesh_here(self) -> Mesh | AbstractMesh:

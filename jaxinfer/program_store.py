@@ -130,14 +130,17 @@ def _key(program: Program) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
-@functools.cache
 def _environment(client: Any) -> list[Any]:
-    """What compiles, and what it is told beside the program."""
-    versions = [metadata.version(name) for name in ("jax", "jaxlib", "flax")]
+    """What compiles, and what it is told beside the program: flags may change from one program to the next."""
     flags = sorted((name, str(value)) for name, value in jax.config.values.items() if "cache" not in name)
     environment = sorted((name, value) for name, value in os.environ.items() if name.startswith(("XLA_", "LIBTPU_")))
-    machine = [platform.machine(), _cpu_features(), client.platform, client.platform_version]
-    return [versions, flags, environment, machine, _source_digest()]
+    return [_versions(), flags, environment, client.platform, client.platform_version, _source_digest()]
+
+
+@functools.cache
+def _versions() -> list[str]:
+    """Of the packages that compile, and the machine that they compile for."""
+    return [*map(metadata.version, ("jax", "jaxlib", "flax")), platform.machine(), _cpu_features()]
 
 
 def _cpu_features() -> str:

@@ -97,6 +97,7 @@ def run() -> None:
     record_file = RecordFile(own_path(cli_flags.OUTPUT_FILE.value)) if cli_flags.OUTPUT_FILE.value else None
     if not has_others:
         _set_up_jax()
+    from jaxinfer.compilation_cache import program_store
     from jaxinfer.engine import Engine
     from jaxinfer.resolve import check_generates
 
@@ -119,11 +120,13 @@ def run() -> None:
         failed = []
         progress = Progress(enabled=record_file is not None)  # beside text it would be in the way
         with record_file or printer as sink, progress.generation(engine.metrics) as advance:
+            was_alone = True
             for i, output in run_in_order(engine, inputs, params, advance):
+                was_alone &= bool(printer.first_text_time) or not engine.is_compiling
                 sink.add(prompts[i], output)
                 failed += [str(i)] if any(c.finish_reason == "error" for c in output.outputs) else []
-        was_alone = not engine.is_compiling
-        engine.finish_compiling()
+        if program_store() is not None:  # for the next start
+            engine.finish_compiling()
         print_summary(engine, ready_s, printer.first_text_time and printer.first_text_time - _START, was_alone)
     if failed:
         raise RuntimeError(

@@ -1,7 +1,7 @@
 """Owns what is on the devices: weights, cache, each slot's last token, and one compiled program per shape.
 
 A step decodes rows, or prefills chunks of prompts beside them; it takes cache and slots and gives
-them back. All programs are those of `compile_all`; a shape outside that list is an error, never a silent
+them back. All programs are those of `start_compiling`; a shape outside that list is an error, never a silent
 compilation.
 """
 
@@ -76,9 +76,9 @@ class Runner:
     def is_compiling(self) -> bool:
         return not self._programs.is_done
 
-    def finish_compiling(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Waits for what `start_compiling` has started."""
-        self._programs.wait(progress)
+    def finish_compiling(self, progress: Callable[[int, int], None] | None = None) -> float:
+        """Waits for what `start_compiling` has started -> seconds that it took."""
+        return self._programs.wait(progress)
 
     def dispatch(self, shape: StepShape, batch: StepBatch, extras: Extras | None = None) -> StepOutput:
         """Starts a step and returns its output, on the devices, without waiting for it."""

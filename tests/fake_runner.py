@@ -239,7 +239,7 @@ def make_engine(*, max_model_len: int = 64, **fields: Any) -> Engine:
     engine.progress = Progress(enabled=False)
     engine._unfinished, engine._undelivered = {}, {}
     engine._is_closed, engine._num_compilations_when_ready, engine._group = False, 0, None
-    engine._compile_start = None
+    engine._waits_for_programs = False
     return engine
 
 

@@ -16,7 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.checkpoint import orbax_weights, reader  # noqa: F401; Orbax reads files when it is imported
+from jaxinfer.checkpoint import (
+    orbax_weights,  # noqa: F401  # Orbax reads files when it is imported, which are none of a model's
+    reader,
+)
 from jaxinfer.checkpoint.hf_index import ReadTensor, TensorIndex
 from jaxinfer.checkpoint.layout import Slices
 from jaxinfer.config import ModelConfig

@@ -2,6 +2,7 @@
 
 import pathlib
 import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -71,9 +72,28 @@ def test_who_asks_for_one_that_nobody_has_begun_compiles_it(workshop: Workshop):
 
 def test_what_is_not_begun_is_not_compiled_after_the_end(workshop: Workshop):
     of = compiling("a", "b", "c")
+    while len(workshop.begun) < 2:
+        time.sleep(0.01)
     threading.Timer(0.2, workshop.open, ("a", "b")).start()
     of.close()
     assert sorted(workshop.begun) == ["a", "b"]
+
+
+def test_who_asks_gets_its_own_error_and_nobody_waits_for_it(workshop: Workshop):
+    """Nor for what an interrupted wait has cancelled."""
+    workshop.open("bad", "c")
+    of = compiling("a", "b", "bad", "c")
+    while len(workshop.begun) < 2:
+        time.sleep(0.01)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="bad"):
+            of["bad"]
+    workshop.open("a", "b")
+    assert of.wait() > 0 and of.wait() > 0 and of.is_done and of["c"] == "C"
+    of = compiling("a", "b", "c")
+    of._pool.shutdown(cancel_futures=True)
+    of.wait()
+    assert of["c"] == "C"
 
 
 def test_an_error_is_raised_to_who_asks_and_to_who_waits(workshop: Workshop):

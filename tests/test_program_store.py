@@ -73,7 +73,7 @@ def test_other_programs_are_others(store: ProgramStore, other: Program):
 
 
 def test_what_decides_beside_the_program(store: ProgramStore, monkeypatch: pytest.MonkeyPatch):
-    of, environment = program(), program_store._environment.__wrapped__
+    of, environment = program(), program_store._environment
     client = of.devices[0].client
     before = environment(client)
     monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_fast_math=true")

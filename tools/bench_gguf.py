@@ -1,4 +1,4 @@
-"""Writes a Llama as GGUF, the file format of llama.cpp, with the values that its safetensors have.
+"""Writes a Llama as GGUF, the file format of llama.cpp, with the weights of its safetensors.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md names the keys; llama.cpp's convert_hf_to_gguf.py says which
 tensor is which.
@@ -56,7 +56,7 @@ def write_llama(model_dir: pathlib.Path, path: pathlib.Path, dtype: str) -> None
         for name, value in load_file(file).items():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 value = _interleaved(value, heads if "q_proj" in name else kv_heads)
-            writer.add_tensor(_gguf_name(name), value.astype(np.float32) if value.ndim == 1 else value)
+            writer.add_tensor(_gguf_name(name), value.astype(np.float32 if value.ndim == 1 else dtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -104,7 +104,15 @@ def _command_table(records: dict[str, Record]) -> str:
         versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
         machine = record["machine"]
         where = f"{machine['cores']} cores, {machine['cpu']}"
-        rows.append([f"`{name}_cpu.json`", f"`{record['command']}`", where, versions, record["commit"][:9]])
+        rows.append(
+            [
+                f"`{name}_cpu.json`",
+                f"`{record['command']}`",
+                where,
+                versions,
+                record["commit"][:9] + record["commit"][40:],
+            ]
+        )
     return _table(["record", "command", "machine", "versions", "commit"], rows)
 
 

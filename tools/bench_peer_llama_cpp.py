@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import pathlib
+import tempfile
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from jaxinfer.tools.bench_gguf import write_llama
 from jaxinfer.tools.bench_peer import Generate, Generated, Setting
 
+_BATCH_TOKENS = 512
 _CACHE_TYPES = {"float32": llama_cpp.GGML_TYPE_F32, "float16": llama_cpp.GGML_TYPE_F16}
 _SILENCE = llama_cpp.llama_log_callback(lambda level, text, user: None)  # kept: it is called whenever
 llama_cpp.llama_log_set(_SILENCE, ctypes.c_void_p(0))  # it tells hundreds of lines about each model
@@ -20,13 +22,13 @@ llama_cpp.llama_log_set(_SILENCE, ctypes.c_void_p(0))  # it tells hundreds of li
 
 @functools.lru_cache(maxsize=1)
 def load(model_dir: pathlib.Path, dtype: str) -> Any:
-    """The model; the last one is kept. Its GGUF file goes beside the safetensors."""
-    path = model_dir / f"{dtype}.gguf"
-    if not path.exists():
+    """The model; the last one is kept."""
+    with tempfile.TemporaryDirectory() as directory:  # what is mapped stays when the name is gone
+        path = pathlib.Path(directory) / "model.gguf"
         write_llama(model_dir, path, dtype)
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
     if not model:
-        raise RuntimeError(f"llama.cpp does not load {path}")
+        raise RuntimeError(f"llama.cpp does not load what was written of {model_dir}")
     return model
 
 
@@ -36,7 +38,8 @@ def make(setting: Setting, name: str, num_threads: int) -> Generate:
     model, size = load(setting.model_dir, setting.dtype), setting.batch_size
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = size * (setting.prompt_tokens + setting.new_tokens)
-    params.n_batch = params.n_ubatch = max(size, setting.prompt_tokens)
+    together = max(1, min(size, _BATCH_TOKENS // setting.prompt_tokens))  # prompts that are read at once
+    params.n_batch = params.n_ubatch = max(size, together * setting.prompt_tokens)
     params.n_seq_max = size
     params.n_threads = params.n_threads_batch = num_threads or len(os.sched_getaffinity(0))
     params.type_k = params.type_v = _CACHE_TYPES[setting.dtype]
@@ -62,15 +65,21 @@ def make(setting: Setting, name: str, num_threads: int) -> Generate:
     def generate(prompts: list[list[int]]) -> Generated:
         llama_cpp.llama_memory_clear(memory, True)
         start = time.perf_counter()
-        tokens = []
-        for sequence, prompt in enumerate(prompts):
-            last = len(prompt) - 1
-            tokens.append(run([(token, i, sequence, i == last) for i, token in enumerate(prompt)]))
-        first = time.perf_counter()
+        last, tokens = setting.prompt_tokens - 1, []
+        numbered = [*enumerate(prompts)]
+        for first in range(0, len(prompts), together):
+            group = numbered[first : first + together]
+            entries = [(token, i, number, i == last) for number, prompt in group for i, token in enumerate(prompt)]
+                (token, i, number, i == last)
+                for number, prompt in numbered[first : first + together]
+                for i, token in enumerate(prompt)
+            ]
+            tokens += [[token] for token in run(entries)]
+        first_s = time.perf_counter() - start
         for position in range(setting.prompt_tokens, setting.prompt_tokens + setting.new_tokens):
             found = run([(row[-1], position, sequence, True) for sequence, row in enumerate(tokens)])
             for row, token in zip(tokens, found, strict=True):
                 row.append(token)
-        return Generated(tokens, first - start, time.perf_counter() - first)
+        return Generated(tokens, first_s, time.perf_counter() - start - first_s)
 
     return generate

@@ -30,7 +30,9 @@ def make(setting: Setting, name: str, num_threads: int) -> Generate:
     if is_compiled:
         tokens = setting.prompt_tokens + setting.new_tokens
         cache = transformers.StaticCache(config=model.config, max_cache_len=tokens)
-        step = torch.compile(model, mode="default" if model.device.type == "cpu" else "reduce-overhead", fullgraph=True)
+        torch._dynamo.reset()  # or it would compile the next setting for any shape
+        mode = "default" if model.device.type == "cpu" else "reduce-overhead"
+        step = torch.compile(model, mode=mode, fullgraph=True, dynamic=False)
 
     @torch.inference_mode()
     def generate(prompts: list[list[int]]) -> Generated:

@@ -107,7 +107,7 @@ def run_transformers() -> None:
 def measure(cache: pathlib.Path) -> dict[str, Any]:
     """Alternating rounds; prints and returns the figures."""
     model = [f"--model={_MODEL.value}"] if _MODEL.value else []
-    ours = [sys.executable, "-m", "jaxinfer.run_inference", *model, f"--prompt={_PROMPT.value}", "--max_tokens=1"]
+    ours = [sys.executable, "-m", "jaxinfer.run_inference", *model, f"--prompt={_PROMPT.value}", "--max_tokens=16"]
     child = [sys.executable, __file__, *model, f"--prompt={_PROMPT.value}"]
     seconds: dict[str, list[float]] = {name: [] for name in ("first", "second", *_PEERS.value)}
     for i in range(_FIRST_ROUNDS.value):
