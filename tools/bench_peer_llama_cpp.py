@@ -70,10 +70,6 @@ def make(setting: Setting, name: str, num_threads: int) -> Generate:
         for first in range(0, len(prompts), together):
             group = numbered[first : first + together]
             entries = [(token, i, number, i == last) for number, prompt in group for i, token in enumerate(prompt)]
-                (token, i, number, i == last)
-                for number, prompt in numbered[first : first + together]
-                for i, token in enumerate(prompt)
-            ]
             tokens += [[token] for token in run(entries)]
         first_s = time.perf_counter() - start
         for position in range(setting.prompt_tokens, setting.prompt_tokens + setting.new_tokens):
