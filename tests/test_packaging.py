@@ -56,7 +56,7 @@ def distributions(folders: tuple[str, ...]) -> set[str]:
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     names = {name.partition(".")[0] for file in files for name in imports_of(file)}
     names -= {*sys.stdlib_module_names, *PACKAGES, "tools"}
-    known = {"llama_cpp": ["llama-cpp-python"]} | importlib.metadata.packages_distributions()
+    known = {"llama_cpp": ["llama-cpp-python"], **importlib.metadata.packages_distributions()}
     return {distribution.replace("_", "-") for name in names for distribution in known.get(name, [name])}
 
 
