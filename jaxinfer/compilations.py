@@ -24,7 +24,8 @@ class Compiling(Generic[Key]):
     """
 
     def __init__(self, programs: Mapping[Key, Program]):
-        _counter(), program_store()  # made by one thread, before several ask for them
+        _counter()  # both made by one thread, before several ask for them
+        program_store()
         self._start = self._last_end = time.perf_counter()
         self._programs = dict(programs)
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))

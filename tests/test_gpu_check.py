@@ -26,7 +26,7 @@ def test_every_step_passes_and_leaves_its_record(tmp_path: pathlib.Path):
     result = check(ROOT, tmp_path / "out")
     assert result.returncode == 0 and "7 of 7 steps passed" in result.stdout, result.stdout + result.stderr
     records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
-    assert set(records) == {"kernels", "kernels_int8", "experts", "decode", "decode_xla"}
+    assert set(records) == {"kernels", "kernels_int8", "experts", "sampling", "decode", "decode_xla"}
     assert all(record["versions"]["jax"] == jax.__version__ for record in records.values())
     assert {"triton", "xla", "cache_write"} < set(records["kernels"]["results"][0])
     assert [row["batch_size"] for row in records["decode"]["results"]] == [1]
