@@ -8,7 +8,8 @@ import jax
 from absl import logging
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from jaxinfer.program_store import ProgramStore, not_private
+from jaxinfer.program_store import ProgramStore
+from pallas_kernels.sealed_files import make_private, not_private
 
 DEFAULT_DIR = "~/.cache/jaxinfer/xla"
 _PROGRAMS = "programs"  # below it
@@ -65,11 +66,9 @@ def _decide(directory: str | None) -> tuple[pathlib.Path, str | None]:
 
 def _make_ready(directory: pathlib.Path) -> ProgramStore:
     """Makes the directory, private. Raises ValueError if others may write to it: what is in it gets executed."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if problem := not_private(directory):
+    if problem := not_private(make_private(directory)):
         raise ValueError(problem)
-    (programs := directory / _PROGRAMS).mkdir(exist_ok=True, mode=0o700)
-    return ProgramStore(programs)
+    return ProgramStore(make_private(directory / _PROGRAMS))
 
 
 class _WithoutCache:

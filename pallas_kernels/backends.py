@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 # By platform, but for xla, which can run anything. Where nothing was measured yet, what is expected to be fastest.
-_PREFERRED = {"gpu": ("triton",)}
+_PREFERRED = {"gpu": ("triton",), "cpu": ("cpu",)}
 
 
 class Choice(NamedTuple):
@@ -57,7 +57,7 @@ class Backends:
     def choose(self, specs: Iterable[Any], device: jax.Device) -> Choice:
         """The backend preferred on `device` of those that can run all `specs`."""
         specs, passed_over = tuple(specs), {}
-        for name in _PREFERRED.get(device.platform, ()):
+        for name in [name for name in _PREFERRED.get(device.platform, ()) if name in self.names()]:
             reason = _why_not(self._module(name), specs, device)
             if reason is None:
                 return Choice(name, passed_over)

@@ -57,14 +57,15 @@ def test_the_same_tokens(name: str, mesh: str, model_dir: pathlib.Path, expected
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_logits_agree_but_for_rounding(name: str, model_dir: pathlib.Path):
-    """Of a prompt in chunks and of the tokens after it, in bfloat16."""
+def test_logits_of_bfloat16_are_as_near_to_those_of_float32(name: str, model_dir: pathlib.Path):
+    """Of a prompt in chunks and of the tokens after it. Backends round at different places."""
     skip_where_it_cannot(name, "bfloat16", driver.Shapes.page_size)
     prompt = np.random.default_rng(0).integers(0, 256, 40).tolist()
-    run = functools.partial(driver.continue_prompts, model_dir, [prompt], 4, chunk=16, num_steps=0, dtype="bfloat16")
-    (ours,), (theirs,) = run(backend=name), run(backend="xla")
-    num_equal = sum(np.cumprod(np.equal(ours.tokens, theirs.tokens)))
+    run = functools.partial(driver.continue_prompts, model_dir, [prompt], 4, chunk=16, num_steps=0)
+    (exact,) = run(backend="xla", dtype="float32")
+    found = [run(backend=each, dtype="bfloat16")[0] for each in (name, "xla")]
+    num_equal = min(sum(np.cumprod(np.equal(each.tokens, exact.tokens))) for each in found)
     seen = slice(len(prompt) + num_equal - 1)
-    difference = np.abs(ours.logits[seen] - theirs.logits[seen])
-    assert difference.max() < 0.05 * np.std(theirs.logits)
-    assert np.quantile(difference, 0.99) < 0.02 * np.std(theirs.logits)
+    ours, theirs = (np.abs(each.logits[seen] - exact.logits[seen]) for each in found)
+    assert np.sqrt(np.mean(ours**2)) < 1.1 * np.sqrt(np.mean(theirs**2))
+    assert np.quantile(ours, 0.99) < 1.1 * np.quantile(theirs, 0.99) and ours.max() < 1.3 * theirs.max()

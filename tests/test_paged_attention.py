@@ -340,7 +340,7 @@ class Device:
 @pytest.mark.parametrize(
     ("device", "head_dim", "choice"),
     [
-        (Device("cpu", "cpu"), 64, "xla"),
+        (Device("cpu", "cpu"), 64, "cpu"),
         (Device("gpu", "NVIDIA H100", "9.0"), 64, "triton"),
         (Device("gpu", "NVIDIA B200", "10.0"), 80, "triton"),
         (
@@ -397,7 +397,7 @@ def test_random_sequences():
 
 def test_an_unknown_backend_lists_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"--attention_backend=magic: no such backend; known: auto, mosaic_gpu, triton, xla"
+        ValueError, match=r"--attention_backend=magic: no such backend; known: auto, cpu, mosaic_gpu, triton, xla"
     ):
         backend("magic", CASES[0].spec)
 

@@ -48,10 +48,10 @@ def store(tmp_path: pathlib.Path) -> ProgramStore:
 
 def saved(store: ProgramStore, of: Program) -> pathlib.Path:
     """The file of a program that was compiled and kept."""
-    before = {*store._directory.iterdir()}
+    before = {*store._files._directory.iterdir()}
     with compilation_cache.without_cache:
         store.save(of, of.lower().compile())
-    (path,) = {*store._directory.iterdir()} - before
+    (path,) = {*store._files._directory.iterdir()} - before
     return path
 
 
@@ -60,7 +60,7 @@ def test_a_program_is_found_again(store: ProgramStore, mesh: str):
     of = program(mesh=mesh)
     assert store.load(of) is None
     saved(store, of)
-    loaded = ProgramStore(store._directory).load(program(mesh=mesh))
+    loaded = ProgramStore(store._files._directory).load(program(mesh=mesh))
     assert loaded is not None and np.all(run(loaded, of) == 18)
 
 
@@ -135,9 +135,9 @@ def test_a_directory_of_somebody_else_is_refused(tmp_path: pathlib.Path, monkeyp
 
 
 def test_the_secret_is_this_users_alone(store: ProgramStore):
-    path = store._directory / "secret"
+    path = store._files._directory / "secret"
     assert path.stat().st_mode & 0o077 == 0 and len(path.read_bytes()) == 32
-    assert ProgramStore(store._directory)._secret == store._secret
+    assert ProgramStore(store._files._directory)._files._secret == store._files._secret
 
 
 def test_those_that_were_not_used_go_first(tmp_path: pathlib.Path):
@@ -160,7 +160,7 @@ def test_a_disk_that_is_full_costs_the_file_and_not_the_run(store: ProgramStore,
     of = program()
     monkeypatch.setattr(pathlib.Path, "write_bytes", write_bytes)
     store.save(of, of.lower().compile())
-    assert [path.name for path in store._directory.iterdir()] == ["secret"]
+    assert [path.name for path in store._files._directory.iterdir()] == ["secret"]
 
 
 @pytest.fixture

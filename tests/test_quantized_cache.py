@@ -69,6 +69,7 @@ def quantized(case: Case, q_dtype: str, cache_dtype: str) -> dict[str, Any]:
 NAMES = [
     name for name in backends() if not backend(name).unsupported(dataclasses.replace(CASES[0].spec, cache_dtype=INT8))
 ]
+OF_PARTS = [name for name in NAMES if not backend(name).unsupported(dataclasses.replace(CASES[0].spec, context_size=2))]
 RUNS = [(CASES[7], "float16", FP8), (CASES[8], "bfloat16", FP8), (CASES[10], "float32", INT8)]
 
 
@@ -91,6 +92,8 @@ def test_matches_the_formula_over_what_the_pages_hold(name: str, case: Case, q_d
             return [module.ragged_paged_attention(tokens, *pools.values(), *prompts, spec=spec, sinks=sinks)]
         rows = (q, *pools.values(), block_tables)
         out = module.paged_attention(*rows, positions, spec=spec, sinks=sinks)
+        if module.unsupported(of_part):
+            return [out]
         num_columns = block_tables.shape[1]
         columns = jnp.where(block_tables > 0, jnp.arange(num_columns, dtype=jnp.int32), num_columns)
         part = module.partial_paged_attention(*rows, columns, positions, spec=of_part)
@@ -133,7 +136,7 @@ def test_a_scale_that_is_not_finite_stays_in_its_sequence(name: str, key: str):
 
 
 @pytest.mark.any_device
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_PARTS)
 def test_small_values_are_not_lost_in_float16(name: str):
     """Weights times the scales of small values are less than float16 has. A part comes out in float32."""
     case = Case(2, 1, 16, 16, 1, (90,))

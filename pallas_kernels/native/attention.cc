@@ -1,0 +1,234 @@
+// Paged attention for CPUs: what paged_attention/xla.py documents, of any tokens of any sequences.
+//
+// A tile is a few consecutive tokens of a sequence; a task, the query heads of a tile that read one KV head. It goes
+// over the tokens that the tile sees block by block with a running softmax (Milakov and Gimelshein, arXiv:1805.02867),
+// and reads keys and values from the pages where they are. Blocks begin at multiples of kBlock, so what comes out for a
+// query does not depend on which other tokens are in its tile.
+
+#include <vector>
+
+#include "parallel.h"
+#include "softmax_block.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int kTileRows = 32;  // queries, tokens times heads, that a task has at most, unless a token has more
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// C is the type of what the cache holds.
+template <typename C>
+struct Call {
+  const float* q;            // [S, N, H]
+  const C *keys, *values;    // [P, K, page_size, H]; the same where values are the first numbers of the keys
+  const float *key_scales, *value_scales;  // [P, K, page_size], or null
+  const float* sinks;        // [N], or null
+  float* out;                // [S, N, V]
+  int64_t num_heads, num_kv_heads, key_dim, value_dim, value_stride, page_size;
+  int64_t window;            // 0: all
+  float scale, soft_cap;     // 0: none
+
+  int64_t group() const { return num_heads / num_kv_heads; }
+
+  // The first position that a query at `position` sees.
+  int64_t first_seen(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
+};
+
+struct Tile {
+  int64_t token, num_tokens, position;  // of the first
+  const int32_t* table;
+};
+
+template <typename C>
+class Task {
+ public:
+  void run(const Call<C>& call, const Tile& tile, int64_t kv_head) {
+    call_ = &call, tile_ = tile, kv_head_ = kv_head, num_rows_ = tile.num_tokens * call.group();
+    q_stride_ = round_up(call.key_dim, kLanes), out_stride_ = round_up(call.value_dim, kLanes);
+    start();
+    const int64_t last = tile.position + tile.num_tokens - 1, first = call.first_seen(tile.position);
+    for (int64_t block = first / kBlock * kBlock; block <= last; block += kBlock) {
+      const int64_t count = round_up(std::min<int64_t>(kBlock, last + 1 - block), kLanes);
+      find(block, count, first, last);
+      score(count);
+      for (int64_t token = 0; token < tile.num_tokens; token++) {
+        const int64_t position = tile.position + token;
+        const int64_t begin = std::max<int64_t>(0, call.first_seen(position) - block);
+        const int64_t end = std::min<int64_t>(count, position + 1 - block);
+        if (begin < end) add(token * call.group(), count, begin, end);
+      }
+    }
+    finish();
+  }
+
+ private:
+  int64_t head(int64_t row) const { return kv_head_ * call_->group() + row % call_->group(); }
+
+  // Where a row's numbers begin in [S, N, dim].
+  int64_t offset(int64_t row, int64_t dim) const {
+    return ((tile_.token + row / call_->group()) * call_->num_heads + head(row)) * dim;
+  }
+
+  void start() {
+    queries_.assign(num_rows_ * q_stride_, 0);
+    outs_.assign(num_rows_ * out_stride_, 0);
+    scores_.resize(num_rows_ * kBlock);
+    seen_.assign(num_rows_, Seen{});
+    for (int64_t row = 0; row < num_rows_; row++) {
+      const float* query = call_->q + offset(row, call_->key_dim);
+      for (int64_t c = 0; c < call_->key_dim; c++) queries_[row * q_stride_ + c] = query[c] * call_->scale;
+      if (call_->sinks) seen_[row] = {call_->sinks[head(row)], 1};  // a score that was seen before all others
+    }
+  }
+
+  // Where a block's tokens are. What no query of the tile sees may hold anything, so something else is read for it.
+  void find(int64_t block, int64_t count, int64_t first, int64_t last) {
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t position = std::min(std::max(block + i, first), last);
+      const int64_t page = tile_.table[position / call_->page_size] * call_->num_kv_heads + kv_head_;
+      places_[i] = page * call_->page_size + position % call_->page_size;
+      if (call_->key_scales) {
+        key_scales_[i] = call_->key_scales[places_[i]];
+        value_scales_[i] = call_->value_scales[places_[i]];
+      }
+    }
+  }
+
+  void score(int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      for (int64_t row = 0; row < num_rows_; row++) {
+        Vec scores = dot_each(&queries_[row * q_stride_], call_->keys, places_ + i, call_->key_dim);
+        if (call_->key_scales) scores *= load(key_scales_ + i);
+        store(&scores_[row * kBlock + i], scores);
+      }
+    }
+  }
+
+  // What the heads of a token, rows from `row` on, see of a block: its tokens [begin, end).
+  void add(int64_t row, int64_t count, int64_t begin, int64_t end) {
+    const int64_t end_row = row + call_->group();
+    for (int64_t r = row; r < end_row; r++) {
+      float* scores = &scores_[r * kBlock];
+      if (const float cap = call_->soft_cap) {
+        for (int64_t i = begin; i < end; i++) scores[i] = cap * std::tanh(scores[i] / cap);
+      }
+      const float kept = to_weights(scores, count, begin, end, seen_[r]);
+      if (call_->value_scales) {
+        for (int64_t i = begin; i < end; i++) scores[i] *= value_scales_[i];
+      }
+      float* out = &outs_[r * out_stride_];
+      for (int64_t c = 0; c < out_stride_; c += kLanes) store(out + c, load(out + c) * kept);
+    }
+    const Values<C> values{call_->values, places_, call_->value_stride, begin, end};
+    for (; row + 2 <= end_row; row += 2) {
+      add_values<2>(&outs_[row * out_stride_], out_stride_, &scores_[row * kBlock], values, call_->value_dim);
+    }
+    if (row < end_row) {
+      add_values<1>(&outs_[row * out_stride_], out_stride_, &scores_[row * kBlock], values, call_->value_dim);
+    }
+  }
+
+  void finish() {
+    for (int64_t row = 0; row < num_rows_; row++) {
+      const float total = seen_[row].total;
+      float* out = call_->out + offset(row, call_->value_dim);
+      for (int64_t c = 0; c < call_->value_dim; c++) out[c] = total == 0 ? 0 : outs_[row * out_stride_ + c] / total;
+    }
+  }
+
+  const Call<C>* call_;
+  Tile tile_;
+  int64_t kv_head_, num_rows_, q_stride_, out_stride_;
+  std::vector<float> queries_, outs_, scores_;  // [rows, q_stride], [rows, out_stride], [rows, kBlock]
+  std::vector<Seen> seen_;
+  int64_t places_[kBlock];  // in units of one token of one KV head
+  float key_scales_[kBlock], value_scales_[kBlock];
+};
+
+// Consecutive tokens of a sequence at consecutive positions, at most `most_tokens` of them; none of padding.
+std::vector<Tile> make_tiles(const int32_t* tables, int64_t table_width, const int32_t* sequences,
+                             const int32_t* positions, int64_t num_tokens, int64_t most_tokens) {
+  std::vector<Tile> tiles;
+  for (int64_t token = 0; token < num_tokens; token++) {
+    if (positions[token] < 0) continue;
+    const int32_t* table = tables + sequences[token] * table_width;
+    if (!tiles.empty()) {
+      Tile& tile = tiles.back();
+      const bool follows = tile.token + tile.num_tokens == token && tile.table == table &&
+                           tile.position + tile.num_tokens == positions[token];
+      if (follows && tile.num_tokens < most_tokens) {
+        tile.num_tokens++;
+        continue;
+      }
+    }
+    tiles.push_back({token, 1, positions[token], table});
+  }
+  return tiles;
+}
+
+template <typename C>
+ffi::Error run(ffi::ThreadPool& pool, const Call<C>& call, const std::vector<Tile>& tiles) {
+  parallel_for(pool, tiles.size() * call.num_kv_heads, [&](int64_t i) {
+    thread_local Task<C> task;  // keeps its memory
+    const int64_t of_last = tiles.size() - 1 - i / call.num_kv_heads;  // a prompt's last tile has most to do
+    task.run(call, tiles[of_last], i % call.num_kv_heads);
+  });
+  return ffi::Error::Success();
+}
+
+const float* data_or_null(const ffi::Buffer<ffi::F32>& buffer) {
+  return buffer.element_count() ? buffer.typed_data() : nullptr;
+}
+
+// Scales and sinks are [0] where there are none.
+ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                           ffi::Buffer<ffi::F32> key_scales, ffi::Buffer<ffi::F32> value_scales,
+                           ffi::Buffer<ffi::F32> sinks, ffi::Buffer<ffi::S32> tables,
+                           ffi::Buffer<ffi::S32> sequences, ffi::Buffer<ffi::S32> positions,
+                           ffi::Result<ffi::Buffer<ffi::F32>> out, float scale, int64_t window, float soft_cap) {
+  const auto of_queries = q.dimensions(), of_keys = keys.dimensions(), of_values = values.dimensions();
+  const int64_t num_tokens = of_queries[0], num_heads = of_queries[1], num_kv_heads = of_keys[1];
+  const int64_t most_tokens = std::max<int64_t>(1, kTileRows * num_kv_heads / num_heads);
+  const auto tiles = make_tiles(tables.typed_data(), tables.dimensions()[1], sequences.typed_data(),
+                                positions.typed_data(), num_tokens, most_tokens);
+  memset(out->typed_data(), 0, out->size_bytes());  // of padding
+  const auto of_type = [&](auto of_cache) {
+    using C = decltype(of_cache);
+    const auto* k = reinterpret_cast<const C*>(keys.untyped_data());
+    const auto* v = reinterpret_cast<const C*>(values.untyped_data());
+    const Call<C> call{q.typed_data(), k, v, data_or_null(key_scales), data_or_null(value_scales),
+                       data_or_null(sinks), out->typed_data(), num_heads, num_kv_heads, of_keys[3],
+                       out->dimensions()[2], of_values[3], of_keys[2], window, scale, soft_cap};
+    return run(pool, call, tiles);
+  };
+  switch (keys.element_type()) {
+    case ffi::F32: return of_type(float{});
+    case ffi::BF16: return of_type(BFloat16{});
+    case ffi::F16: return of_type(Float16{});
+    case ffi::S8: return of_type(int8_t{});
+    case ffi::F8E4M3FN: return of_type(Float8{});
+    default: return ffi::Error::InvalidArgument("there is no code for pages of this type");
+  }
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_paged_attention, paged_attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("soft_cap"));

@@ -1,0 +1,122 @@
+// Vectors as wide as the processor that this is compiled for has them, and the numbers that memory holds.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfBits __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t ByteBits __attribute__((vector_size(kLanes)));
+typedef int8_t ByteInts __attribute__((vector_size(kLanes)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+struct Float8 {  // e4m3fn: no infinity
+  uint8_t bits;
+};
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+inline Vec load(const float* from) {
+  Vec out;
+  memcpy(&out, from, sizeof out);
+  return out;
+}
+inline Vec load(const int8_t* from) {
+  ByteInts numbers;
+  memcpy(&numbers, from, sizeof numbers);
+  return __builtin_convertvector(numbers, Vec);
+}
+inline Vec load(const BFloat16* from) {
+  HalfBits bits;
+  memcpy(&bits, from, sizeof bits);
+  return (Vec)(__builtin_convertvector(bits, BitVec) << 16);
+}
+// What is denormal there is made from a whole number: threads may take denormal operands for zero.
+inline Vec load(const Float16* from) {
+  HalfBits bits;
+  memcpy(&bits, from, sizeof bits);
+  const BitVec wide = __builtin_convertvector(bits, BitVec), magnitude = wide & 0x7fffu;
+  const BitVec denormal = (BitVec)(__builtin_convertvector((IntVec)magnitude, Vec) * 0x1p-24f);
+  const BitVec normal = (magnitude << 13) + (112u << 23), other = (magnitude << 13) | 0x7f800000u;
+  const BitVec number = magnitude < 0x400u ? denormal : magnitude < 0x7c00u ? normal : other;
+  return (Vec)(number | (wide & 0x8000u) << 16);
+}
+inline Vec load(const Float8* from) {
+  ByteBits bits;
+  memcpy(&bits, from, sizeof bits);
+  const BitVec wide = __builtin_convertvector(bits, BitVec), magnitude = wide & 0x7fu;
+  const BitVec denormal = (BitVec)(__builtin_convertvector((IntVec)magnitude, Vec) * 0x1p-9f);
+  const BitVec normal = (magnitude << 20) + (120u << 23), nan = BitVec{} + 0x7fc00000u;
+  const BitVec number = magnitude < 8u ? denormal : magnitude < 0x7fu ? normal : nan;
+  return (Vec)(number | (wide & 0x80u) << 24);
+}
+inline void store(float* to, Vec x) { memcpy(to, &x, sizeof x); }
+
+// The first n numbers, then zeros.
+template <typename T>
+Vec load_first(const T* from, int64_t n) {
+  T numbers[kLanes] = {};
+  memcpy(numbers, from, n * sizeof(T));
+  return load(numbers);
+}
+
+// Sums of neighbours: those of a, then those of b.
+inline Vec add_pairs(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+
+// The sum of each of as many vectors as have lanes. They are overwritten.
+inline Vec sum_each(Vec* vectors) {
+#pragma GCC unroll 16
+  for (int n = kLanes / 2; n; n /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++) vectors[i] = add_pairs(vectors[2 * i], vectors[2 * i + 1]);
+  }
+  return vectors[0];
+}
+
+inline float sum(Vec x) {
+  float total = 0;
+  for (int i = 0; i < kLanes; i++) total += x[i];
+  return total;
+}
+
+// e^x of x <= 0, to a relative error of about 1e-7, and 0 below -87: 2^n * e^r with |r| <= ln(2) / 2, where e^r is a
+// polynomial (Cephes, expf.c). NaN stays NaN.
+inline Vec exp_of_negative(Vec x) {
+  const Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
+  const Vec n = shifted - 12582912.0f;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec e = broadcast(1.9875691500e-4f);
+  e = e * r + 1.3981999507e-3f;
+  e = e * r + 8.3334519073e-3f;
+  e = e * r + 4.1665795894e-2f;
+  e = e * r + 1.6666665459e-1f;
+  e = e * r + 5.0000001201e-1f;
+  e = e * r * r + r + 1.0f;
+  const Vec power = (Vec)(((IntVec)shifted + 127) << 23);  // 2^n: the lowest bits of `shifted` are n
+  return x < -87.0f ? Vec{} : e * power;
+}
