@@ -1,0 +1,180 @@
+"""Kernels in C++ for this machine's CPU: compiled once, never from what somebody else wrote, and not at all costs."""
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.native import build
+from pallas_kernels.paged_attention import AttentionSpec, backend, choose, cpu
+from pallas_kernels.paged_attention.pages import QuantizedPages
+
+SPEC = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=16, page_size=16, scale=0.25)
+CPU = jax.devices("cpu")[0]
+
+needs_compiler = pytest.mark.skipif(cpu.unsupported(SPEC, CPU) is not None, reason="there is no C++ compiler here")
+
+
+@pytest.fixture
+def fresh(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """Where kernels are kept; nothing is yet."""
+    monkeypatch.setattr(build, "DIRECTORY", str(tmp_path / "native"))
+    monkeypatch.setattr(build, "register", build.register.__wrapped__)  # which remembers nothing
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: None)  # it has them, of another library
+    return tmp_path / "native"
+
+
+def kept(directory: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(directory.glob("*.so"))
+
+
+@needs_compiler
+def test_a_second_start_compiles_nothing(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    assert build.register("attention", "jaxinfer_paged_attention") is None
+    (path,) = kept(fresh)
+    assert fresh.stat().st_mode & 0o077 == 0
+    monkeypatch.setattr(build, "_compile", lambda source: pytest.fail("it is compiled again"))
+    assert build.register("attention", "jaxinfer_paged_attention") is None and kept(fresh) == [path]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:-9] + b"damaged!!", lambda b: b"\x7fELF" + b])
+def test_what_is_not_as_it_was_written_is_compiled_anew(
+    fresh: pathlib.Path, damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch, caplog
+):
+    monkeypatch.setattr(build, "_compile", lambda source: b"what the compiler makes")
+    build._library("attention")
+    (path,) = kept(fresh)
+    path.write_bytes(damage(content := path.read_bytes()))
+    assert build._library("attention") == b"what the compiler makes" and path.read_bytes() == content
+    assert f"{path} is damaged, or was not written here" in caplog.text
+
+
+def test_what_decides_what_is_compiled(monkeypatch: pytest.MonkeyPatch):
+    keys = {build._key("attention")}
+    monkeypatch.setattr(build, "cpu_features", lambda: "flags: of another machine")
+    keys.add(build._key("attention"))
+    monkeypatch.setattr(build, "_FLAGS", ("-O0",))
+    keys.add(build._key("attention"))
+    monkeypatch.setattr(build, "_FOLDER", build._FOLDER.parent / "paged_attention")  # other sources: none
+    keys.add(build._key("attention"))
+    assert len(keys) == 4
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_without_a_directory_it_is_compiled_at_each_start(
+    fresh: pathlib.Path, is_file: bool, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    monkeypatch.setattr(build, "_compile", lambda source: b"what the compiler makes")
+    if is_file:
+        fresh.write_text("in the way")
+    else:
+        fresh.mkdir(mode=0o777)
+        fresh.chmod(0o777)
+    assert build._library("attention") == b"what the compiler makes"
+    assert "kernels for this CPU are compiled anew at each start: " in caplog.text and kept(fresh) == []
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no_such_compiler", "No such file or directory: 'no_such_compiler'"),
+        ("false", "false cannot compile attention.cc: "),
+        ("sh -c 'echo error: of many >&2; exit 1'", "sh cannot compile attention.cc: error: of many"),
+    ],
+)
+def test_a_compiler_that_cannot_leaves_it_to_xla(
+    fresh: pathlib.Path, compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CXX", compiler)
+    choice = choose([SPEC], CPU)
+    assert choice.name == "xla" and reason in choice.passed_over["cpu"] and "\n" not in str(choice)
+    with pytest.raises(ValueError, match="--attention_backend=cpu: "):
+        backend("cpu", SPEC, device=CPU)
+    with pytest.raises(RuntimeError, match="or use --attention_backend=xla"):
+        attend(np.zeros((1, 4, 16), np.float32), np.zeros((1, 2, 16, 16), np.float32), np.int32([0]))
+    assert kept(fresh) == []
+
+
+def test_without_a_compiler_it_says_what_to_install(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    assert cpu.unsupported(SPEC, CPU) == "there is no C++ compiler: install g++, or name one in CXX"
+
+
+def test_a_compiler_that_hangs_is_ended(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "sh -c 'exec sleep 60'")
+    monkeypatch.setattr(build, "_TIMEOUT_S", 0.1)
+    assert cpu.unsupported(SPEC, CPU) == "sh was not done with attention.cc after 0.1 s"
+
+
+def attend(q, pages, positions, spec: AttentionSpec = SPEC, v_pages=None, table=(0, 1, 2, 3)) -> np.ndarray:
+    """A prompt's tokens one after the other, of the sequence whose pages are `table`."""
+    sequence = [jnp.asarray(a, jnp.int32) for a in ([table], positions[:1], [len(positions)])]
+    pools = pages, pages if v_pages is None else v_pages
+    return np.asarray(cpu.ragged_paged_attention(q, *pools, *sequence, spec=spec))
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 37])
+def test_a_query_gets_the_same_bits_whatever_is_beside_it(window: int | None):
+    """So tokens do not depend on how a prompt is cut, and those of a batch are those of one alone."""
+    rng = np.random.default_rng(0)
+    spec = AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=40, page_size=16, scale=0.2, window=window)
+    q = rng.standard_normal((170, 6, 40), np.float32)
+    pages = rng.standard_normal((12, 2, 16, 40), np.float32)
+    table, positions = rng.permutation(12), np.arange(170)
+    whole = attend(q, pages, positions, spec, table=table)
+    for first, last in ((0, 1), (63, 66), (5, 170), (169, 170)):
+        part = attend(q[first:last], pages, positions[first:last], spec, table=table)
+        np.testing.assert_array_equal(part, whole[first:last])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_each_number_of_16_bits_is_what_it_is(dtype: str):
+    """A query that sees one token gets its values, infinities and NaN too. What float32 has as denormal may be zero."""
+    bits = np.arange(2**16, dtype=np.uint16)
+    values = jnp.asarray(bits.view(jnp.dtype(dtype)).reshape(-1, 2, 16, 16))
+    keys, tables = jnp.zeros_like(values), np.arange(len(values), dtype=np.int32)[:, None]
+    one = AttentionSpec(num_q_heads=2, num_kv_heads=2, head_dim=16, page_size=16, scale=1.0, window=1)
+    q, tables = jnp.zeros((len(tables), 16, 2, 16), values.dtype), jnp.asarray(tables)
+    positions = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (len(tables), 16))
+    found = cpu.paged_attention(q, keys, values, tables, positions, spec=one)
+    found, values = (x.astype(jnp.float32) for x in (found.transpose(0, 2, 1, 3), values))
+    is_normal = ~(jnp.abs(values) < jnp.finfo(jnp.float32).tiny)
+    np.testing.assert_array_equal(found, jnp.where(is_normal, values, 0))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_each_number_of_8_bits_is_what_it_is(dtype: str):
+    numbers = np.arange(2**8, dtype=np.uint8).view(jnp.dtype(dtype)).reshape(1, 1, 16, 16)
+    values = QuantizedPages(jnp.asarray(numbers), jnp.full((1, 1, 16), 0.5, jnp.float32))
+    one = AttentionSpec(
+        num_q_heads=1, num_kv_heads=1, head_dim=16, page_size=16, scale=1.0, window=1, cache_dtype=dtype
+    )
+    keys = values._replace(values=jnp.zeros_like(values.values))
+    positions = jnp.arange(16, dtype=jnp.int32)[None]
+    q, table = jnp.zeros((1, 16, 1, 16), jnp.float32), jnp.zeros((1, 1), jnp.int32)
+    found = cpu.paged_attention(q, keys, values, table, positions, spec=one)
+    np.testing.assert_array_equal(found[0, :, 0], numbers[0, 0].astype(np.float32) / 2)
+
+
+@needs_compiler
+def test_nan_in_a_query_stays_with_it():
+    q, pages = np.ones((20, 4, 16), np.float32), np.ones((4, 2, 16, 16), np.float32)
+    q[7, 2] = np.nan
+    found = attend(q, pages, np.arange(20))
+    assert np.isnan(found[7, 2]).all() and np.isnan(found).sum() == 16
+
+
+@needs_compiler
+def test_scores_far_apart():
+    """The largest has all the weight; of those below e^-87 nothing is left."""
+    q, keys = np.ones((1, 4, 16), np.float32), np.zeros((4, 2, 16, 16), np.float32)
+    values = np.ones_like(keys)
+    keys[0, :, 5], values[0, :, 5] = 100, 7
+    np.testing.assert_array_equal(attend(q, keys, np.int32([40]), v_pages=values), np.full((1, 4, 16), 7))
