@@ -46,6 +46,10 @@ class Compiling(Generic[Key]):
             future.set_result(compiled)
         return future.result()
 
+    def has(self, key: Key) -> bool:
+        """Whether nobody has to wait for it."""
+        return self._futures[key].done()
+
     @property
     def is_done(self) -> bool:
         return all(future.done() for future in self._futures.values())

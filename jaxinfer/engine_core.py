@@ -19,6 +19,7 @@ from jaxinfer import batch as batches
 from jaxinfer import extras
 from jaxinfer.batch import StepBatch, StepShape
 from jaxinfer.chunk_policy import ChunkPolicy
+from jaxinfer.extras import Extras
 from jaxinfer.logprobs import Logprobs
 from jaxinfer.metrics import EngineMetrics
 from jaxinfer.outputs import TokenLogprobs
@@ -38,10 +39,18 @@ class EngineDeadError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class _StepUnderWay:
+class _Step:
+    """On the host."""
+
     plan: StepPlan
     shape: StepShape
-    batch: StepBatch  # on the host
+    batch: StepBatch
+    extras: Extras | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _StepUnderWay:
+    step: _Step
     output: StepOutput  # on the devices
     start_time: float
 
@@ -53,6 +62,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.runner = runner
         self.stats = stats
+        self._prepared: _Step | None = None  # waits for its program
         self._under_way: _StepUnderWay | None = None
         self._told: list[Request] = []  # got tokens or ended, and were not returned yet
         self._last_commit_time = 0.0
@@ -102,7 +112,8 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._under_way is not None or bool(self._told)
+        has_step = self._prepared is not None or self._under_way is not None
+        return self.scheduler.has_work or has_step or bool(self._told)
 
     def abort(self, request: Request) -> None:
         """Ends a request and frees what it holds. Does nothing if it has finished."""
@@ -113,12 +124,16 @@ class EngineCore:
     def step(self) -> list[Request]:
         """Starts the next step and commits the one before: the requests of that one that got tokens or ended.
 
+        Where the next one's program is still being compiled, it is started by the next call: what is there needs not
+        wait for it.
+
         Raises what the devices raise; requests that were running then end with an error, and those that wait
         stay. EngineDeadError if not even that could be done.
         """
         try:
-            plan = self.scheduler.schedule()
-            before, self._under_way = self._under_way, None if plan is None else self._start(plan)
+            step, before = self._prepared or self._prepare(), self._under_way
+            has_to_wait = step is not None and before is not None and not self.runner.is_compiled(step.shape)
+            self._prepared, self._under_way = (step, None) if has_to_wait else (None, step and self._start(step))
             if before is not None:
                 self._commit(before)
         except BaseException as error:
@@ -161,30 +176,36 @@ class EngineCore:
 
     def close(self) -> None:
         """Frees the device memory."""
-        self._under_way = None
+        self._prepared = self._under_way = None
         self.runner.close()
 
-    def _start(self, plan: StepPlan) -> _StepUnderWay:
+    def _prepare(self) -> _Step | None:
+        """The next step, if there is anything to do."""
+        if (plan := self.scheduler.schedule()) is None:
+            return None
         shape = self.runner.buckets.shape(plan)
-        self.runner.check_compiled(shape)  # waits, which is no part of the step's time
-        start_time = time.perf_counter()
         batch = batches.build(plan, shape, self.scheduler.table)
-        output = self.runner.dispatch(shape, batch, extras.build(plan, shape, self.runner.extras_spec))
-        return _StepUnderWay(plan, shape, batch, output, start_time)
+        return _Step(plan, shape, batch, extras.build(plan, shape, self.runner.extras_spec))
 
-    def _commit(self, step: _StepUnderWay) -> None:
-        jax.block_until_ready(step.output.tokens)
+    def _start(self, step: _Step) -> _StepUnderWay:
+        self.runner.check_compiled(step.shape)  # waits, which is no part of the step's time
+        start_time = time.perf_counter()
+        return _StepUnderWay(step, self.runner.dispatch(step.shape, step.batch, step.extras), start_time)
+
+    def _commit(self, under_way: _StepUnderWay) -> None:
+        step, output = under_way.step, under_way.output
+        jax.block_until_ready(output.tokens)
         now = time.perf_counter()
-        seconds, self._last_commit_time = now - max(step.start_time, self._last_commit_time), now
-        result = step_result(step.plan, step.shape, step.batch, step.output)
-        self.stats.add_step(step.plan, np.asarray(step.output.counts), seconds)
-        if step.output.expert_counts is not None:
-            self.stats.add_expert_counts(np.asarray(step.output.expert_counts))
+        seconds, self._last_commit_time = now - max(under_way.start_time, self._last_commit_time), now
+        result = step_result(step.plan, step.shape, step.batch, output)
+        self.stats.add_step(step.plan, np.asarray(output.counts), seconds)
+        if output.expert_counts is not None:
+            self.stats.add_expert_counts(np.asarray(output.expert_counts))
         self.scheduler.commit(step.plan, result, self._told)
 
     def _recover(self) -> None:
         """A step that failed took the donated cache with it."""
-        self._under_way = None
+        self._prepared = self._under_way = None
         for request in [r for rows in self.scheduler.running for r in rows]:
             request.finish(FinishReason.ERROR)
             self.scheduler.release(request)

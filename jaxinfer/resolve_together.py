@@ -49,12 +49,13 @@ def check_same(group: ProcessGroup, topic: str, texts: dict[str, str]) -> None:
 
 
 def _facts(resolved: ResolvedEngine) -> dict[str, str]:
-    """What programs and steps are made of, and the weights."""
-    decided = ("architecture", "max_model_len", "slots_per_shard", "cache_spec", "memory", "buckets")
-    facts = {"jax": jax.__version__} | {name: repr(getattr(resolved, name)) for name in decided}
+    """What programs and steps are made of, and the weights: choices before what they go into, for the first is named."""
+    facts = {"jax": jax.__version__, "architecture": resolved.architecture}
     facts |= {"attention_backend": resolved.attention.name, "dtype": resolved.definition.dtype.name}
     if resolved.experts is not None:
-        facts["moe_backend"] = resolved.experts.name  # before what it goes into, so that it is what is named
+        facts["moe_backend"] = resolved.experts.name
+    decided = ("max_model_len", "slots_per_shard", "cache_spec", "memory", "buckets")
+    facts |= {name: repr(getattr(resolved, name)) for name in decided}
     facts |= {f"config.json: {name}": repr(value) for name, value in vars(resolved.definition.config).items()}
     return facts | {f"content of {path.name}": _content(path) for path in _weight_files(resolved)}
 

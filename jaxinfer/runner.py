@@ -97,6 +97,10 @@ class Runner:
             array.copy_to_host_async()
         return output
 
+    def is_compiled(self, shape: StepShape) -> bool:
+        """Whether a step of this shape starts at once; so does one that never can, to say so."""
+        return shape not in self._programs or self._programs.has(shape)
+
     def check_compiled(self, shape: StepShape) -> None:
         """Waits until it is; RuntimeError for a shape that never will be."""
         if shape not in self._programs:

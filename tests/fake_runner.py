@@ -6,6 +6,7 @@ id; what a slot's history holds for the full sampler is compared with what the r
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,8 @@ class FakeRunner:
     """Stands in for `Runner`. `memory` [D, P, page_size] holds token ids where the real one holds keys and values.
 
     `fail_at` "dispatch" or "read" makes the next step raise, when it is started or when its results are read.
-    `spoil_next` makes the next row that runs write poison in place of its tokens.
+    `spoil_next` makes the next row that runs write poison in place of its tokens. `is_late` says at each step whether
+    its program is still being compiled.
     """
 
     def __init__(self, buckets: Buckets, pages_per_shard: int):
@@ -82,6 +84,7 @@ class FakeRunner:
         self.extras_spec = ExtrasSpec.create(buckets, VOCAB_SIZE)
         self.fail_at = ""
         self.spoil_next = False
+        self.is_late: Callable[[], bool] = lambda: False
         self._shape = (buckets.num_shards, pages_per_shard, buckets.page_size)
         self.reset_cache()
 
@@ -93,6 +96,10 @@ class FakeRunner:
 
     def close(self) -> None:
         """Nothing to free."""
+
+    def is_compiled(self, shape: StepShape) -> bool:
+        assert shape in self.buckets.shapes()
+        return not self.is_late()
 
     def check_compiled(self, shape: StepShape) -> None:
         assert shape in self.buckets.shapes()

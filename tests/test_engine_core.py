@@ -88,8 +88,11 @@ def test_an_abort_lets_the_next_one_in_within_two_steps():
     assert [r.output_token_ids for r in requests] == [expected(r) for r in requests]
 
 
-def test_a_thousand_cancellations_leak_nothing():
+@pytest.mark.parametrize("late", [0.0, 0.5])
+def test_a_thousand_cancellations_leak_nothing(late: float):
+    """Also where many steps wait for their programs."""
     core, rng = make_core(pages_per_shard=25, num_shards=2), random.Random(0)
+    fake(core).is_late = lambda: rng.random() < late
     requests: list[Request] = []
     num_aborted = 0
     while num_aborted < 1000:
@@ -119,6 +122,17 @@ def test_the_tokens_of_a_step_come_one_turn_later_and_once():
     assert lengths == [0, 1, 2, 3] and request.finish_reason is FinishReason.LENGTH
 
 
+def test_tokens_that_are_there_do_not_wait_for_the_next_program():
+    core = make_core(decode_steps=1)
+    fake(core).is_late = lambda: True
+    core.scheduler.add(request := make_request(0, [1, 2, 3], 3))
+    lengths = []
+    while core.has_work:
+        core.step()
+        lengths.append(len(request.output_token_ids))
+    assert lengths == [0, 1, 1, 2, 2, 3] and request.output_token_ids == expected(request)
+
+
 def test_a_piece_of_a_prompt_gives_nobody_a_token_and_an_error_is_reported():
     core = make_core(max_num_batched_tokens=8)
     good, bad = make_request(0, [*range(20)], 1), make_request(1, [POISON], 5)
@@ -134,12 +148,14 @@ def test_the_cache_is_not_forgotten_under_who_relies_on_it():
         core.scheduler.forget_cache()
 
 
+@pytest.mark.parametrize("late", [0.0, 0.5])
 @pytest.mark.parametrize("at", ["dispatch", "read"])
-def test_a_failed_step_ends_what_ran_and_keeps_what_waits(at: str):
+def test_a_failed_step_ends_what_ran_and_keeps_what_waits(at: str, late: float):
     """After any number of steps. Whoever was preempted in the step that failed must not wait for its last token."""
-    num_preempted = 0
+    num_preempted, rng = 0, random.Random(0)
     for num_done in range(1, 40, 3):
         core, requests = crowded_core(num_done)
+        fake(core).is_late = lambda: rng.random() < late
         fail(core, at)
         assert [r.finish_reason for r in core.scheduler.waiting] == [None] * len(core.scheduler.waiting)
         num_preempted += any(r.num_preemptions for r in core.scheduler.waiting)
@@ -204,10 +220,14 @@ def test_no_page_is_found_again_after_a_failed_step(at: str):
     assert core.stats.prefill_tokens - before == 20
 
 
+def fake(core: EngineCore) -> FakeRunner:
+    assert isinstance(core.runner, FakeRunner)
+    return core.runner
+
+
 def fail(core: EngineCore, at: str) -> None:
     """Steps until the runner has raised."""
-    assert isinstance(core.runner, FakeRunner)
-    core.runner.fail_at = at
+    fake(core).fail_at = at
     with pytest.raises(RuntimeError, match=f"failed at {at}"):
         run(core, [])
     core.scheduler.check()

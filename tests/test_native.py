@@ -94,7 +94,7 @@ def test_a_compiler_that_cannot_leaves_it_to_xla(
     with pytest.raises(ValueError, match="--attention_backend=cpu: "):
         backend("cpu", SPEC, device=CPU)
     with pytest.raises(RuntimeError, match="or use --attention_backend=xla"):
-        attend(np.zeros((1, 4, 16), np.float32), np.zeros((1, 2, 16, 16), np.float32), np.int32([0]))
+        attend(np.zeros((1, 4, 16), np.float32), np.zeros((1, 2, 16, 16), np.float32), np.arange(1))
     assert kept(fresh) == []
 
 
@@ -177,4 +177,4 @@ def test_scores_far_apart():
     q, keys = np.ones((1, 4, 16), np.float32), np.zeros((4, 2, 16, 16), np.float32)
     values = np.ones_like(keys)
     keys[0, :, 5], values[0, :, 5] = 100, 7
-    np.testing.assert_array_equal(attend(q, keys, np.int32([40]), v_pages=values), np.full((1, 4, 16), 7))
+    np.testing.assert_array_equal(attend(q, keys, np.array([40]), v_pages=values), np.full((1, 4, 16), 7))

@@ -91,7 +91,7 @@ def test_a_traceback_only_with_verbosity_1(model_dir: pathlib.Path):
         (["--model=/nowhere"], "--model=/nowhere: no such directory"),
         (
             ["--attention_backend=magic"],
-            "--attention_backend=magic: no such backend; known: auto, mosaic_gpu, triton, xla",
+            "--attention_backend=magic: no such backend; known: auto, cpu, mosaic_gpu, triton, xla",
         ),
         (["--moe_backend=triton"], "--moe_backend=triton: llama has no experts here; leave it out"),
         (["--prompts_file=/nowhere.txt"], "--prompts_file=/nowhere.txt: No such file or directory"),

@@ -27,7 +27,8 @@ BENCHMARKS = {
     "context_254m": f"{_DECODE} --batch_sizes=1 --prompt_tokens=32,512,1024",
     "startup_demo": "bench_startup",
     "sampling": "bench_sampling --shape=254m",
-    "prefix_61m": "bench_offline --peers=no_prefix_cache --shared=0.9 --output_tokens=16,128 --rounds=7",
+    "prefix_61m": "bench_prefix",
+    "load_61m": "bench_load --chunk_tokens=64,512",
     "host": "bench_host",
 }
 _ONLY = flags.DEFINE_list("only", [*BENCHMARKS], "Which are run; empty for none.")

@@ -1,7 +1,6 @@
 """Measures offline throughput: many requests of ragged lengths, all there at once, against peers in the same run.
 
     python tools/bench_offline.py                                   # 61 M parameters, float32, CPU; takes a while
-    python tools/bench_offline.py --peers=no_prefix_cache --shared=0.9 --output_tokens=8,64
 
 The workload is nano-vLLM's: 256 requests whose prompts and outputs are uniformly 100 to 1,024 tokens long, here times
 --scale. Peers:
@@ -9,10 +8,9 @@ The workload is nano-vLLM's: 256 requests whose prompts and outputs are uniforml
     transformers         its generate() on static batches in the order of arrival, padded on the left; a batch is done
                          when its longest output is
     transformers_sorted  the same, sorted by length of output: what somebody who knew the lengths would do
-    no_prefix_cache      this engine without its prefix cache
 
 All generate greedily the number of tokens that is asked for, and only those count. Rounds alternate between them, each
-with new prompts, so that no round finds an earlier one's pages; the figure is the median of the rounds' ratios.
+with new prompts; the figure is the median of the rounds' ratios.
 """
 
 import pathlib
@@ -27,7 +25,7 @@ from absl import app, flags
 from jaxinfer import Engine, SamplingParams
 from jaxinfer.tools import bench_models, bench_peer, bench_record
 
-_PEERS = ("transformers", "transformers_sorted", "no_prefix_cache")
+_PEERS = ("transformers", "transformers_sorted")
 _PEERS_FLAG = flags.DEFINE_list("peers", ["transformers", "transformers_sorted"], f"Any of {', '.join(_PEERS)}.")
 _SHAPE = flags.DEFINE_enum("shape", "61m", list(bench_models.SHAPES), "Which random Llama.")
 _LAYERS = flags.DEFINE_integer("layers", None, "Layers, instead of the shape's.", lower_bound=1)
@@ -38,7 +36,6 @@ _PROMPT_TOKENS = flags.DEFINE_list(
 )
 _OUTPUT_TOKENS = flags.DEFINE_list("output_tokens", ["100", "1024"], "Least and most tokens generated, times --scale.")
 _SCALE = flags.DEFINE_float("scale", 0.125, "Of the lengths.", lower_bound=0.01)
-_SHARED = flags.DEFINE_float("shared", 0.0, "Share of every prompt that all have in common.", 0, 0.99)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Slots of the engine, and sequences of a static batch.", 1)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed rounds of each.", lower_bound=1)
 
@@ -56,23 +53,17 @@ def make_workload(rng: np.random.Generator, vocab_size: int, num_requests: int) 
         low, high = (max(1, round(int(bound) * _SCALE.value)) for bound in bounds)
         return rng.integers(low, high + 1, num_requests)
 
-    sizes = lengths(_PROMPT_TOKENS.value)
-    stem = rng.integers(0, vocab_size, max(sizes)).tolist()
-    prompts = []
-    for size in sizes.tolist():
-        shared = int(size * _SHARED.value)
-        prompts.append(stem[:shared] + rng.integers(0, vocab_size, size - shared).tolist())
+    prompts = [rng.integers(0, vocab_size, size).tolist() for size in lengths(_PROMPT_TOKENS.value)]
     return Workload(prompts, lengths(_OUTPUT_TOKENS.value).tolist())
 
 
-def make_ours(model_dir: pathlib.Path, enable_prefix_caching: bool) -> Generate:
+def make_ours(model_dir: pathlib.Path) -> Generate:
     longest = sum(round(int(bounds[1]) * _SCALE.value) for bounds in (_PROMPT_TOKENS.value, _OUTPUT_TOKENS.value))
     engine = Engine(
         str(model_dir),
         dtype=_DTYPE.value,
         max_model_len=longest + 1,
         max_num_seqs=_BATCH_SIZE.value,
-        enable_prefix_caching=enable_prefix_caching,
     )
 
     def generate(workload: Workload) -> list[list[int]]:
@@ -125,23 +116,13 @@ def make_transformers(model: Any, is_sorted: bool) -> Generate:
     return generate
 
 
-def needs_torch() -> bool:
-    return any(name.startswith("transformers") for name in _PEERS_FLAG.value)
-
-
 def make_peers(model_dir: pathlib.Path) -> dict[str, Generate]:
-    peers: dict[str, Generate] = {}
-    if needs_torch():
-        from jaxinfer.tools import bench_peer_torch
+    if not _PEERS_FLAG.value:
+        return {}
+    from jaxinfer.tools import bench_peer_torch
 
-        model = bench_peer_torch.load(model_dir, _DTYPE.value)
-        peers |= {
-            "transformers": make_transformers(model, False),
-            "transformers_sorted": make_transformers(model, True),
-        }
-    if "no_prefix_cache" in _PEERS_FLAG.value:
-        peers["no_prefix_cache"] = make_ours(model_dir, enable_prefix_caching=False)
-    return {name: peers[name] for name in _PEERS_FLAG.value}
+    model = bench_peer_torch.load(model_dir, _DTYPE.value)
+    return {name: make_transformers(model, name == "transformers_sorted") for name in _PEERS_FLAG.value}
 
 
 def compare(ours: Generate, peers: dict[str, Generate], vocab_size: int) -> dict[str, Any]:
@@ -186,9 +167,9 @@ def main(argv: list[str]) -> None:
         model_dir = pathlib.Path(directory) / "model"
         bench_models.write_random(model_dir, config, _DTYPE.value)
         peers = make_peers(model_dir)
-        result = compare(make_ours(model_dir, enable_prefix_caching=True), peers, config["vocab_size"])
-    run = bench_record.describe_run("bench_offline", bench_peer.packages(["hf"] if needs_torch() else []))
-    workload = {flag.name: flag.value for flag in (_SHAPE, _DTYPE, _REQUESTS, _SCALE, _SHARED, _BATCH_SIZE)}
+        result = compare(make_ours(model_dir), peers, config["vocab_size"])
+    run = bench_record.describe_run("bench_offline", bench_peer.packages(["hf"] if _PEERS_FLAG.value else []))
+    workload = {flag.name: flag.value for flag in (_SHAPE, _DTYPE, _REQUESTS, _SCALE, _BATCH_SIZE)}
     bench_record.print_record(run | workload | {"results": result})
 
 

@@ -26,6 +26,8 @@ def write(folder: pathlib.Path, records: dict[str, Record]) -> None:
         parts += ["## Drawing tokens", _sampling_table(sampling["results"])]
     if prefix := records.get("prefix_61m"):
         parts += ["## Shared prefixes", _prefix_text(prefix)]
+    if load := records.get("load_61m"):
+        parts += ["## The first token under load", _load_text(load)]
     parts += ["## Commands and machines", _command_table(records)]
     (folder / "cpu.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -91,11 +93,30 @@ def _sampling_table(results: list[Record]) -> str:
 
 
 def _prefix_text(record: Record) -> str:
-    results, without = record["results"], record["results"]["no_prefix_cache"]
-    return (
-        f"With {record['shared']:.0%} of every prompt shared {results['ours']['tokens_per_s']:.0f} tokens/s, "
-        f"{without['ratio']:.2f} times as many as without the prefix cache."
-    )
+    results = record["results"]
+    rows = [[f"{r['shared']:.0%} shared", f"{r['ratio']:.2f}"] for r in results["throughput"]]
+    rows.append([f"{record['turns']} turns", f"{results['turns']['ratio']:.2f}"])
+    hit = results["first_token"]["ratio"]
+    told = f"The first token of a prompt that was asked before takes {hit:.2f} of the time that a new one takes."
+    return f"{_table(['prompts', 'x without the prefix cache'], rows)}\n\n{told}"
+
+
+def _load_text(record: Record) -> str:
+    names = ("idle_s", "loaded_s", "gap_s", "quiet_gap_s")
+    rows = []
+    for result in record["results"]:
+        seconds = [f"{result[name]:.3f}" for name in names]
+        rows.append([result["chunk_tokens"], *seconds[:2], f"{result['ratio']:.2f}", *seconds[2:]])
+    heads = [
+        "tokens of a step",
+        "idle, s",
+        "beside rows that decode, s",
+        "ratio",
+        "longest gap of a row, s",
+        "alone, s",
+    ]
+    told = f"Prompts of {record['prompt_tokens']} tokens, {record['batch_size']} slots of which all others decode."
+    return f"{told}\n\n{_table(heads, rows)}"
 
 
 def _command_table(records: dict[str, Record]) -> str:
