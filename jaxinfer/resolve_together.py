@@ -49,7 +49,7 @@ def check_same(group: ProcessGroup, topic: str, texts: dict[str, str]) -> None:
 
 
 def _facts(resolved: ResolvedEngine) -> dict[str, str]:
-    """What programs and steps are made of, and the weights: choices before what they go into, for the first is named."""
+    """What programs and steps are made of, and the weights. Choices come first: they are named, not what follows."""
     facts = {"jax": jax.__version__, "architecture": resolved.architecture}
     facts |= {"attention_backend": resolved.attention.name, "dtype": resolved.definition.dtype.name}
     if resolved.experts is not None:

@@ -79,9 +79,8 @@ def _compile(source: str) -> bytes:
     _logger.info("compiling %s.cc for this CPU", source)
     with tempfile.TemporaryDirectory() as directory:
         out = pathlib.Path(directory) / "out.so"
-        arguments = [*_FLAGS, "-isystem", jax.ffi.include_dir(), "-o", out, _FOLDER / f"{source}.cc"]
+        command = [*_compiler(), *_FLAGS, "-isystem", jax.ffi.include_dir(), "-o", out, _FOLDER / f"{source}.cc"]
         try:
-            command = [*_compiler(), *arguments]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S)
         except subprocess.CalledProcessError as error:
             message = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr[-200:])
