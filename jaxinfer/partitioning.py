@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 import sharding_rules
 from jaxinfer.layouts import AxisSplits, mesh_shape, rules_for
 from jaxinfer.meshes import make_mesh
+from pallas_kernels.native import build
 from pallas_kernels.triton_launch import unsupported_device
 from sharding_rules import axes as ax
 
@@ -116,7 +117,7 @@ class Partitioner(AxisSplits):
     @property
     def settings(self) -> str:
         """Equal for those that split in the same way."""
-        return repr((dict(self.mesh.shape), self.rules))
+        return repr((dict(self.mesh.shape), self.rules, self.multiplies_in_kernel))
 
     def shard_map(self, function: Callable[..., T], *, in_specs: Any, out_specs: Any) -> Callable[..., T]:
         """`jax.shard_map` over the mesh, or over what is left of it inside of another; nothing on one device."""
@@ -137,6 +138,12 @@ class Partitioner(AxisSplits):
         """Whether each device has all of the vocabulary for its rows, and runs the kernel that draws their tokens."""
         is_gpu = self.device.platform == "gpu" and unsupported_device(self.device) is None
         return is_gpu and self.num_shards(ax.VOCAB) == 1
+
+    @property
+    def multiplies_in_kernel(self) -> bool:
+        """Whether all there is is one CPU, whose own kernels multiply with a weight that nothing splits."""
+        is_one_cpu = isinstance(self.mesh, Mesh) and self.mesh.size == 1 and self.platform == "cpu"
+        return is_one_cpu and build.unavailable() is None
 
     @property
     def _mesh_here(self) -> Mesh | AbstractMesh:

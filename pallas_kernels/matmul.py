@@ -1,16 +1,36 @@
 """The product with a weight stored `[out, in]`, as checkpoints store them, written as each platform does it fastest."""
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.native import build
 from pallas_kernels.precision import matmul_precision
 
 # On CPU, up to this many rows the product is written weight @ x.T: XLA reads a float32 weight two to three times as
 # fast as in x @ weight.T at 2 to 16 rows, and half as fast again at 32.
 _MAX_ROWS_WEIGHT_STATIONARY = 64
+
+# Up to this many, `native/matmul.h` is faster again; it multiplies no more than so many rows at once.
+_MAX_ROWS_IN_KERNEL = 8
+_KERNEL_WEIGHTS = ("float32", "bfloat16", "float16")
+
+_in_kernel = contextvars.ContextVar("in_kernel", default=False)
+
+
+@contextlib.contextmanager
+def in_kernel(is_possible: bool) -> Iterator[None]:
+    """What is traced within may use the kernel for CPUs, where that is faster: XLA could not split it over a mesh."""
+    token = _in_kernel.set(is_possible)
+    try:
+        yield
+    finally:
+        _in_kernel.reset(token)
 
 
 def contract(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
@@ -19,6 +39,8 @@ def contract(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None
     Where a mesh splits I, each device rounds the sum of its part, and these are added in `out_dtype`.
     """
     rows = x.reshape(-1, x.shape[-1])
+    if _in_kernel.get() and rows.shape[0] <= _MAX_ROWS_IN_KERNEL and weight.dtype.name in _KERNEL_WEIGHTS:
+        return _by_kernel(rows, weight).astype(out_dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
     dot = functools.partial(
         lax.dot_general,
         dimension_numbers=(((1,), (1,)), ((), ())),
@@ -35,3 +57,10 @@ def contract(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None
     else:
         product = dot(rows, weight)
     return product.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _by_kernel(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    if problem := build.unavailable():
+        raise RuntimeError(f"products in a kernel: {problem}")
+    product = jax.ffi.ffi_call("jaxinfer_matmul", jax.ShapeDtypeStruct((len(rows), len(weight)), jnp.float32))
+    return product(rows.astype(jnp.float32), weight)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer.partitioning import Partitioner
+from pallas_kernels import matmul
 from pallas_kernels.native import build
 from pallas_kernels.paged_attention import AttentionSpec, backend, choose, cpu
 from pallas_kernels.paged_attention.pages import QuantizedPages
@@ -22,7 +24,7 @@ needs_compiler = pytest.mark.skipif(cpu.unsupported(SPEC, CPU) is not None, reas
 def fresh(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
     """Where kernels are kept; nothing is yet."""
     monkeypatch.setattr(build, "DIRECTORY", str(tmp_path / "native"))
-    monkeypatch.setattr(build, "register", build.register.__wrapped__)  # which remembers nothing
+    monkeypatch.setattr(build, "unavailable", build.unavailable.__wrapped__)  # which remembers nothing
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: None)  # it has them, of another library
     return tmp_path / "native"
 
@@ -33,33 +35,33 @@ def kept(directory: pathlib.Path) -> list[pathlib.Path]:
 
 @needs_compiler
 def test_a_second_start_compiles_nothing(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
-    assert build.register("attention", "jaxinfer_paged_attention") is None
+    assert build.unavailable() is None
     (path,) = kept(fresh)
     assert fresh.stat().st_mode & 0o077 == 0
-    monkeypatch.setattr(build, "_compile", lambda source: pytest.fail("it is compiled again"))
-    assert build.register("attention", "jaxinfer_paged_attention") is None and kept(fresh) == [path]
+    monkeypatch.setattr(build, "_compile", lambda: pytest.fail("it is compiled again"))
+    assert build.unavailable() is None and kept(fresh) == [path]
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:-9] + b"damaged!!", lambda b: b"\x7fELF" + b])
 def test_what_is_not_as_it_was_written_is_compiled_anew(
     fresh: pathlib.Path, damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch, caplog
 ):
-    monkeypatch.setattr(build, "_compile", lambda source: b"what the compiler makes")
-    build._library("attention")
+    monkeypatch.setattr(build, "_compile", lambda: b"what the compiler makes")
+    build._library()
     (path,) = kept(fresh)
     path.write_bytes(damage(content := path.read_bytes()))
-    assert build._library("attention") == b"what the compiler makes" and path.read_bytes() == content
+    assert build._library() == b"what the compiler makes" and path.read_bytes() == content
     assert f"{path} is damaged, or was not written here" in caplog.text
 
 
 def test_what_decides_what_is_compiled(monkeypatch: pytest.MonkeyPatch):
-    keys = {build._key("attention")}
+    keys = {build._key()}
     monkeypatch.setattr(build, "cpu_features", lambda: "flags: of another machine")
-    keys.add(build._key("attention"))
+    keys.add(build._key())
     monkeypatch.setattr(build, "_FLAGS", ("-O0",))
-    keys.add(build._key("attention"))
+    keys.add(build._key())
     monkeypatch.setattr(build, "_FOLDER", build._FOLDER.parent / "paged_attention")  # other sources: none
-    keys.add(build._key("attention"))
+    keys.add(build._key())
     assert len(keys) == 4
 
 
@@ -67,13 +69,13 @@ def test_what_decides_what_is_compiled(monkeypatch: pytest.MonkeyPatch):
 def test_without_a_directory_it_is_compiled_at_each_start(
     fresh: pathlib.Path, is_file: bool, monkeypatch: pytest.MonkeyPatch, caplog
 ):
-    monkeypatch.setattr(build, "_compile", lambda source: b"what the compiler makes")
+    monkeypatch.setattr(build, "_compile", lambda: b"what the compiler makes")
     if is_file:
         fresh.write_text("in the way")
     else:
         fresh.mkdir(mode=0o777)
         fresh.chmod(0o777)
-    assert build._library("attention") == b"what the compiler makes"
+    assert build._library() == b"what the compiler makes"
     assert "kernels for this CPU are compiled anew at each start: " in caplog.text and kept(fresh) == []
 
 
@@ -81,8 +83,8 @@ def test_without_a_directory_it_is_compiled_at_each_start(
     ("compiler", "reason"),
     [
         ("no_such_compiler", "No such file or directory: 'no_such_compiler'"),
-        ("false", "false cannot compile attention.cc: "),
-        ("sh -c 'echo error: of many >&2; exit 1'", "sh cannot compile attention.cc: error: of many"),
+        ("false", "false cannot compile kernels.cc: "),
+        ("sh -c 'echo error: of many >&2; exit 1'", "sh cannot compile kernels.cc: error: of many"),
     ],
 )
 def test_a_compiler_that_cannot_leaves_it_to_xla(
@@ -107,7 +109,7 @@ def test_without_a_compiler_it_says_what_to_install(fresh: pathlib.Path, monkeyp
 def test_a_compiler_that_hangs_is_ended(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "sh -c 'exec sleep 60'")
     monkeypatch.setattr(build, "_TIMEOUT_S", 0.1)
-    assert cpu.unsupported(SPEC, CPU) == "sh was not done with attention.cc after 0.1 s"
+    assert cpu.unsupported(SPEC, CPU) == "sh was not done with kernels.cc after 0.1 s"
 
 
 def attend(q, pages, positions, spec: AttentionSpec = SPEC, v_pages=None, table=(0, 1, 2, 3)) -> np.ndarray:
@@ -178,3 +180,38 @@ def test_scores_far_apart():
     values = np.ones_like(keys)
     keys[0, :, 5], values[0, :, 5] = 100, 7
     np.testing.assert_array_equal(attend(q, keys, np.array([40]), v_pages=values), np.full((1, 4, 16), 7))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_products_of_few_rows_with_any_weight(dtype: str):
+    """Beside NumPy in float64, of sizes that no vector divides too. Rows give the same bits in any company."""
+    rng = np.random.default_rng(0)
+    for num_out, num_in in ((7, 5), (3, 16), (33, 200), (700, 129)):
+        x = jnp.asarray(rng.standard_normal((8, num_in)), dtype)
+        weight = jnp.asarray(rng.standard_normal((num_out, num_in)), dtype)
+        exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+        with matmul.in_kernel(True):
+            products = [matmul.contract(x[:n], weight, jnp.float32) for n in range(1, 9)]
+        np.testing.assert_allclose(products[-1], exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
+        for n, product in enumerate(products, 1):
+            assert product.dtype == jnp.float32
+            np.testing.assert_array_equal(product, products[-1][:n])
+
+
+@needs_compiler
+def test_products_are_a_kernels_only_where_they_can_be():
+    """Of few rows, on one device; and rounded once to what the caller wants."""
+
+    def text(num_rows: int, is_possible: bool, dtype: str = "float32") -> str:
+        with matmul.in_kernel(is_possible):
+            x, weight = jnp.ones((num_rows, 1, 16), dtype), jnp.ones((4, 16), dtype)
+            return jax.jit(lambda x, weight: matmul.contract(x, weight)).lower(x, weight).as_text()
+
+    assert "jaxinfer_matmul" in text(8, True) and "jaxinfer_matmul" in text(1, True, "bfloat16")
+    assert "jaxinfer_matmul" not in text(9, True) + text(8, False)
+    one, two = (Partitioner.create(mesh) for mesh in ("", "tensor:2"))
+    assert one.multiplies_in_kernel and not two.multiplies_in_kernel
+    assert not Partitioner.abstract("").multiplies_in_kernel
+    with matmul.in_kernel(True):
+        assert matmul.contract(jnp.ones((1, 16), jnp.bfloat16), jnp.ones((4, 16), jnp.bfloat16)).dtype == jnp.bfloat16

@@ -18,6 +18,8 @@ import jax
 from pallas_kernels.sealed_files import SealedFiles, make_private
 
 DIRECTORY = "~/.cache/jaxinfer/native"
+TARGETS = ("jaxinfer_paged_attention", "jaxinfer_matmul")
+_SOURCE = "kernels.cc"
 _FOLDER = pathlib.Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-shared", "-fPIC")
 _COMPILERS = ("g++", "clang++", "c++")
@@ -28,13 +30,13 @@ _logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def register(source: str, *targets: str) -> str | None:
-    """Makes the functions `targets` of SOURCE.cc known to XLA by their names; or says why there are none here."""
+def unavailable() -> str | None:
+    """Why there are no kernels for this machine's CPU; None: XLA knows those of `TARGETS` by their names."""
     try:
-        library = _load(_library(source))
+        library = _load(_library())
     except (OSError, RuntimeError) as error:
         return str(error)
-    for target in targets:
+    for target in TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return None
 
@@ -48,45 +50,45 @@ def cpu_features() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _library(source: str) -> bytes:
-    """The shared library of SOURCE.cc, from an earlier start or compiled now."""
+def _library() -> bytes:
+    """The shared library, from an earlier start or compiled now."""
     try:
         files = SealedFiles(make_private(pathlib.Path(DIRECTORY).expanduser()), "so", _MOST_BYTES)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no home to expand "~" to
         _logger.warning("kernels for this CPU are compiled anew at each start: %s", error)
-        return _compile(source)
-    key = _key(source)
+        return _compile()
+    key = _key()
     if (library := files.read(key)) is None:
-        library = _compile(source)
+        library = _compile()
         try:
             files.write(key, library)
         except OSError as error:
-            _logger.warning("a kernel for this CPU is compiled anew at the next start: %s", error)
+            _logger.warning("kernels for this CPU are compiled anew at the next start: %s", error)
     return library
 
 
-def _key(source: str) -> str:
+def _key() -> str:
     """Of all that decides what the compiler makes, but for its own version: what an older one made is right too."""
-    about = [source, *_FLAGS, metadata.version("jaxlib"), platform.machine(), cpu_features()]
+    about = [*_FLAGS, metadata.version("jaxlib"), platform.machine(), cpu_features()]
     digest = hashlib.sha256(repr(about).encode())
     for path in sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cc", ".h")):
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
-def _compile(source: str) -> bytes:
+def _compile() -> bytes:
     """RuntimeError if there is no compiler, or it cannot."""
-    _logger.info("compiling %s.cc for this CPU", source)
+    _logger.info("compiling kernels for this CPU")
     with tempfile.TemporaryDirectory() as directory:
         out = pathlib.Path(directory) / "out.so"
-        command = [*_compiler(), *_FLAGS, "-isystem", jax.ffi.include_dir(), "-o", out, _FOLDER / f"{source}.cc"]
+        command = [*_compiler(), *_FLAGS, "-isystem", jax.ffi.include_dir(), "-o", out, _FOLDER / _SOURCE]
         try:
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S)
         except subprocess.CalledProcessError as error:
             message = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr[-200:])
-            raise RuntimeError(f"{command[0]} cannot compile {source}.cc: {message.strip()}") from None
+            raise RuntimeError(f"{command[0]} cannot compile {_SOURCE}: {message.strip()}") from None
         except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{command[0]} was not done with {source}.cc after {_TIMEOUT_S} s") from None
+            raise RuntimeError(f"{command[0]} was not done with {_SOURCE} after {_TIMEOUT_S} s") from None
         return out.read_bytes()
 
 

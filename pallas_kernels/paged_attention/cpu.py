@@ -1,7 +1,7 @@
 """Paged attention for CPUs: compiled C++, which reads the pages where they are.
 
 Computes what `xla.py` documents. XLA:CPU has to gather pages first, a number at a time, and multiplies small matrices
-one by one; `native/attention.cc` does neither.
+one by one; `native/attention.h` does neither.
 """
 
 import jax
@@ -14,8 +14,6 @@ from pallas_kernels.paged_attention.pages import Pages, values_and_scales
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.ragged import token_places, token_positions
 
-_TARGET = "jaxinfer_paged_attention"
-
 
 def unsupported(spec: AttentionSpec, device: jax.Device | None = None) -> str | None:
     """Why `spec` cannot run on `device`, or None if it can."""
@@ -23,7 +21,7 @@ def unsupported(spec: AttentionSpec, device: jax.Device | None = None) -> str | 
         return "the pages of a sequence must be on one device"
     if device is None:
         return None
-    return build.register("attention", _TARGET) if device.platform == "cpu" else "it is for CPUs"
+    return build.unavailable() if device.platform == "cpu" else "it is for CPUs"
 
 
 def unreachable_pages(spec: AttentionSpec) -> range:
@@ -78,13 +76,15 @@ def ragged_paged_attention(
 
 def _attend(q, k_pages, v_pages, block_tables, sequences, positions, spec: AttentionSpec, sinks) -> jax.Array:
     """Of tokens of sequences int32 [S] at `positions` int32 [S], -1 of those that see nothing -> [S, N, V]."""
-    if problem := build.register("attention", _TARGET):
+    if problem := build.unavailable():
         raise RuntimeError(f"{problem}; or use --attention_backend=xla")
     keys, key_scales = values_and_scales(k_pages)
     values, value_scales = (keys, key_scales) if v_pages is None else values_and_scales(v_pages)
     key_scales, value_scales, sinks = (jnp.zeros(0) if x is None else x for x in (key_scales, value_scales, sinks))
     floats = [x.astype(jnp.float32) for x in (key_scales, value_scales, sinks)]
-    attend = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((*q.shape[:2], spec.out_dim), jnp.float32))
+    attend = jax.ffi.ffi_call(
+        "jaxinfer_paged_attention", jax.ShapeDtypeStruct((*q.shape[:2], spec.out_dim), jnp.float32)
+    )
     numbers = {"scale": np.float32(spec.scale), "window": spec.window or 0, "soft_cap": np.float32(spec.soft_cap or 0)}
     pages, sequences = (keys, values), (block_tables, sequences, positions)
     return attend(q.astype(jnp.float32), *pages, *floats, *sequences, **numbers).astype(q.dtype)

@@ -5,23 +5,21 @@
 // and reads keys and values from the pages where they are. Blocks begin at multiples of kBlock, so what comes out for a
 // query does not depend on which other tokens are in its tile.
 
+#pragma once
+
+#include <algorithm>
 #include <vector>
 
 #include "parallel.h"
 #include "softmax_block.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace {
-
-namespace ffi = xla::ffi;
 
 constexpr int kTileRows = 32;  // queries, tokens times heads, that a task has at most, unless a token has more
 
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // C is the type of what the cache holds.
 template <typename C>
-struct Call {
+struct Attention {
   const float* q;            // [S, N, H]
   const C *keys, *values;    // [P, K, page_size, H]; the same where values are the first numbers of the keys
   const float *key_scales, *value_scales;  // [P, K, page_size], or null
@@ -43,9 +41,9 @@ struct Tile {
 };
 
 template <typename C>
-class Task {
+class AttentionTask {
  public:
-  void run(const Call<C>& call, const Tile& tile, int64_t kv_head) {
+  void run(const Attention<C>& call, const Tile& tile, int64_t kv_head) {
     call_ = &call, tile_ = tile, kv_head_ = kv_head, num_rows_ = tile.num_tokens * call.group();
     q_stride_ = round_up(call.key_dim, kLanes), out_stride_ = round_up(call.value_dim, kLanes);
     start();
@@ -139,7 +137,7 @@ class Task {
     }
   }
 
-  const Call<C>* call_;
+  const Attention<C>* call_;
   Tile tile_;
   int64_t kv_head_, num_rows_, q_stride_, out_stride_;
   std::vector<float> queries_, outs_, scores_;  // [rows, q_stride], [rows, out_stride], [rows, kBlock]
@@ -149,8 +147,8 @@ class Task {
 };
 
 // Consecutive tokens of a sequence at consecutive positions, at most `most_tokens` of them; none of padding.
-std::vector<Tile> make_tiles(const int32_t* tables, int64_t table_width, const int32_t* sequences,
-                             const int32_t* positions, int64_t num_tokens, int64_t most_tokens) {
+inline std::vector<Tile> make_tiles(const int32_t* tables, int64_t table_width, const int32_t* sequences,
+                                    const int32_t* positions, int64_t num_tokens, int64_t most_tokens) {
   std::vector<Tile> tiles;
   for (int64_t token = 0; token < num_tokens; token++) {
     if (positions[token] < 0) continue;
@@ -170,65 +168,10 @@ std::vector<Tile> make_tiles(const int32_t* tables, int64_t table_width, const i
 }
 
 template <typename C>
-ffi::Error run(ffi::ThreadPool& pool, const Call<C>& call, const std::vector<Tile>& tiles) {
+void attend(xla::ffi::ThreadPool& pool, const Attention<C>& call, const std::vector<Tile>& tiles) {
   parallel_for(pool, tiles.size() * call.num_kv_heads, [&](int64_t i) {
-    thread_local Task<C> task;  // keeps its memory
+    thread_local AttentionTask<C> task;  // keeps its memory
     const int64_t of_last = tiles.size() - 1 - i / call.num_kv_heads;  // a prompt's last tile has most to do
     task.run(call, tiles[of_last], i % call.num_kv_heads);
   });
-  return ffi::Error::Success();
 }
-
-const float* data_or_null(const ffi::Buffer<ffi::F32>& buffer) {
-  return buffer.element_count() ? buffer.typed_data() : nullptr;
-}
-
-// Scales and sinks are [0] where there are none.
-ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                           ffi::Buffer<ffi::F32> key_scales, ffi::Buffer<ffi::F32> value_scales,
-                           ffi::Buffer<ffi::F32> sinks, ffi::Buffer<ffi::S32> tables,
-                           ffi::Buffer<ffi::S32> sequences, ffi::Buffer<ffi::S32> positions,
-                           ffi::Result<ffi::Buffer<ffi::F32>> out, float scale, int64_t window, float soft_cap) {
-  const auto of_queries = q.dimensions(), of_keys = keys.dimensions(), of_values = values.dimensions();
-  const int64_t num_tokens = of_queries[0], num_heads = of_queries[1], num_kv_heads = of_keys[1];
-  const int64_t most_tokens = std::max<int64_t>(1, kTileRows * num_kv_heads / num_heads);
-  const auto tiles = make_tiles(tables.typed_data(), tables.dimensions()[1], sequences.typed_data(),
-                                positions.typed_data(), num_tokens, most_tokens);
-  memset(out->typed_data(), 0, out->size_bytes());  // of padding
-  const auto of_type = [&](auto of_cache) {
-    using C = decltype(of_cache);
-    const auto* k = reinterpret_cast<const C*>(keys.untyped_data());
-    const auto* v = reinterpret_cast<const C*>(values.untyped_data());
-    const Call<C> call{q.typed_data(), k, v, data_or_null(key_scales), data_or_null(value_scales),
-                       data_or_null(sinks), out->typed_data(), num_heads, num_kv_heads, of_keys[3],
-                       out->dimensions()[2], of_values[3], of_keys[2], window, scale, soft_cap};
-    return run(pool, call, tiles);
-  };
-  switch (keys.element_type()) {
-    case ffi::F32: return of_type(float{});
-    case ffi::BF16: return of_type(BFloat16{});
-    case ffi::F16: return of_type(Float16{});
-    case ffi::S8: return of_type(int8_t{});
-    case ffi::F8E4M3FN: return of_type(Float8{});
-    default: return ffi::Error::InvalidArgument("there is no code for pages of this type");
-  }
-}
-
-}  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_paged_attention, paged_attention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<float>("scale")
-                                  .Attr<int64_t>("window")
-                                  .Attr<float>("soft_cap"));

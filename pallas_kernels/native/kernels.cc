@@ -1,0 +1,89 @@
+// What XLA calls: the arrays that it gives, as the kernels take them.
+
+#include "attention.h"
+#include "matmul.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+const float* data_or_null(const ffi::Buffer<ffi::F32>& buffer) {
+  return buffer.element_count() ? buffer.typed_data() : nullptr;
+}
+
+// Scales and sinks are [0] where there are none.
+ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                           ffi::Buffer<ffi::F32> key_scales, ffi::Buffer<ffi::F32> value_scales,
+                           ffi::Buffer<ffi::F32> sinks, ffi::Buffer<ffi::S32> tables,
+                           ffi::Buffer<ffi::S32> sequences, ffi::Buffer<ffi::S32> positions,
+                           ffi::Result<ffi::Buffer<ffi::F32>> out, float scale, int64_t window, float soft_cap) {
+  const auto of_queries = q.dimensions(), of_keys = keys.dimensions(), of_values = values.dimensions();
+  const int64_t num_tokens = of_queries[0], num_heads = of_queries[1], num_kv_heads = of_keys[1];
+  const int64_t most_tokens = std::max<int64_t>(1, kTileRows * num_kv_heads / num_heads);
+  const auto tiles = make_tiles(tables.typed_data(), tables.dimensions()[1], sequences.typed_data(),
+                                positions.typed_data(), num_tokens, most_tokens);
+  memset(out->typed_data(), 0, out->size_bytes());  // of padding
+  const auto of_type = [&](auto of_cache) {
+    using C = decltype(of_cache);
+    const auto* k = reinterpret_cast<const C*>(keys.untyped_data());
+    const auto* v = reinterpret_cast<const C*>(values.untyped_data());
+    const Attention<C> call{q.typed_data(), k, v, data_or_null(key_scales), data_or_null(value_scales),
+                       data_or_null(sinks), out->typed_data(), num_heads, num_kv_heads, of_keys[3],
+                       out->dimensions()[2], of_values[3], of_keys[2], window, scale, soft_cap};
+    attend(pool, call, tiles);
+    return ffi::Error::Success();
+  };
+  switch (keys.element_type()) {
+    case ffi::F32: return of_type(float{});
+    case ffi::BF16: return of_type(BFloat16{});
+    case ffi::F16: return of_type(Float16{});
+    case ffi::S8: return of_type(int8_t{});
+    case ffi::F8E4M3FN: return of_type(Float8{});
+    default: return ffi::Error::InvalidArgument("there is no code for pages of this type");
+  }
+}
+
+ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight,
+                  ffi::Result<ffi::Buffer<ffi::F32>> y) {
+  const auto of_weight = weight.dimensions();
+  const auto of_type = [&](auto of_number) {
+    using W = decltype(of_number);
+    const auto* numbers = reinterpret_cast<const W*>(weight.untyped_data());
+    multiply_all(pool, Product<W>{x.typed_data(), numbers, y->typed_data(), x.dimensions()[0], of_weight[1],
+                                  of_weight[0]});
+    return ffi::Error::Success();
+  };
+  switch (weight.element_type()) {
+    case ffi::F32: return of_type(float{});
+    case ffi::BF16: return of_type(BFloat16{});
+    case ffi::F16: return of_type(Float16{});
+    default: return ffi::Error::InvalidArgument("there is no code for weights of this type");
+  }
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_paged_attention, paged_attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("soft_cap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_matmul, matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
