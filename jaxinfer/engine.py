@@ -30,6 +30,7 @@ from jaxinfer.resolve import ResolvedEncoder, ResolvedEngine, generates_nothing,
 from jaxinfer.resolve_together import resolve_together
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.stats import EngineStats
+from pallas_kernels.native import build
 
 
 class Engine:
@@ -46,6 +47,8 @@ class Engine:
         self._group = group = process_group()
         self.progress = Progress(enabled=config.show_progress and (group is None or group.leads))
         self.stats = EngineStats()
+        if build.takes_time():
+            self.progress.line("compiling kernels for this CPU, once ...")
         if group is None:
             resolved = resolve(config)
         else:

@@ -35,7 +35,8 @@ def kept(directory: pathlib.Path) -> list[pathlib.Path]:
 
 @needs_compiler
 def test_a_second_start_compiles_nothing(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
-    assert build.unavailable() is None
+    assert build.takes_time()
+    assert build.unavailable() is None and not build.takes_time()
     (path,) = kept(fresh)
     assert fresh.stat().st_mode & 0o077 == 0
     monkeypatch.setattr(build, "_compile", lambda: pytest.fail("it is compiled again"))

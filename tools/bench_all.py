@@ -19,12 +19,12 @@ from absl import app, flags
 from jaxinfer.tools import bench_page
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
-_DECODE = "bench_decode --peers=hf,hf_compiled,llama_cpp --new_tokens=32"
+_DECODE = "bench_decode --peers=hf,hf_compiled,llama_cpp --peer_threads=0 --new_tokens=32"
 BENCHMARKS = {
     "decode_61m": f"{_DECODE} --shape=61m",
     "decode_254m": _DECODE,
     "decode_476m": f"{_DECODE} --shape=476m",
-    "context_254m": f"{_DECODE} --batch_sizes=1 --prompt_tokens=32,512,1024",
+    "context_254m": f"{_DECODE} --prompt_tokens=512",
     "startup_demo": "bench_startup",
     "sampling": "bench_sampling --shape=254m",
     "prefix_61m": "bench_prefix",

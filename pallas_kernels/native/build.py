@@ -21,7 +21,7 @@ DIRECTORY = "~/.cache/jaxinfer/native"
 TARGETS = ("jaxinfer_paged_attention", "jaxinfer_matmul")
 _SOURCE = "kernels.cc"
 _FOLDER = pathlib.Path(__file__).parent
-_FLAGS = ("-O3", "-std=c++17", "-march=native", "-shared", "-fPIC")
+_FLAGS = ("-O2", "-std=c++17", "-march=native", "-shared", "-fPIC")
 _COMPILERS = ("g++", "clang++", "c++")
 _MOST_BYTES = 64 * 2**20  # of all that is kept
 _TIMEOUT_S = 120
@@ -39,6 +39,12 @@ def unavailable() -> str | None:
     for target in TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return None
+
+
+def takes_time() -> bool:
+    """Whether `unavailable` has to compile first, for seconds: JAX runs on a CPU, and no earlier start has done so."""
+    kept = pathlib.Path(os.path.expanduser(DIRECTORY)) / f"{_key()}.so"
+    return jax.default_backend() == "cpu" and not kept.exists()
 
 
 def cpu_features() -> str:
