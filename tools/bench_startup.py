@@ -40,14 +40,21 @@ _JAX_EVENTS = {
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowered",
     "/jax/core/compile/backend_compile_duration": "compiled",
 }
-_CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
-def first_text_seconds(command: list[str], cache: str) -> float:
-    """From the start of a process until it writes to stdout. Raises RuntimeError with its stderr if it fails."""
+def _environment(home: str) -> dict[str, str]:
+    """Of a user at whose home nothing is compiled yet, or not for the first time: programs, and kernels for the CPU."""
+    return {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | {"HOME": home}
+
+
+def first_text_seconds(command: list[str], home: str) -> float:
+    """From the start of a process until it writes to stdout, where what it keeps lies in `home`.
+
+    Raises RuntimeError with its stderr if it fails.
+    """
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
-        environment = os.environ | {_CACHE: cache}
+        environment = _environment(home)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment)
         with process:
             assert process.stdout is not None
@@ -104,21 +111,26 @@ def run_transformers() -> None:
     print(tokenizer.decode(tokens[0]), flush=True)
 
 
-def measure(cache: pathlib.Path) -> dict[str, Any]:
+def _new_home(homes: pathlib.Path, number: int) -> str:
+    (home := homes / str(number)).mkdir(mode=0o700)
+    return str(home)
+
+
+def measure(homes: pathlib.Path) -> dict[str, Any]:
     """Alternating rounds; prints and returns the figures."""
     model = [f"--model={_MODEL.value}"] if _MODEL.value else []
     ours = [sys.executable, "-m", "jaxinfer.run_inference", *model, f"--prompt={_PROMPT.value}", "--max_tokens=16"]
     child = [sys.executable, __file__, *model, f"--prompt={_PROMPT.value}"]
     seconds: dict[str, list[float]] = {name: [] for name in ("first", "second", *_PEERS.value)}
     for i in range(_FIRST_ROUNDS.value):
-        seconds["first"].append(first_text_seconds([*ours, *_FLAGS.value], str(cache / str(i))))
-    last, of_phases = str(cache / str(_FIRST_ROUNDS.value - 1)), []
+        seconds["first"].append(first_text_seconds([*ours, *_FLAGS.value], _new_home(homes, i)))
+    last, of_phases = str(homes / str(_FIRST_ROUNDS.value - 1)), []
     for _ in range(_ROUNDS.value):
         seconds["second"].append(first_text_seconds([*ours, *_FLAGS.value], last))
         for peer in _PEERS.value:
             seconds[peer].append(first_text_seconds([*child, f"--child={peer}"], last))
         told = [*child, "--child=phases", repr(time.time())]
-        output = subprocess.run(told, env=os.environ | {_CACHE: last}, capture_output=True, text=True, check=True)
+        output = subprocess.run(told, env=_environment(last), capture_output=True, text=True, check=True)
         of_phases.append(json.loads(output.stdout.splitlines()[-1]))
     of_phases = of_phases[1:] or of_phases  # the first has a step of one sequence to compile, if the command had more
     result: dict[str, Any] = {f"{name}_s": statistics.median(of) for name, of in seconds.items()}
@@ -145,8 +157,8 @@ def main(argv: list[str]) -> None:
     else:
         from jaxinfer.tools import bench_record  # children must not import jax before they time it
 
-        with tempfile.TemporaryDirectory() as cache:
-            result = measure(pathlib.Path(cache))
+        with tempfile.TemporaryDirectory() as homes:
+            result = measure(pathlib.Path(homes))
         packages = ("torch", "transformers") if _PEERS.value else ("transformers",)
         bench_record.print_record(bench_record.describe_run("bench_startup", packages) | {"results": result})
 
