@@ -476,12 +476,14 @@ def test_closing_with_live_streams(drain: bool):
     async def body(async_engine: AsyncEngine) -> None:
         streams = [async_engine.stream([i], tokens(40) if drain else ENDLESS) for i in range(6)]
         tasks = [asyncio.create_task(read(stream)) for stream in streams[:5]]
-        await (anext(streams[5]) if drain else until(lambda: engine.metrics().num_running == 2))
+        begun = await anext(streams[5]) if drain else None  # on a busy machine this may be all of it
+        await until(lambda: drain or engine.metrics().num_running == 2)
         await asyncio.gather(async_engine.close(drain=drain), async_engine.close(drain=drain))
         outputs = [await task for task in tasks]
         assert {reason for _, reason in outputs} == {"length" if drain else "abort"}
         assert all(ids == solo([i], len(ids)) for i, (ids, _) in enumerate(outputs))
-        assert (await read(streams[5]))[1] == ("length" if drain else "abort")  # it was not read until now
+        _, reason = await read(streams[5])  # nobody has while it closed
+        assert ((begun and begun.finish_reason) or reason) == ("length" if drain else "abort")
         for call in (async_engine.check_health, lambda: async_engine.stream([1])):
             with pytest.raises(RuntimeError, match="the engine is closed; make a new one"):
                 call()

@@ -107,6 +107,11 @@ def test_without_a_compiler_it_says_what_to_install(fresh: pathlib.Path, monkeyp
     assert cpu.unsupported(SPEC, CPU) == "there is no C++ compiler: install g++, or name one in CXX"
 
 
+def test_elsewhere_than_on_linux_it_is_left_to_xla(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(build.os, "memfd_create")
+    assert cpu.unsupported(SPEC, CPU) == "it needs Linux" and not build.takes_time()
+
+
 def test_a_compiler_that_hangs_is_ended(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "sh -c 'exec sleep 60'")
     monkeypatch.setattr(build, "_TIMEOUT_S", 0.1)

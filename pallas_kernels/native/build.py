@@ -32,6 +32,8 @@ _logger = logging.getLogger(__name__)
 @functools.cache
 def unavailable() -> str | None:
     """Why there are no kernels for this machine's CPU; None: XLA knows those of `TARGETS` by their names."""
+    if not hasattr(os, "memfd_create"):
+        return "it needs Linux"
     try:
         library = _load(_library())
     except (OSError, RuntimeError) as error:
@@ -44,7 +46,7 @@ def unavailable() -> str | None:
 def takes_time() -> bool:
     """Whether `unavailable` has to compile first, for seconds: JAX runs on a CPU, and no earlier start has done so."""
     kept = pathlib.Path(os.path.expanduser(DIRECTORY)) / f"{_key()}.so"
-    return jax.default_backend() == "cpu" and not kept.exists()
+    return jax.default_backend() == "cpu" and hasattr(os, "memfd_create") and not kept.exists()
 
 
 def cpu_features() -> str:
