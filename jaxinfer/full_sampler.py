@@ -62,8 +62,8 @@ class FullSampler:
         processed = process(logits, processors, history, bias, _flat(num_tokens))
         processed = jnp.where(_flat(rows.is_full)[:, None], processed, logits)  # others have no parameters in the slot
         sampling, partitioner = batch.sampling._replace(draws=rows.draws), self.definition.partitioner
-        in_kernel = partitioner.draws_in_kernel
-        tokens = sample(processed, sampling, _flat(num_tokens), partitioner.in_each_shard, in_kernel=in_kernel)
+        kernel = partitioner.draw_kernel
+        tokens = sample(processed, sampling, _flat(num_tokens), partitioner.in_each_shard, kernel=kernel)
         has_choice = jnp.any(processed > -jnp.inf, axis=-1).reshape(num_tokens.shape)
         logprobs = lax.cond(
             rows.wants_logprobs,

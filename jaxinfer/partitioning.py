@@ -18,8 +18,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 import sharding_rules
 from jaxinfer.layouts import AxisSplits, mesh_shape, rules_for
 from jaxinfer.meshes import make_mesh
+from pallas_kernels import draw
 from pallas_kernels.native import build
-from pallas_kernels.triton_launch import unsupported_device
 from sharding_rules import axes as ax
 
 T = TypeVar("T")
@@ -117,7 +117,8 @@ class Partitioner(AxisSplits):
     @property
     def settings(self) -> str:
         """Equal for those that split in the same way."""
-        return repr((dict(self.mesh.shape), self.rules, self.multiplies_in_kernel))
+        kernels = self.multiplies_in_kernel, self.draw_kernel is not None
+        return repr((dict(self.mesh.shape), self.rules, kernels))
 
     def shard_map(self, function: Callable[..., T], *, in_specs: Any, out_specs: Any) -> Callable[..., T]:
         """`jax.shard_map` over the mesh, or over what is left of it inside of another; nothing on one device."""
@@ -134,10 +135,13 @@ class Partitioner(AxisSplits):
         return self.shard_map(function, in_specs=rows, out_specs=rows)
 
     @property
-    def draws_in_kernel(self) -> bool:
-        """Whether each device has all of the vocabulary for its rows, and runs the kernel that draws their tokens."""
-        is_gpu = self.device.platform == "gpu" and unsupported_device(self.device) is None
-        return is_gpu and self.num_shards(ax.VOCAB) == 1
+    def draw_kernel(self) -> draw.Kernel | None:
+        """What draws where each device has all of the vocabulary for its rows; None if that is left to XLA."""
+        if not isinstance(self.mesh, Mesh) or self.num_shards(ax.VOCAB) > 1:
+            return None
+        # Processes of CPUs could differ in whether they have a compiler, and run one program.
+        is_of_cpus = self.platform == "cpu" and self.mesh.is_multi_process
+        return None if is_of_cpus else draw.kernel_for(self.device)
 
     @property
     def multiplies_in_kernel(self) -> bool:

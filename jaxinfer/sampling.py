@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import draw
+from pallas_kernels.draw import Kernel, RowParams
 from pallas_kernels.noise import gumbel, ordered_bits
 
 Draw = Callable[..., jax.Array]
@@ -35,26 +35,25 @@ def sample(
     positions: jax.Array,
     in_each_shard: Callable[[Draw], Draw] = lambda draw: draw,
     *,
-    in_kernel: bool = False,
+    kernel: Kernel | None = None,
 ) -> jax.Array:
     """Token ids int32 [B] from float32 logits [B, V] for the tokens at `positions` int32 [B].
 
     A batch of greedy rows pays for an argmax only, and one without top-k, top-p and min-p for no look at what is above
     a token. `in_each_shard` has that done for the rows of each data shard apart, with all of the vocabulary: there are
-    several passes, as many as a shard's own rows need, and the devices would agree on each. `in_kernel` has a GPU do
-    all of it without asking the host, and draws the same; a row's logits must be whole in each device.
+    several passes, as many as a shard's own rows need, and the devices would agree on each. `kernel` is to do all of
+    it, and draws the same; a row's logits must be whole in each device.
     """
-    if in_kernel:
-        rows = draw.RowParams(
+    if kernel is not None:
+        rows = RowParams(
             temperature=jnp.where(params.draws, params.temperature, 0),
             top_k=jnp.where(params.truncates, params.top_k, 0),
             top_p=jnp.where(params.truncates, params.top_p, 1),
             min_p=jnp.where(params.truncates, params.min_p, 0),
             seed=params.seed,
             position=positions.astype(jnp.uint32),
-            highest=jnp.max(logits, axis=-1),
         )
-        return in_each_shard(draw.draw)(logits, rows)
+        return in_each_shard(kernel)(logits, rows)
     greedy = argmax(logits)
 
     def draw_likely(scaled: jax.Array) -> jax.Array:

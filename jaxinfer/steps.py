@@ -240,8 +240,8 @@ class StepFunctions:
         flat, params = logits.reshape(-1, logits.shape[-1]), jax.tree.map(jnp.ravel, sampling)
         params = params._replace(draws=sampling.draws, truncates=sampling.truncates)
         partitioner = self.definition.partitioner
-        in_kernel = partitioner.draws_in_kernel
-        tokens = sample(flat, params, positions.reshape(-1), partitioner.in_each_shard, in_kernel=in_kernel)
+        kernel = partitioner.draw_kernel
+        tokens = sample(flat, params, positions.reshape(-1), partitioner.in_each_shard, kernel=kernel)
         return tokens.reshape(positions.shape)
 
 

@@ -5,8 +5,8 @@
 
 Of each way to draw and each kind of logits (`peaked` as trained models have them, `flat` as random ones do):
 
-    ours        `sampling.sample`, as it is compiled into a step: on a GPU by a kernel
-    xla         the same as XLA compiles it, on a GPU; on a CPU that is ours
+    ours        `sampling.sample`, as it is compiled into a step: by a kernel, if there is one for the device
+    xla         the same as XLA compiles it
     sort        the same draw from all logits sorted, their sum cut where it reaches top_p: the usual way
     torch       likewise with torch.sort and torch.multinomial, if torch is installed
 
@@ -37,6 +37,7 @@ from jaxinfer.planning.step_timer import StepTimer
 from jaxinfer.sampling import SamplingArrays, sample
 from jaxinfer.tools import bench_models, bench_record
 from pallas_kernels import paged_attention
+from pallas_kernels.draw import Kernel, kernel_for
 
 _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["64"], "Rows.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 128256, "Logits of a row.", lower_bound=2)
@@ -72,9 +73,9 @@ def params(num_rows: int, *, temperature: float = 1.0, top_k: float = 0, top_p: 
     )
 
 
-def ours(logits: np.ndarray, *, in_kernel: bool, **way: float) -> Draw:
+def ours(logits: np.ndarray, *, kernel: Kernel | None, **way: float) -> Draw:
     on_device, sampling = jax.device_put((logits, params(len(logits), **way)))
-    of = functools.partial(sample, in_kernel=in_kernel)
+    of = functools.partial(sample, kernel=kernel)
     program = jax.jit(of).lower(on_device, sampling, _positions(logits, 0)).compile()
     return lambda position: program(on_device, sampling, _positions(logits, position))
 
@@ -121,7 +122,7 @@ def compare(logits: np.ndarray, way: dict[str, float], peers: dict[str, Callable
     """Seconds of each, and how often ours goes into each of `peers`."""
     draws = {
         name: make(logits, **way)
-        for name, make in {"ours": functools.partial(ours, in_kernel=_on_gpu()), **peers}.items()
+        for name, make in {"ours": functools.partial(ours, kernel=kernel_for(jax.devices()[0])), **peers}.items()
     }
     for draw in draws.values():
         jax.block_until_ready(draw(0))
@@ -152,21 +153,17 @@ def step_seconds(shape: str, num_rows: int) -> dict[str, float]:
     return {"step_s": statistics.median(steps), "sampling_share": statistics.median(shares)}
 
 
-def _on_gpu() -> bool:
-    return jax.default_backend() == "gpu"
-
-
 def _positions(logits: np.ndarray, position: int) -> np.ndarray:
     return np.full(len(logits), position, np.int32)
 
 
 def _installed(names: list[str]) -> dict[str, Callable[..., Draw]]:
-    of_xla = functools.partial(ours, in_kernel=False)
+    of_xla = functools.partial(ours, kernel=None)
     peers: dict[str, Callable[..., Draw]] = {"xla": of_xla, "sort": sort, "torch": torch_sort}
     if unknown := sorted({*names} - {*peers}):
         raise app.UsageError(f"--peers={','.join(names)}: unknown {unknown}; known: {', '.join(peers)}")
     absent = {"torch"} if importlib.util.find_spec("torch") is None else set()
-    absent |= set() if _on_gpu() else {"xla"}
+    absent |= {"xla"} if kernel_for(jax.devices()[0]) is None else set()
     return {name: peers[name] for name in names if name not in absent}
 
 

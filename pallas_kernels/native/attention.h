@@ -15,8 +15,6 @@
 
 constexpr int kTileRows = 32;  // queries, tokens times heads, that a task has at most, unless a token has more
 
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // C is the type of what the cache holds.
 template <typename C>
 struct Attention {

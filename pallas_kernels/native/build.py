@@ -18,7 +18,7 @@ import jax
 from pallas_kernels.sealed_files import SealedFiles, make_private
 
 DIRECTORY = "~/.cache/jaxinfer/native"
-TARGETS = ("jaxinfer_paged_attention", "jaxinfer_matmul")
+TARGETS = ("jaxinfer_paged_attention", "jaxinfer_matmul", "jaxinfer_draw")
 _SOURCE = "kernels.cc"
 _FOLDER = pathlib.Path(__file__).parent
 _FLAGS = ("-O2", "-std=c++17", "-march=native", "-shared", "-fPIC")

@@ -1,6 +1,7 @@
 // What XLA calls: the arrays that it gives, as the kernels take them.
 
 #include "attention.h"
+#include "draw.h"
 #include "matmul.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -62,6 +63,21 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
   }
 }
 
+ffi::Error draw(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::F32> temperature,
+                ffi::Buffer<ffi::S32> top_k, ffi::Buffer<ffi::F32> top_p, ffi::Buffer<ffi::F32> min_p,
+                ffi::Buffer<ffi::U32> seed, ffi::Buffer<ffi::U32> position,
+                ffi::Result<ffi::Buffer<ffi::S32>> tokens) {
+  const int64_t vocab_size = logits.dimensions()[1];
+  std::vector<Row> rows;
+  for (int64_t i = 0; i < logits.dimensions()[0]; i++) {
+    rows.push_back({logits.typed_data() + i * vocab_size, vocab_size, temperature.typed_data()[i],
+                    top_k.typed_data()[i], top_p.typed_data()[i], min_p.typed_data()[i], seed.typed_data()[i],
+                    position.typed_data()[i]});
+  }
+  draw_all(pool, rows, tokens->typed_data());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_paged_attention, paged_attention,
@@ -87,3 +103,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_matmul, matmul,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_draw, draw,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());

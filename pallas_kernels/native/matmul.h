@@ -65,11 +65,11 @@ void multiply_rows(const Product<W>& call, int64_t row, int64_t first, int64_t l
 
 template <typename W>
 void multiply_all(xla::ffi::ThreadPool& pool, const Product<W>& call) {
-  const int64_t of_task = std::max<int64_t>(1, kTaskBytes / (call.in * sizeof(W)));
+  const int64_t of_task = round_up(kTaskBytes / (call.in * sizeof(W)) + 1, 12);  // of 2, 3 or 4 at once
   parallel_for(pool, (call.out + of_task - 1) / of_task, [&](int64_t task) {
     const int64_t first = task * of_task, last = std::min(call.out, first + of_task);
     int64_t row = 0;
-    for (; row + 8 <= call.num_rows; row += 8) multiply_rows<8, 2>(call, row, first, last);
+    for (; row + 8 <= call.num_rows; row += 8) multiply_rows<8, 3>(call, row, first, last);
     for (; row + 4 <= call.num_rows; row += 4) multiply_rows<4, 4>(call, row, first, last);
     for (; row + 2 <= call.num_rows; row += 2) multiply_rows<2, 4>(call, row, first, last);
     for (; row < call.num_rows; row++) multiply_rows<1, 2>(call, row, first, last);

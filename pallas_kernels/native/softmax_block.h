@@ -2,12 +2,10 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "vectors.h"
 
 constexpr int kBlock = 64;  // tokens of a sequence that are attended over at once: their keys stay in the first cache
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // The products of a query [dim], zeros behind it up to whole vectors, with as many keys as a vector has lanes.
 template <typename C>

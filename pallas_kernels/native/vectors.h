@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -19,6 +20,8 @@ typedef uint16_t HalfBits __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t ByteBits __attribute__((vector_size(kLanes)));
 typedef int8_t ByteInts __attribute__((vector_size(kLanes)));
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -29,10 +32,17 @@ struct Float8 {  // e4m3fn: no infinity
   uint8_t bits;
 };
 
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
 inline Vec broadcast(float x) { return x - Vec{}; }
 
 inline Vec load(const float* from) {
   Vec out;
+  memcpy(&out, from, sizeof out);
+  return out;
+}
+inline BitVec load(const uint32_t* from) {
+  BitVec out;
   memcpy(&out, from, sizeof out);
   return out;
 }
@@ -102,6 +112,25 @@ inline float sum(Vec x) {
   float total = 0;
   for (int i = 0; i < kLanes; i++) total += x[i];
   return total;
+}
+
+inline float largest(Vec x) {
+  float found = x[0];
+  for (int i = 1; i < kLanes; i++) found = x[i] > found ? x[i] : found;
+  return found;
+}
+
+inline bool any(IntVec mask) {
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; i++) found |= mask[i];
+  return found;
+}
+
+// n, n + 1, ...
+inline BitVec count_from(uint32_t n) {
+  BitVec out{};
+  for (int i = 0; i < kLanes; i++) out[i] = n + i;
+  return out;
 }
 
 // e^x of x <= 0, to a relative error of about 1e-7, and 0 below -87: 2^n * e^r with |r| <= ln(2) / 2, where e^r is a

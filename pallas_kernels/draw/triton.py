@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.draw.row_params import RowParams
 from pallas_kernels.noise import gumbel, ordered_bits
 from pallas_kernels.triton_launch import launch
 
@@ -27,15 +28,10 @@ _NUM_WARPS = 8
 T = TypeVar("T")
 
 
-class RowParams(NamedTuple):
-    """Of each row, [B]; as `jaxinfer.sampling.SamplingArrays` has them."""
+class _Rows(NamedTuple):
+    """Of each row, [B]."""
 
-    temperature: Any  # float32; 0: the likeliest
-    top_k: Any  # int32; 0 keeps all
-    top_p: Any  # float32; 1 keeps all
-    min_p: Any  # float32; 0 keeps all
-    seed: Any  # uint32
-    position: Any  # uint32
+    params: RowParams
     highest: Any  # float32; the largest logit
 
 
@@ -44,38 +40,39 @@ def draw(logits: jax.Array, params: RowParams) -> jax.Array:
     num_rows, vocab_size = logits.shape
     piece = min(_PIECE, 1 << (vocab_size.bit_length() - 1))
     whole = functools.partial(jax.tree.map, lambda a: pl.BlockSpec(a.shape, lambda *_: (0,) * len(a.shape)))
+    rows = _Rows(params, jnp.max(logits, axis=-1))
     run = functools.partial(launch, num_warps=_NUM_WARPS, num_stages=1)
     scores = run(
         functools.partial(_noise_kernel, piece=piece),
-        (params, logits),
+        (rows, logits),
         grid=(num_rows, pl.cdiv(vocab_size, piece)),
-        in_specs=whole((params, logits)),
+        in_specs=whole((rows, logits)),
         out_shape=logits,
         out_specs=whole(logits),
     )
     out = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
     return run(
         functools.partial(_choice_kernel, piece=piece),
-        (params, logits, scores),
+        (rows, logits, scores),
         grid=(num_rows,),
-        in_specs=whole((params, logits, scores)),
+        in_specs=whole((rows, logits, scores)),
         out_shape=out,
         out_specs=whole(out),
     )
 
 
-def _noise_kernel(params: RowParams, logits: Any, scores: Any, *, piece: int) -> None:
+def _noise_kernel(rows: _Rows, logits: Any, scores: Any, *, piece: int) -> None:
     """Nothing for a greedy row."""
     row = pl.program_id(0)
-    of_row = jax.tree.map(lambda ref: ref[row], params)
+    of_row = jax.tree.map(lambda ref: ref[row], rows)
     # The last piece begins earlier than it would, so that all reads and writes are in bounds.
     start = jnp.minimum(pl.program_id(1) * piece, logits.shape[1] - piece)
 
-    @pl.when(of_row.temperature > 0)
+    @pl.when(of_row.params.temperature > 0)
     def _() -> None:
         here = pl.ds(start, piece)
         token_ids = (start + jnp.arange(piece, dtype=jnp.int32)).astype(jnp.uint32)
-        noise = gumbel(of_row.seed, of_row.position, token_ids)
+        noise = gumbel(of_row.params.seed, of_row.params.position, token_ids)
         scores[row, here] = _scaled(logits[row, here], of_row) + noise
 
 
@@ -102,16 +99,17 @@ class _Sought(NamedTuple):
     is_found: jax.Array  # bool
 
 
-def _choice_kernel(params: RowParams, logits: Any, scores: Any, tokens: Any, *, piece: int) -> None:
-    tokens[pl.program_id(0)] = _Row(params, logits, scores, piece).choose()
+def _choice_kernel(rows: _Rows, logits: Any, scores: Any, tokens: Any, *, piece: int) -> None:
+    tokens[pl.program_id(0)] = _Row(rows, logits, scores, piece).choose()
 
 
 class _Row:
     """A row that is read again and again, piece by piece."""
 
-    def __init__(self, params: RowParams, logits: Any, scores: Any, piece: int):
+    def __init__(self, rows: _Rows, logits: Any, scores: Any, piece: int):
         self._index, self._piece = pl.program_id(0), piece
-        self._params = jax.tree.map(lambda ref: ref[self._index], params)
+        self._row = jax.tree.map(lambda ref: ref[self._index], rows)
+        self._params = self._row.params
         self._logits, self._scores, self._size = logits, scores, logits.shape[1]
 
     def choose(self) -> jax.Array:
@@ -220,10 +218,10 @@ class _Row:
 
     def _read(self, at: Any) -> jax.Array:
         """Logits with the temperature, the largest 0; those that min_p drops are -inf."""
-        x = _scaled(self._logits[self._index, at], self._params)
+        x = _scaled(self._logits[self._index, at], self._row)
         return jnp.where(x < jnp.log(self._params.min_p), -jnp.inf, x)  # not "keep >=": nothing is below NaN
 
 
-def _scaled(logits: jax.Array, params: RowParams) -> jax.Array:
+def _scaled(logits: jax.Array, row: _Rows) -> jax.Array:
     """Below the largest, so that a temperature near 0 drives all others to -inf and none to inf."""
-    return (logits - params.highest) / params.temperature
+    return (logits - row.highest) / row.params.temperature
