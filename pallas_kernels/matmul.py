@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,14 +38,25 @@ def contract(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None
 
     Where a mesh splits I, each device rounds the sum of its part, and these are added in `out_dtype`.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    if _in_kernel.get() and rows.shape[0] <= _MAX_ROWS_IN_KERNEL and weight.dtype.name in _KERNEL_WEIGHTS:
-        return _by_kernel(rows, weight).astype(out_dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+    return contract_each(x, [weight], out_dtype)[0]
+
+
+def contract_each(x: jax.Array, weights: Sequence[jax.Array], out_dtype: jnp.dtype | None = None) -> list[jax.Array]:
+    """`contract` of x with each of the weights [O_i, I], which have one dtype. The kernel for CPUs does all at once."""
+    rows, dtype = x.reshape(-1, x.shape[-1]), out_dtype or x.dtype
+    if _in_kernel.get() and rows.shape[0] <= _MAX_ROWS_IN_KERNEL and weights[0].dtype.name in _KERNEL_WEIGHTS:
+        products = [product.astype(dtype) for product in _by_kernel(rows, weights)]
+    else:
+        products = [_by_xla(rows, weight, dtype) for weight in weights]
+    return [product.reshape(*x.shape[:-1], product.shape[-1]) for product in products]
+
+
+def _by_xla(rows: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     dot = functools.partial(
         lax.dot_general,
         dimension_numbers=(((1,), (1,)), ((), ())),
-        precision=matmul_precision(x.dtype),
-        preferred_element_type=out_dtype or x.dtype,
+        precision=matmul_precision(rows.dtype),
+        preferred_element_type=dtype,
     )
 
     def weight_stationary(rows: jax.Array, weight: jax.Array) -> jax.Array:
@@ -53,14 +64,12 @@ def contract(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None
         return lax.optimization_barrier(dot(weight, rows)).T
 
     if rows.shape[0] <= _MAX_ROWS_WEIGHT_STATIONARY:
-        product = lax.platform_dependent(rows, weight, cpu=weight_stationary, default=dot)
-    else:
-        product = dot(rows, weight)
-    return product.reshape(*x.shape[:-1], weight.shape[0])
+        return lax.platform_dependent(rows, weight, cpu=weight_stationary, default=dot)
+    return dot(rows, weight)
 
 
-def _by_kernel(rows: jax.Array, weight: jax.Array) -> jax.Array:
+def _by_kernel(rows: jax.Array, weights: Sequence[jax.Array]) -> Sequence[jax.Array]:
     if problem := build.unavailable():
         raise RuntimeError(f"products in a kernel: {problem}")
-    product = jax.ffi.ffi_call("jaxinfer_matmul", jax.ShapeDtypeStruct((len(rows), len(weight)), jnp.float32))
-    return product(rows.astype(jnp.float32), weight)
+    products = [jax.ShapeDtypeStruct((len(rows), len(weight)), jnp.float32) for weight in weights]
+    return jax.ffi.ffi_call("jaxinfer_matmul", products)(rows.astype(jnp.float32), *weights)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.config import ModelConfig
-from jaxinfer.layers.linear import Linear
+from jaxinfer.layers.linear import Linear, apply_each
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.param import param
 from jaxinfer.layers.rope import rotate
@@ -50,7 +50,7 @@ class AttentionBlock(nnx.Module):
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None, slot: int, attend: Attend) -> jax.Array:
         """x [B, T, D], rope as `rope.rotation` makes it, or None to rotate nothing -> [B, T, D]."""
         constrain = self.partitioner.constrain
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = apply_each([self.q, self.k, self.v], x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:

@@ -1,13 +1,14 @@
 """Matrix multiplication with weights stored `[out, in]`, as checkpoints store them."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.layers.param import Axes, param
-from pallas_kernels.matmul import contract
+from pallas_kernels.matmul import contract_each
 
 
 class Linear(nnx.Module):
@@ -24,9 +25,16 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., *inputs] -> [..., *outputs], same dtype."""
-        weight = self.weight[...]
-        num_outputs = weight.ndim - self.num_inputs
-        lead, out_shape, in_shape = x.shape[: -self.num_inputs], weight.shape[:num_outputs], weight.shape[num_outputs:]
-        matrix = weight.reshape(math.prod(out_shape), math.prod(in_shape))
-        y = contract(x.reshape(*lead, math.prod(in_shape)), matrix).reshape(*lead, *out_shape)
-        return y if self.bias is None else y + self.bias[...]
+        return apply_each([self], x)[0]
+
+
+def apply_each(linears: Sequence[Linear], x: jax.Array) -> list[jax.Array]:
+    """What each makes of x; they have the same inputs and dtype. A CPU's kernel multiplies with all weights at once."""
+    weights, num_inputs = [linear.weight[...] for linear in linears], linears[0].num_inputs
+    lead, in_shape = x.shape[:-num_inputs], x.shape[-num_inputs:]
+    matrices = [weight.reshape(-1, math.prod(in_shape)) for weight in weights]
+    found = []
+    for linear, weight, y in zip(linears, weights, contract_each(x.reshape(*lead, -1), matrices), strict=True):
+        y = y.reshape(*lead, *weight.shape[:-num_inputs])
+        found.append(y if linear.bias is None else y + linear.bias[...])
+    return found

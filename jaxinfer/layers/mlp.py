@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.layers.linear import Linear
+from jaxinfer.layers.linear import Linear, apply_each
 from jaxinfer.partitioning import Partitioner
 from sharding_rules import axes as ax
 
@@ -45,8 +45,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
-        hidden = self.activation((self.gate or self.up)(x))
-        if self.gate is not None:
-            hidden = hidden * self.up(x)
+        if self.gate is None:
+            hidden = self.activation(self.up(x))
+        else:
+            gate, up = apply_each([self.gate, self.up], x)
+            hidden = self.activation(gate) * up
         hidden = self.partitioner.constrain(hidden, (ax.BATCH, None, ax.MLP))
         return self.partitioner.constrain(self.down(hidden), (ax.BATCH, None, ax.EMBED))

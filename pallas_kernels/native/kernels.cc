@@ -45,20 +45,32 @@ ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::A
   }
 }
 
-ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight,
-                  ffi::Result<ffi::Buffer<ffi::F32>> y) {
-  const auto of_weight = weight.dimensions();
-  const auto of_type = [&](auto of_number) {
-    using W = decltype(of_number);
-    const auto* numbers = reinterpret_cast<const W*>(weight.untyped_data());
-    multiply_all(pool, Product<W>{x.typed_data(), numbers, y->typed_data(), x.dimensions()[0], of_weight[1],
-                                  of_weight[0]});
-    return ffi::Error::Success();
-  };
-  switch (weight.element_type()) {
-    case ffi::F32: return of_type(float{});
-    case ffi::BF16: return of_type(BFloat16{});
-    case ffi::F16: return of_type(Float16{});
+template <typename W>
+ffi::Error multiply_by_each(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, ffi::RemainingArgs weights,
+                            ffi::RemainingRets products) {
+  std::vector<Product<W>> calls;
+  for (size_t i = 0; i < weights.size(); i++) {
+    const auto weight = weights.get<ffi::AnyBuffer>(i);
+    auto y = products.get<ffi::Buffer<ffi::F32>>(i);
+    if (!weight.has_value()) return weight.error();
+    if (!y.has_value()) return y.error();
+    const auto sizes = weight->dimensions();
+    calls.push_back({x.typed_data(), reinterpret_cast<const W*>(weight->untyped_data()), (*y)->typed_data(),
+                     x.dimensions()[0], sizes[1], sizes[0]});
+  }
+  multiply_all(pool, calls);
+  return ffi::Error::Success();
+}
+
+// Of x with each of the weights, which are of one type.
+ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs weights,
+                  ffi::RemainingRets products) {
+  const auto first = weights.get<ffi::AnyBuffer>(0);
+  if (!first.has_value()) return first.error();
+  switch (first->element_type()) {
+    case ffi::F32: return multiply_by_each<float>(pool, x, weights, products);
+    case ffi::BF16: return multiply_by_each<BFloat16>(pool, x, weights, products);
+    case ffi::F16: return multiply_by_each<Float16>(pool, x, weights, products);
     default: return ffi::Error::InvalidArgument("there is no code for weights of this type");
   }
 }
@@ -101,8 +113,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_matmul, matmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .RemainingArgs()
+                                  .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_draw, draw,
                               ffi::Ffi::Bind()

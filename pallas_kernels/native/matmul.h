@@ -5,6 +5,8 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 #include "parallel.h"
 #include "vectors.h"
@@ -63,15 +65,28 @@ void multiply_rows(const Product<W>& call, int64_t row, int64_t first, int64_t l
   for (; o < last; o++) multiply<M, 1>(call, row, o);
 }
 
+// The rows of the weight that are a task's: as many as go at once, 2, 3 or 4 of them, again and again.
 template <typename W>
-void multiply_all(xla::ffi::ThreadPool& pool, const Product<W>& call) {
-  const int64_t of_task = round_up(kTaskBytes / (call.in * sizeof(W)) + 1, 12);  // of 2, 3 or 4 at once
-  parallel_for(pool, (call.out + of_task - 1) / of_task, [&](int64_t task) {
-    const int64_t first = task * of_task, last = std::min(call.out, first + of_task);
-    int64_t row = 0;
-    for (; row + 8 <= call.num_rows; row += 8) multiply_rows<8, 3>(call, row, first, last);
-    for (; row + 4 <= call.num_rows; row += 4) multiply_rows<4, 4>(call, row, first, last);
-    for (; row + 2 <= call.num_rows; row += 2) multiply_rows<2, 4>(call, row, first, last);
-    for (; row < call.num_rows; row++) multiply_rows<1, 2>(call, row, first, last);
-  });
+int64_t rows_of_task(const Product<W>& call) {
+  return round_up(kTaskBytes / (call.in * sizeof(W)) + 1, 12);
+}
+
+template <typename W>
+void multiply_task(const Product<W>& call, int64_t task) {
+  const int64_t of_task = rows_of_task(call), first = task * of_task, last = std::min(call.out, first + of_task);
+  int64_t row = 0;
+  for (; row + 8 <= call.num_rows; row += 8) multiply_rows<8, 3>(call, row, first, last);
+  for (; row + 4 <= call.num_rows; row += 4) multiply_rows<4, 4>(call, row, first, last);
+  for (; row + 2 <= call.num_rows; row += 2) multiply_rows<2, 4>(call, row, first, last);
+  for (; row < call.num_rows; row++) multiply_rows<1, 2>(call, row, first, last);
+}
+
+// Of several weights at once: threads come together once for all of them.
+template <typename W>
+void multiply_all(xla::ffi::ThreadPool& pool, const std::vector<Product<W>>& calls) {
+  std::vector<std::pair<const Product<W>*, int64_t>> tasks;
+  for (const Product<W>& call : calls) {
+    for (int64_t task = 0; task * rows_of_task(call) < call.out; task++) tasks.push_back({&call, task});
+  }
+  parallel_for(pool, tasks.size(), [&](int64_t i) { multiply_task(*tasks[i].first, tasks[i].second); });
 }
