@@ -71,5 +71,11 @@ def _by_xla(rows: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def _by_kernel(rows: jax.Array, weights: Sequence[jax.Array]) -> Sequence[jax.Array]:
     if problem := build.unavailable():
         raise RuntimeError(f"products in a kernel: {problem}")
+    for weight in weights:  # the kernel reads what it is told is there
+        if weight.dtype != weights[0].dtype or weight.shape[1:] != rows.shape[1:]:
+            raise ValueError(
+                f"weights of {[f'{w.dtype}{[*w.shape]}' for w in weights]} for rows of {rows.shape[1]} numbers: they "
+                f"must have one dtype, and as many columns"
+            )
     products = [jax.ShapeDtypeStruct((len(rows), len(weight)), jnp.float32) for weight in weights]
     return jax.ffi.ffi_call("jaxinfer_matmul", products)(rows.astype(jnp.float32), *weights)

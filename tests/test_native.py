@@ -1,5 +1,7 @@
 """Kernels in C++ for this machine's CPU: compiled once, never from what somebody else wrote, and not at all costs."""
 
+import concurrent.futures
+import functools
 import pathlib
 from collections.abc import Callable
 
@@ -24,7 +26,7 @@ needs_compiler = pytest.mark.skipif(cpu.unsupported(SPEC, CPU) is not None, reas
 def fresh(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
     """Where kernels are kept; nothing is yet."""
     monkeypatch.setattr(build, "DIRECTORY", str(tmp_path / "native"))
-    monkeypatch.setattr(build, "unavailable", build.unavailable.__wrapped__)  # which remembers nothing
+    monkeypatch.setattr(build, "_unavailable", build._unavailable.__wrapped__)  # which remembers nothing
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: None)  # it has them, of another library
     return tmp_path / "native"
 
@@ -87,6 +89,22 @@ def test_without_a_directory_it_is_compiled_at_each_start(
         fresh.chmod(0o777)
     assert build._library() == b"what the compiler makes"
     assert "kernels for this CPU are compiled anew at each start: " in caplog.text and kept(fresh) == []
+
+
+def test_a_home_that_cannot_be_searched_is_no_error(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    """As for a user whose HOME is somebody else's. For the superuser nothing is forbidden, so it is said here."""
+    monkeypatch.setattr(pathlib.Path, "exists", lambda path: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    assert build.takes_time()
+
+
+@needs_compiler
+def test_threads_that_ask_at_once_compile_once(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(build, "_unavailable", functools.cache(build._unavailable))
+    compile_once, calls = build._compile, []
+    monkeypatch.setattr(build, "_compile", lambda: calls.append(1) or compile_once())
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(lambda _: build.unavailable(), range(4))] == [None] * 4
+    assert calls == [1]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +207,15 @@ def test_nan_in_a_query_stays_with_it():
 
 
 @needs_compiler
+def test_scores_that_are_all_infinitely_low_leave_no_trace():
+    """Those of a block, before others that are low, and lower than e^x can be."""
+    q, keys = np.ones((1, 4, 16), np.float32), np.full((8, 2, 16, 16), -np.inf, np.float32)
+    keys[4:] = -50  # a score of -200
+    found = attend(q, keys, np.array([127]), v_pages=np.ones_like(keys), table=range(8))
+    np.testing.assert_allclose(found, 1, rtol=1e-6)
+
+
+@needs_compiler
 def test_scores_far_apart():
     """The largest has all the weight; of those below e^-87 nothing is left."""
     q, keys = np.ones((1, 4, 16), np.float32), np.zeros((4, 2, 16, 16), np.float32)
@@ -212,6 +239,26 @@ def test_products_of_few_rows_with_any_weight(dtype: str):
         for n, product in enumerate(products, 1):
             assert product.dtype == jnp.float32
             np.testing.assert_array_equal(product, products[-1][:n])
+
+
+@needs_compiler
+def test_products_of_the_same_rows_are_those_of_each():
+    rng = np.random.default_rng(1)
+    x, weights = (
+        rng.standard_normal((5, 40), np.float32),
+        [rng.standard_normal((n, 40), np.float32) for n in (3, 900, 8)],
+    )
+    with matmul.in_kernel(True):
+        together = matmul.contract_each(jnp.asarray(x), [*map(jnp.asarray, weights)])
+        for product, weight in zip(together, weights, strict=True):
+            np.testing.assert_array_equal(product, matmul.contract(jnp.asarray(x), jnp.asarray(weight)))
+
+
+@pytest.mark.parametrize("other", [jnp.ones((4, 16), jnp.bfloat16), jnp.ones((4, 17)), jnp.ones((4, 15))])
+@needs_compiler
+def test_weights_that_the_kernel_would_misread_are_refused(other: jax.Array):
+    with matmul.in_kernel(True), pytest.raises(ValueError, match="for rows of 16 numbers: they must have one dtype"):
+        matmul.contract_each(jnp.ones((1, 16)), [jnp.ones((4, 16)), other])
 
 
 @needs_compiler

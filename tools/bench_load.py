@@ -71,6 +71,7 @@ async def measure(engine: AsyncEngine, vocab_size: int, rng: np.random.Generator
     rounds, quiet, disturbed = [], [], []
     for _ in range(1 + _ROUNDS.value):  # the first warms up
         (idle_prompt, loaded_prompt) = prompts(2, _PROMPT_TOKENS.value)
+        await asyncio.sleep(1.0)  # until the steps of the round before are done: an aborted row's may go on
         idle = await first_token_s(engine, idle_prompt)
         load = Load(engine, prompts(_BATCH_SIZE.value - 1, 16))
         await asyncio.sleep(1.0)  # until all rows decode

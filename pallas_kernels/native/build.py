@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from importlib import metadata
 
 import jax
@@ -27,11 +28,17 @@ _MOST_BYTES = 64 * 2**20  # of all that is kept
 _TIMEOUT_S = 120
 
 _logger = logging.getLogger(__name__)
+_lock = threading.Lock()
+
+
+def unavailable() -> str | None:
+    """Why there are no kernels for this machine's CPU; None: XLA knows those of `TARGETS` by their names."""
+    with _lock:  # of two threads that ask first, one compiles
+        return _unavailable()
 
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why there are no kernels for this machine's CPU; None: XLA knows those of `TARGETS` by their names."""
+def _unavailable() -> str | None:
     if not hasattr(os, "memfd_create"):
         return "it needs Linux"
     try:
@@ -45,8 +52,8 @@ def unavailable() -> str | None:
 
 def takes_time() -> bool:
     """Whether `unavailable` has to compile first, for seconds: JAX runs on a CPU, and no earlier start has done so."""
-    kept = pathlib.Path(os.path.expanduser(DIRECTORY)) / f"{_key()}.so"
-    return jax.default_backend() == "cpu" and hasattr(os, "memfd_create") and not kept.exists()
+    kept = os.path.join(os.path.expanduser(DIRECTORY), f"{_key()}.so")
+    return jax.default_backend() == "cpu" and hasattr(os, "memfd_create") and not os.path.exists(kept)
 
 
 def cpu_features() -> str:

@@ -37,16 +37,16 @@ struct Seen {
 inline float to_weights(float* scores, int64_t count, int64_t begin, int64_t end, Seen& seen) {
   float largest = seen.largest;
   for (int64_t i = begin; i < end; i++) largest = scores[i] > largest ? scores[i] : largest;
-  if (largest == -kInfinity) largest = 0;  // all scores are so, or NaN
+  const float unit = largest == -kInfinity ? 0 : largest;  // all scores are so, or NaN
   for (int64_t i = 0; i < begin; i++) scores[i] = -kInfinity;
   for (int64_t i = end; i < count; i++) scores[i] = -kInfinity;
   Vec total{};
   for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec weights = exp_of_negative(load(scores + i) - largest);
+    const Vec weights = exp_of_negative(load(scores + i) - unit);
     total += weights;
     store(scores + i, weights);
   }
-  const float kept = std::exp(seen.largest - largest);
+  const float kept = std::exp(seen.largest - unit);
   seen = {largest, seen.total * kept + sum(total)};
   return kept;
 }
