@@ -116,7 +116,7 @@ class Partitioner(AxisSplits):
 
     @property
     def settings(self) -> str:
-        """Equal for those that split in the same way."""
+        """Equal for those that split in the same way, and have the same kernels."""
         kernels = self.multiplies_in_kernel, self.draw_kernel is not None
         return repr((dict(self.mesh.shape), self.rules, kernels))
 

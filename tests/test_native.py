@@ -244,14 +244,10 @@ def test_products_of_few_rows_with_any_weight(dtype: str):
 @needs_compiler
 def test_products_of_the_same_rows_are_those_of_each():
     rng = np.random.default_rng(1)
-    x, weights = (
-        rng.standard_normal((5, 40), np.float32),
-        [rng.standard_normal((n, 40), np.float32) for n in (3, 900, 8)],
-    )
+    x, *weights = (jnp.asarray(rng.standard_normal((n, 40), np.float32)) for n in (5, 3, 900, 8))
     with matmul.in_kernel(True):
-        together = matmul.contract_each(jnp.asarray(x), [*map(jnp.asarray, weights)])
-        for product, weight in zip(together, weights, strict=True):
-            np.testing.assert_array_equal(product, matmul.contract(jnp.asarray(x), jnp.asarray(weight)))
+        for product, weight in zip(matmul.contract_each(x, weights), weights, strict=True):
+            np.testing.assert_array_equal(product, matmul.contract(x, weight))
 
 
 @pytest.mark.parametrize("other", [jnp.ones((4, 16), jnp.bfloat16), jnp.ones((4, 17)), jnp.ones((4, 15))])

@@ -31,8 +31,8 @@ class Linear(nnx.Module):
 def apply_each(linears: Sequence[Linear], x: jax.Array) -> list[jax.Array]:
     """What each makes of x; they have the same inputs and dtype. A CPU's kernel multiplies with all weights at once."""
     weights, num_inputs = [linear.weight[...] for linear in linears], linears[0].num_inputs
-    lead, in_shape = x.shape[:-num_inputs], x.shape[-num_inputs:]
-    matrices = [weight.reshape(-1, math.prod(in_shape)) for weight in weights]
+    lead = x.shape[:-num_inputs]
+    matrices = [weight.reshape(-1, math.prod(weight.shape[-num_inputs:])) for weight in weights]
     found = []
     for linear, weight, y in zip(linears, weights, contract_each(x.reshape(*lead, -1), matrices), strict=True):
         y = y.reshape(*lead, *weight.shape[:-num_inputs])
