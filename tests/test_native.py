@@ -1,6 +1,7 @@
 """Kernels in C++ for this machine's CPU: compiled once, never from what somebody else wrote, and not at all costs."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -153,11 +154,11 @@ def attend(q, pages, positions, spec: AttentionSpec = SPEC, v_pages=None, table=
 
 
 @needs_compiler
-@pytest.mark.parametrize("window", [None, 37])
-def test_a_query_gets_the_same_bits_whatever_is_beside_it(window: int | None):
+@pytest.mark.parametrize("other", [{}, {"window": 37}, {"soft_cap": 3.0}])
+def test_a_query_gets_the_same_bits_whatever_is_beside_it(other: dict[str, float]):
     """So tokens do not depend on how a prompt is cut, and those of a batch are those of one alone."""
     rng = np.random.default_rng(0)
-    spec = AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=40, page_size=16, scale=0.2, window=window)
+    spec = AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=40, page_size=16, scale=0.2, **other)
     q = rng.standard_normal((170, 6, 40), np.float32)
     pages = rng.standard_normal((12, 2, 16, 40), np.float32)
     table, positions = rng.permutation(12), np.arange(170)
@@ -204,6 +205,31 @@ def test_nan_in_a_query_stays_with_it():
     q[7, 2] = np.nan
     found = attend(q, pages, np.arange(20))
     assert np.isnan(found[7, 2]).all() and np.isnan(found).sum() == 16
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 9])
+def test_nan_in_a_value_stays_with_those_that_see_it(window: int | None):
+    spec = dataclasses.replace(SPEC, window=window)
+    q, keys = np.ones((64, 4, 16), np.float32), np.ones((4, 2, 16, 16), np.float32)
+    values = keys.copy()
+    values[1, :, 4] = np.nan  # of token 20
+    found = attend(q, keys, np.arange(64), spec, v_pages=values)
+    sees = (np.arange(64) >= 20) & (np.arange(64) < 20 + (window or 64))
+    np.testing.assert_array_equal(np.isnan(found), np.broadcast_to(sees[:, None, None], found.shape))
+
+
+@needs_compiler
+def test_scores_with_a_cap():
+    """Two tokens' scores, the second 0: what comes out is the weight of the first."""
+    scores = np.concatenate([np.linspace(-300, 300, 1001), np.geomspace(1e-6, 1, 50)]).astype(np.float32)
+    spec = AttentionSpec(num_q_heads=1, num_kv_heads=1, head_dim=16, page_size=16, scale=1.0, soft_cap=50.0)
+    q, keys, values = np.zeros((len(scores), 1, 1, 16), np.float32), *np.zeros((2, 1, 1, 16, 16), np.float32)
+    q[:, 0, 0, 0], keys[0, 0, 0, 0], values[0, 0, 0] = scores, 1, 1
+    one = np.ones((len(scores), 1), np.int32)
+    found = cpu.paged_attention(q, keys, values, jnp.asarray(0 * one), jnp.asarray(one), spec=spec)[:, 0, 0, 0]
+    capped = 50 * np.tanh(scores.astype(np.float64) / 50)
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-capped)), rtol=1e-5)
 
 
 @needs_compiler

@@ -13,7 +13,7 @@
 #include "parallel.h"
 #include "softmax_block.h"
 
-constexpr int kTileRows = 32;  // queries, tokens times heads, that a task has at most, unless a token has more
+constexpr int kTileRows = 64;  // queries, tokens times heads, that a task has at most, unless a token has more
 
 // C is the type of what the cache holds.
 template <typename C>
@@ -50,12 +50,8 @@ class AttentionTask {
       const int64_t count = round_up(std::min<int64_t>(kBlock, last + 1 - block), kLanes);
       find(block, count, first, last);
       score(count);
-      for (int64_t token = 0; token < tile.num_tokens; token++) {
-        const int64_t position = tile.position + token;
-        const int64_t begin = std::max<int64_t>(0, call.first_seen(position) - block);
-        const int64_t end = std::min<int64_t>(count, position + 1 - block);
-        if (begin < end) add(token * call.group(), count, begin, end);
-      }
+      weigh(count);
+      add_all();
     }
     finish();
   }
@@ -69,18 +65,25 @@ class AttentionTask {
   }
 
   void start() {
+    const int64_t num_seen = round_up(num_rows_, kLanes) / kLanes;
     queries_.assign(num_rows_ * q_stride_, 0);
+    columns_.resize(q_stride_ * kBlock);
     outs_.assign(num_rows_ * out_stride_, 0);
     scores_.resize(num_rows_ * kBlock);
-    seen_.assign(num_rows_, Seen{});
+    ranges_.resize(num_rows_);
+    seen_.assign(num_seen, Seen{broadcast(-kInfinity), Vec{}});
     for (int64_t row = 0; row < num_rows_; row++) {
       const float* query = call_->q + offset(row, call_->key_dim);
       for (int64_t c = 0; c < call_->key_dim; c++) queries_[row * q_stride_ + c] = query[c] * call_->scale;
-      if (call_->sinks) seen_[row] = {call_->sinks[head(row)], 1};  // a score that was seen before all others
+      if (call_->sinks) {  // a score that was seen before all others
+        seen_[row / kLanes].largest[row % kLanes] = call_->sinks[head(row)];
+        seen_[row / kLanes].total[row % kLanes] = 1;
+      }
     }
   }
 
-  // Where a block's tokens are. What no query of the tile sees may hold anything, so something else is read for it.
+  // Where a block's tokens are, and which of them a row sees. What no query of the tile sees may hold anything, so
+  // something else is read for it.
   void find(int64_t block, int64_t count, int64_t first, int64_t last) {
     for (int64_t i = 0; i < count; i++) {
       const int64_t position = std::min(std::max(block + i, first), last);
@@ -91,45 +94,85 @@ class AttentionTask {
         value_scales_[i] = call_->value_scales[places_[i]];
       }
     }
+    for (int64_t row = 0; row < num_rows_; row++) {
+      const int64_t position = tile_.position + row / call_->group();
+      const int64_t begin = std::max<int64_t>(0, call_->first_seen(position) - block);
+      ranges_[row] = {begin, std::max(begin, std::min<int64_t>(count, position + 1 - block))};
+    }
   }
 
   void score(int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-      for (int64_t row = 0; row < num_rows_; row++) {
-        Vec scores = dot_each(&queries_[row * q_stride_], call_->keys, places_ + i, call_->key_dim);
-        if (call_->key_scales) scores *= load(key_scales_ + i);
-        store(&scores_[row * kBlock + i], scores);
+    if (num_rows_ <= kFewQueries) {
+      for (int64_t i = 0; i < count; i += kLanes) {
+        for (int64_t row = 0; row < num_rows_; row++) {
+          store(&scores_[row * kBlock + i],
+                dot_each(&queries_[row * q_stride_], call_->keys, places_ + i, call_->key_dim));
+        }
+      }
+    } else {
+      for (int64_t i = 0; i < count; i += kLanes) {
+        transpose_keys(call_->keys, places_ + i, call_->key_dim, &columns_[i]);
+      }
+      dot_all(queries_.data(), num_rows_, q_stride_, columns_.data(), count, scores_.data());
+    }
+    if (call_->key_scales) scale_scores(key_scales_, count);
+    if (const float cap = call_->soft_cap) {
+      change_scores(count, [cap](Vec scores, int64_t) { return cap * tanh_of(scores / cap); });
+    }
+  }
+
+  template <typename Change>
+  void change_scores(int64_t count, const Change& change) {
+    for (int64_t row = 0; row < num_rows_; row++) {
+      for (int64_t i = 0; i < count; i += kLanes) {
+        float* scores = &scores_[row * kBlock + i];
+        store(scores, change(load(scores), i));
       }
     }
   }
 
-  // What the heads of a token, rows from `row` on, see of a block: its tokens [begin, end).
-  void add(int64_t row, int64_t count, int64_t begin, int64_t end) {
-    const int64_t end_row = row + call_->group();
-    for (int64_t r = row; r < end_row; r++) {
-      float* scores = &scores_[r * kBlock];
-      if (const float cap = call_->soft_cap) {
-        for (int64_t i = begin; i < end; i++) scores[i] = cap * std::tanh(scores[i] / cap);
+  void scale_scores(const float* scales, int64_t count) {
+    change_scores(count, [scales](Vec scores, int64_t i) { return scores * load(scales + i); });
+  }
+
+  // Scores become weights, and what was seen until now is put into their units.
+  void weigh(int64_t count) {
+    for (int64_t first = 0; first < num_rows_; first += kLanes) {
+      const int64_t num_rows = std::min<int64_t>(kLanes, num_rows_ - first);
+      float kept[kLanes];
+      store(kept, to_weights(&scores_[first * kBlock], num_rows, count, &ranges_[first], seen_[first / kLanes]));
+      for (int64_t r = 0; r < num_rows; r++) {
+        float* out = &outs_[(first + r) * out_stride_];
+        for (int64_t c = 0; c < out_stride_; c += kLanes) store(out + c, load(out + c) * kept[r]);
       }
-      const float kept = to_weights(scores, count, begin, end, seen_[r]);
-      if (call_->value_scales) {
-        for (int64_t i = begin; i < end; i++) scores[i] *= value_scales_[i];
-      }
-      float* out = &outs_[r * out_stride_];
-      for (int64_t c = 0; c < out_stride_; c += kLanes) store(out + c, load(out + c) * kept);
     }
-    const Values<C> values{call_->values, places_, call_->value_stride, begin, end};
-    for (; row + 2 <= end_row; row += 2) {
-      add_values<2>(&outs_[row * out_stride_], out_stride_, &scores_[row * kBlock], values, call_->value_dim);
+    if (call_->value_scales) scale_scores(value_scales_, count);
+  }
+
+  // Rows that see the same of a block take its values together.
+  void add_all() {
+    for (int64_t row = 0, end; row < num_rows_; row = end) {
+      const Range range = ranges_[row];
+      for (end = row + 1; end < num_rows_ && ranges_[end] == range;) end++;
+      const Values<C> values{call_->values, places_, call_->value_stride, range};
+      row = add_while<4>(row, end, values);
+      row = add_while<2>(row, end, values);
+      add_while<1>(row, end, values);
     }
-    if (row < end_row) {
-      add_values<1>(&outs_[row * out_stride_], out_stride_, &scores_[row * kBlock], values, call_->value_dim);
+  }
+
+  // R rows at once, as long as there are so many. Returns the first that is left.
+  template <int R>
+  int64_t add_while(int64_t row, int64_t end, const Values<C>& values) {
+    for (; row + R <= end; row += R) {
+      add_values<R>(&outs_[row * out_stride_], out_stride_, &scores_[row * kBlock], values, call_->value_dim);
     }
+    return row;
   }
 
   void finish() {
     for (int64_t row = 0; row < num_rows_; row++) {
-      const float total = seen_[row].total;
+      const float total = seen_[row / kLanes].total[row % kLanes];
       float* out = call_->out + offset(row, call_->value_dim);
       for (int64_t c = 0; c < call_->value_dim; c++) out[c] = total == 0 ? 0 : outs_[row * out_stride_ + c] / total;
     }
@@ -139,8 +182,10 @@ class AttentionTask {
   Tile tile_;
   int64_t kv_head_, num_rows_, q_stride_, out_stride_;
   std::vector<float> queries_, outs_, scores_;  // [rows, q_stride], [rows, out_stride], [rows, kBlock]
-  std::vector<Seen> seen_;
-  int64_t places_[kBlock];  // in units of one token of one KV head
+  std::vector<float> columns_;                  // [q_stride, kBlock]: the keys of a block
+  std::vector<Range> ranges_;                   // [rows]
+  std::vector<Seen> seen_;                      // [rows, up to whole vectors of them]
+  int64_t places_[kBlock];                      // in units of one token of one KV head
   float key_scales_[kBlock], value_scales_[kBlock];
 };
 

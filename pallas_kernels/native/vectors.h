@@ -85,18 +85,28 @@ Vec load_first(const T* from, int64_t n) {
   return load(numbers);
 }
 
-// Sums of neighbours: those of a, then those of b.
-inline Vec add_pairs(Vec a, Vec b) {
+// Every second number of a, then of b, from the first on and from the second on.
+inline Vec evens(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 #elif defined(__AVX__)
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
 #else
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6);
 #endif
 }
+inline Vec odds(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX__)
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+
+// Sums of neighbours: those of a, then those of b.
+inline Vec add_pairs(Vec a, Vec b) { return evens(a, b) + odds(a, b); }
 
 // The sum of each of as many vectors as have lanes. They are overwritten.
 inline Vec sum_each(Vec* vectors) {
@@ -109,15 +119,19 @@ inline Vec sum_each(Vec* vectors) {
 }
 
 inline float sum(Vec x) {
-  float total = 0;
-  for (int i = 0; i < kLanes; i++) total += x[i];
-  return total;
+#pragma GCC unroll 4
+  for (int n = kLanes; n > 1; n /= 2) x = add_pairs(x, x);
+  return x[0];
 }
 
+// None is NaN.
 inline float largest(Vec x) {
-  float found = x[0];
-  for (int i = 1; i < kLanes; i++) found = x[i] > found ? x[i] : found;
-  return found;
+#pragma GCC unroll 4
+  for (int n = kLanes; n > 1; n /= 2) {
+    const Vec a = evens(x, x), b = odds(x, x);
+    x = a > b ? a : b;
+  }
+  return x[0];
 }
 
 inline bool any(IntVec mask) {
@@ -128,9 +142,8 @@ inline bool any(IntVec mask) {
 
 // n, n + 1, ...
 inline BitVec count_from(uint32_t n) {
-  BitVec out{};
-  for (int i = 0; i < kLanes; i++) out[i] = n + i;
-  return out;
+  constexpr uint32_t kFirst[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load(kFirst) + n;
 }
 
 // e^x of x <= 0, to a relative error of about 1e-7, and 0 below -87: 2^n * e^r with |r| <= ln(2) / 2, where e^r is a
@@ -148,4 +161,16 @@ inline Vec exp_of_negative(Vec x) {
   e = e * r * r + r + 1.0f;
   const Vec power = (Vec)(((IntVec)shifted + 127) << 23);  // 2^n: the lowest bits of `shifted` are n
   return x < -87.0f ? Vec{} : e * power;
+}
+
+// The hyperbolic tangent, to about 1e-7: a polynomial near 0 (Cephes, tanhf.c), from e^-2|x| elsewhere.
+inline Vec tanh_of(Vec x) {
+  const Vec size = x < 0 ? -x : x, square = x * x, e = exp_of_negative(-2 * size), far = (1 - e) / (1 + e);
+  Vec near = broadcast(-5.70498872745e-3f);
+  near = near * square + 2.06390887954e-2f;
+  near = near * square - 5.37397155531e-2f;
+  near = near * square + 1.33314422036e-1f;
+  near = near * square - 3.33332819422e-1f;
+  near = near * square * x + x;
+  return size < 0.625f ? near : x < 0 ? -far : far;
 }
