@@ -51,8 +51,19 @@ def _yarn(rope: RopeConfig, freqs: np.ndarray) -> np.ndarray:
 
 def rotation(positions: jax.Array, freqs: np.ndarray, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
     """`factor` times (cos, sin), each float32 [..., 1, R/2], of each pair's angle at `positions` int32 [...]."""
-    angles = positions[..., None, None].astype(jnp.float32) * freqs
-    return factor * jnp.cos(angles), factor * jnp.sin(angles)
+
+    def turns(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        angles = positions[..., None, None].astype(jnp.float32) * freqs
+        return factor * jnp.cos(angles), factor * jnp.sin(angles)
+
+    def turns_once(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        none = jnp.zeros((*positions.shape, 1, len(freqs)), jnp.float32)
+        always = jax.lax.optimization_barrier(jnp.asarray(True))
+        return jax.lax.cond(always, turns, lambda _: (none, none), positions)
+
+    # XLA:CPU computes cosines anew wherever they are read, for each head of each layer, which in a prompt takes longer
+    # than all that is done with them. What a conditional computes it keeps; a barrier is gone before it fuses.
+    return jax.lax.platform_dependent(positions, cpu=turns_once, default=turns)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
