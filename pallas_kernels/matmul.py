@@ -16,8 +16,6 @@ from pallas_kernels.precision import matmul_precision
 # fast as in x @ weight.T at 2 to 16 rows, and half as fast again at 32.
 _MAX_ROWS_WEIGHT_STATIONARY = 64
 
-# Up to this many, `native/matmul.h` is faster again; it multiplies no more than so many rows at once.
-_MAX_ROWS_IN_KERNEL = 8
 _KERNEL_WEIGHTS = ("float32", "bfloat16", "float16")
 
 _in_kernel = contextvars.ContextVar("in_kernel", default=False)
@@ -44,7 +42,7 @@ def contract(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None
 def contract_each(x: jax.Array, weights: Sequence[jax.Array], out_dtype: jnp.dtype | None = None) -> list[jax.Array]:
     """`contract` of x with each of the weights [O_i, I], which have one dtype. The kernel for CPUs does all at once."""
     rows, dtype = x.reshape(-1, x.shape[-1]), out_dtype or x.dtype
-    if _in_kernel.get() and rows.shape[0] <= _MAX_ROWS_IN_KERNEL and weights[0].dtype.name in _KERNEL_WEIGHTS:
+    if _in_kernel.get() and weights[0].dtype.name in _KERNEL_WEIGHTS:
         products = [product.astype(dtype) for product in _by_kernel(rows, weights)]
     else:
         products = [_by_xla(rows, weight, dtype) for weight in weights]

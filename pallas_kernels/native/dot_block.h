@@ -4,7 +4,7 @@
 // all of them. Both sum in the same order.
 #pragma once
 
-#include "vectors.h"
+#include "transpose.h"
 
 constexpr int kBlock = 64;  // tokens of a sequence that are attended over at once: their keys stay in the first cache
 constexpr int kFewQueries = 8;  // up to so many, transposing costs more than it saves
@@ -28,32 +28,12 @@ Vec dot_each(const float* query, const C* keys, const int64_t* places, int64_t d
   return sum_each(sums);
 }
 
-// Rows become columns.
-inline void transpose(Vec* rows) {
-#pragma GCC unroll 4
-  for (int n = kLanes; n > 1; n /= 2) {
-    Vec next[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; i++) {
-      next[i] = evens(rows[2 * i], rows[2 * i + 1]);
-      next[kLanes / 2 + i] = odds(rows[2 * i], rows[2 * i + 1]);
-    }
-    memcpy(rows, next, sizeof next);
-  }
-}
-
 // As many keys as a vector has lanes, as columns: out [dim, kBlock], zeros below it up to whole vectors.
 template <typename C>
 void transpose_keys(const C* keys, const int64_t* places, int64_t dim, float* out) {
-  for (int64_t c = 0; c < dim; c += kLanes) {
-    Vec rows[kLanes];
-    for (int i = 0; i < kLanes; i++) {
-      const C* key = keys + places[i] * dim + c;
-      rows[i] = c + kLanes <= dim ? load(key) : load_first(key, dim - c);
-    }
-    transpose(rows);
-    for (int i = 0; i < kLanes; i++) store(out + (c + i) * kBlock, rows[i]);
-  }
+  const C* key[kLanes];
+  for (int i = 0; i < kLanes; i++) key[i] = keys + places[i] * dim;
+  transpose_rows(key, dim, kBlock, out);
 }
 
 // [R queries, N vectors of keys]

@@ -1,6 +1,10 @@
 // What XLA calls: the arrays that it gives, as the kernels take them.
 
+#include <utility>
+#include <vector>
+
 #include "attention.h"
+#include "blocked_matmul.h"
 #include "draw.h"
 #include "matmul.h"
 #include "xla/ffi/api/ffi.h"
@@ -8,6 +12,8 @@
 namespace {
 
 namespace ffi = xla::ffi;
+
+constexpr int64_t kFewRows = 32;  // of x: with more, it pays to transpose the weight
 
 const float* data_or_null(const ffi::Buffer<ffi::F32>& buffer) {
   return buffer.element_count() ? buffer.typed_data() : nullptr;
@@ -43,6 +49,20 @@ ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::A
     case ffi::F8E4M3FN: return of_type(Float8{});
     default: return ffi::Error::InvalidArgument("there is no code for pages of this type");
   }
+}
+
+// Of several weights at once: threads come together once for all of them. None of the products is empty.
+template <typename W>
+void multiply_all(ffi::ThreadPool& pool, const std::vector<Product<W>>& calls) {
+  const bool is_few = calls[0].num_rows <= kFewRows;
+  std::vector<std::pair<const Product<W>*, int64_t>> tasks;
+  for (const Product<W>& call : calls) {
+    for (int64_t i = 0; i < (is_few ? num_tasks(call) : num_panels(call)); i++) tasks.push_back({&call, i});
+  }
+  parallel_for(pool, tasks.size(), [&](int64_t i) {
+    const auto [call, index] = tasks[i];
+    is_few ? multiply_task(*call, index) : multiply_panel(*call, index);
+  });
 }
 
 template <typename W>

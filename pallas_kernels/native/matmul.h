@@ -5,22 +5,11 @@
 #pragma once
 
 #include <algorithm>
-#include <utility>
-#include <vector>
 
-#include "parallel.h"
+#include "product.h"
 #include "vectors.h"
 
 constexpr int64_t kTaskBytes = 256 * 1024;  // of a weight
-
-// y[m, o] = sum over i of x[m, i] * weight[o, i]; W is the type of the weight's numbers.
-template <typename W>
-struct Product {
-  const float* x;   // [M, I]
-  const W* weight;  // [O, I]
-  float* y;         // [M, O]
-  int64_t num_rows, in, out;
-};
 
 // Of M rows of x from `row` on, and R of the weight from `o` on.
 template <int M, int R, typename W>
@@ -81,12 +70,7 @@ void multiply_task(const Product<W>& call, int64_t task) {
   for (; row < call.num_rows; row++) multiply_rows<1, 2>(call, row, first, last);
 }
 
-// Of several weights at once: threads come together once for all of them.
 template <typename W>
-void multiply_all(xla::ffi::ThreadPool& pool, const std::vector<Product<W>>& calls) {
-  std::vector<std::pair<const Product<W>*, int64_t>> tasks;
-  for (const Product<W>& call : calls) {
-    for (int64_t task = 0; task * rows_of_task(call) < call.out; task++) tasks.push_back({&call, task});
-  }
-  parallel_for(pool, tasks.size(), [&](int64_t i) { multiply_task(*tasks[i].first, tasks[i].second); });
+int64_t num_tasks(const Product<W>& call) {
+  return (call.out + rows_of_task(call) - 1) / rows_of_task(call);
 }

@@ -85,6 +85,8 @@ Vec load_first(const T* from, int64_t n) {
   return load(numbers);
 }
 
+inline void store_first(float* to, Vec x, int64_t n) { memcpy(to, &x, n * sizeof *to); }
+
 // Every second number of a, then of b, from the first on and from the second on.
 inline Vec evens(Vec a, Vec b) {
 #if defined(__AVX512F__)
