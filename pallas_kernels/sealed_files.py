@@ -41,9 +41,10 @@ class SealedFiles:
         path = self.path(key)
         try:
             mac, content = (sealed := path.read_bytes())[:_MAC_BYTES], sealed[_MAC_BYTES:]
-            os.utime(path)
         except OSError:
             return None
+        with contextlib.suppress(OSError):  # where nothing may be written, nothing has to make room either
+            os.utime(path)
         if not hmac.compare_digest(mac, self._mac(key, content)):
             _logger.warning("%s is damaged, or was not written here: it is made anew", path)
             return None
@@ -88,6 +89,8 @@ def not_private(directory: pathlib.Path) -> str | None:
 
 def _read_secret(path: pathlib.Path) -> bytes:
     """Made by whoever comes first; the same for all."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_bytes()
     with tempfile.NamedTemporaryFile(dir=path.parent) as file:
         file.write(secrets.token_bytes(_MAC_BYTES))
         file.flush()

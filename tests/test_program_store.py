@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -138,6 +139,20 @@ def test_the_secret_is_this_users_alone(store: ProgramStore):
     path = store._files._directory / "secret"
     assert path.stat().st_mode & 0o077 == 0 and len(path.read_bytes()) == 32
     assert ProgramStore(store._files._directory)._files._secret == store._files._secret
+
+
+def test_what_is_there_is_read_where_nothing_may_be_written(store: ProgramStore, monkeypatch: pytest.MonkeyPatch):
+    """As in a home that is full, or read-only. For the superuser nothing is forbidden, so it is said here."""
+    saved(store, program(factor=3.0))
+    denied = PermissionError(13, "denied")
+    for owner, name in (
+        (os, "link"),
+        (os, "utime"),
+        (tempfile, "NamedTemporaryFile"),
+        (tempfile, "TemporaryDirectory"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, **__: (_ for _ in ()).throw(denied))
+    assert ProgramStore(store._files._directory).load(program(factor=3.0)) is not None
 
 
 def test_those_that_were_not_used_go_first(tmp_path: pathlib.Path):

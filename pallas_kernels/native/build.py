@@ -9,10 +9,12 @@ import pathlib
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
 from importlib import metadata
+from typing import Any
 
 import jax
 
@@ -42,18 +44,19 @@ def _unavailable() -> str | None:
     if not hasattr(os, "memfd_create"):
         return "it needs Linux"
     try:
-        library = _load(_library())
+        handlers = _handlers()
     except (OSError, RuntimeError) as error:
         return str(error)
-    for target in TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
     return None
 
 
 def takes_time() -> bool:
     """Whether `unavailable` has to compile first, for seconds: JAX runs on a CPU, and no earlier start has done so."""
-    kept = os.path.join(os.path.expanduser(DIRECTORY), f"{_key()}.so")
-    return jax.default_backend() == "cpu" and hasattr(os, "memfd_create") and not os.path.exists(kept)
+    if jax.default_backend() != "cpu" or not hasattr(os, "memfd_create") or not _compilers():
+        return False
+    return not os.path.exists(os.path.join(os.path.expanduser(DIRECTORY), f"{_key()}.so"))
 
 
 def cpu_features() -> str:
@@ -65,21 +68,25 @@ def cpu_features() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _library() -> bytes:
-    """The shared library, from an earlier start or compiled now."""
+def _handlers() -> dict[str, Any]:
+    """Of `TARGETS`: as an earlier start compiled them, or compiled now."""
     try:
         files = SealedFiles(make_private(pathlib.Path(DIRECTORY).expanduser()), "so", _MOST_BYTES)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no home to expand "~" to
         _logger.warning("kernels for this CPU are compiled anew at each start: %s", error)
-        return _compile()
+        return _load(_compile())
     key = _key()
-    if (library := files.read(key)) is None:
-        library = _compile()
+    if (kept := files.read(key)) is not None:
         try:
-            files.write(key, library)
-        except OSError as error:
-            _logger.warning("kernels for this CPU are compiled anew at the next start: %s", error)
-    return library
+            return _load(kept)
+        except OSError as error:  # of a machine with other system libraries, whose home this is too
+            _logger.warning("kernels for this CPU are compiled anew: %s", error)
+    handlers = _load(library := _compile())
+    try:
+        files.write(key, library)
+    except OSError as error:
+        _logger.warning("kernels for this CPU are compiled anew at the next start: %s", error)
+    return handlers
 
 
 def _key() -> str:
@@ -92,37 +99,52 @@ def _key() -> str:
 
 
 def _compile() -> bytes:
-    """RuntimeError if there is no compiler, or it cannot."""
-    _logger.info("compiling kernels for this CPU")
+    """By the first compiler that can. RuntimeError if there is none, or none can."""
+    failures = []
+    for compiler in _compilers():
+        _logger.info("compiling kernels for this CPU")
+        try:
+            return _compile_by(compiler)
+        except (OSError, RuntimeError) as error:
+            failures.append(str(error))
+    raise RuntimeError("; ".join(failures) or "there is no C++ compiler: install g++, or name one in CXX")
+
+
+def _compile_by(compiler: list[str]) -> bytes:
+    """RuntimeError if it cannot, OSError if it is not there."""
     with tempfile.TemporaryDirectory() as directory:
         out = pathlib.Path(directory) / "out.so"
-        command = [*_compiler(), *_FLAGS, "-isystem", jax.ffi.include_dir(), "-o", out, _FOLDER / _SOURCE]
-        try:
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S)
-        except subprocess.CalledProcessError as error:
-            message = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr[-200:])
-            raise RuntimeError(f"{command[0]} cannot compile {_SOURCE}: {message.strip()}") from None
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{command[0]} was not done with {_SOURCE} after {_TIMEOUT_S} s") from None
+        command = [*compiler, *_FLAGS, "-isystem", jax.ffi.include_dir(), "-o", str(out), str(_FOLDER / _SOURCE)]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+            try:
+                _, errors = process.communicate(timeout=_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                raise RuntimeError(f"{command[0]} was not done with {_SOURCE} after {_TIMEOUT_S} s") from None
+            finally:
+                if process.returncode is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # and those that it has started
+        if process.returncode:
+            message = next((line for line in errors.splitlines() if "error" in line), errors[-200:])
+            raise RuntimeError(f"{command[0]} cannot compile {_SOURCE}: {message.strip()}")
         return out.read_bytes()
 
 
-def _compiler() -> list[str]:
-    """As CXX has it, which may have arguments; else the first of the usual ones that is there."""
+def _compilers() -> list[list[str]]:
+    """What CXX says, which may have arguments; else those of the usual ones that are there."""
     if command := shlex.split(os.environ.get("CXX", "")):
-        return command
-    found = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if found is None:
-        raise RuntimeError("there is no C++ compiler: install g++, or name one in CXX")
-    return [found]
+        return [command]
+    return [[found] for found in map(shutil.which, _COMPILERS) if found]
 
 
-def _load(library: bytes) -> ctypes.CDLL:
-    """From memory, so that what runs is what was checked, whatever happens to the file."""
+def _load(library: bytes) -> dict[str, Any]:
+    """From memory, so that what runs is what was checked, whatever happens to the file. OSError if it cannot be."""
+    # It stays open: the loader takes two libraries of one name for the same.
     descriptor = os.memfd_create("jaxinfer")
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(library)
     try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(library)
-        return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
+        loaded = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+        return {target: getattr(loaded, target) for target in TARGETS}
+    except AttributeError as error:
+        raise OSError(f"a library without a kernel: {error}") from None
