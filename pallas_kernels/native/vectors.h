@@ -6,6 +6,10 @@
 #include <limits>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX__)
 constexpr int kLanes = 8;
@@ -51,20 +55,32 @@ inline Vec load(const int8_t* from) {
   memcpy(&numbers, from, sizeof numbers);
   return __builtin_convertvector(numbers, Vec);
 }
+// GCC takes four instructions for what is one.
+inline BitVec widen(HalfBits bits) {
+#if defined(__AVX512F__)
+  return (BitVec)_mm512_cvtepu16_epi32((__m256i)bits);
+#else
+  return __builtin_convertvector(bits, BitVec);
+#endif
+}
 inline Vec load(const BFloat16* from) {
   HalfBits bits;
   memcpy(&bits, from, sizeof bits);
-  return (Vec)(__builtin_convertvector(bits, BitVec) << 16);
+  return (Vec)(widen(bits) << 16);
 }
 // What is denormal there is made from a whole number: threads may take denormal operands for zero.
 inline Vec load(const Float16* from) {
   HalfBits bits;
   memcpy(&bits, from, sizeof bits);
-  const BitVec wide = __builtin_convertvector(bits, BitVec), magnitude = wide & 0x7fffu;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps((__m256i)bits);
+#else
+  const BitVec wide = widen(bits), magnitude = wide & 0x7fffu;
   const BitVec denormal = (BitVec)(__builtin_convertvector((IntVec)magnitude, Vec) * 0x1p-24f);
   const BitVec normal = (magnitude << 13) + (112u << 23), other = (magnitude << 13) | 0x7f800000u;
   const BitVec number = magnitude < 0x400u ? denormal : magnitude < 0x7c00u ? normal : other;
   return (Vec)(number | (wide & 0x8000u) << 16);
+#endif
 }
 inline Vec load(const Float8* from) {
   ByteBits bits;
