@@ -48,7 +48,7 @@ class Compiling(Generic[Key]):
 
     def has(self, key: Key) -> bool:
         """Whether nobody has to wait for it."""
-        return self._futures[key].done()
+        return (future := self._futures[key]).done() and not future.cancelled()
 
     @property
     def is_done(self) -> bool:

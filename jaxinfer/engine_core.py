@@ -132,7 +132,7 @@ class EngineCore:
         """
         try:
             step, before = self._prepared or self._prepare(), self._under_way
-            has_to_wait = step is not None and before is not None and not self.runner.is_compiled(step.shape)
+            has_to_wait = step and before and not self.runner.is_compiled(step.shape, step.extras)
             self._prepared, self._under_way = (step, None) if has_to_wait else (None, step and self._start(step))
             if before is not None:
                 self._commit(before)
@@ -188,7 +188,7 @@ class EngineCore:
         return _Step(plan, shape, batch, extras.build(plan, shape, self.runner.extras_spec))
 
     def _start(self, step: _Step) -> _StepUnderWay:
-        self.runner.check_compiled(step.shape)  # waits, which is no part of the step's time
+        self.runner.check_compiled(step.shape, step.extras)  # waits, which is no part of the step's time
         start_time = time.perf_counter()
         return _StepUnderWay(step, self.runner.dispatch(step.shape, step.batch, step.extras), start_time)
 

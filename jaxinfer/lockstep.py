@@ -44,7 +44,7 @@ class LeadingRunner(Runner):
         """As `Runner.dispatch`. Ends the job if it cannot start what the others start."""
 
         def start() -> StepOutput:
-            self.check_compiled(shape)
+            self.check_compiled(shape, extras)
             self._group.announce(encode_step(shape, batch, extras))
             try:
                 self._last_output = super(LeadingRunner, self).dispatch(shape, batch, extras)

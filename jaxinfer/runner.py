@@ -18,7 +18,7 @@ from jaxinfer.kv_cache import CacheSpec
 from jaxinfer.parameters import ModelDefinition
 from jaxinfer.programs import Program
 from jaxinfer.sampler_lowerings import Key
-from jaxinfer.sampler_programs import SamplerPrograms
+from jaxinfer.sampler_programs import SamplerPrograms, needed
 from jaxinfer.step_programs import StepPrograms
 from jaxinfer.steps import Arrays, SlotState, StepOutput
 
@@ -82,7 +82,7 @@ class Runner:
 
     def dispatch(self, shape: StepShape, batch: StepBatch, extras: Extras | None = None) -> StepOutput:
         """Starts a step and returns its output, on the devices, without waiting for it."""
-        self.check_compiled(shape)
+        self.check_compiled(shape, extras)
         if extras is not None and extras.rows is not None:  # these draw again, so the step itself need not
             batch = batch._replace(sampling=batch.sampling._replace(draws=np.array(False)))
         batch, extras = self._partitioner.put_rows((batch, extras))
@@ -97,16 +97,17 @@ class Runner:
             array.copy_to_host_async()
         return output
 
-    def is_compiled(self, shape: StepShape) -> bool:
-        """Whether a step of this shape starts at once; so does one that never can, to say so."""
-        return shape not in self._programs or self._programs.has(shape)
+    def is_compiled(self, shape: StepShape, extras: Extras | None) -> bool:
+        """Whether such a step starts at once; so does one that never can, to say so."""
+        return shape not in self._programs or all(map(self._programs.has, [shape, *needed(shape, extras)]))
 
-    def check_compiled(self, shape: StepShape) -> None:
+    def check_compiled(self, shape: StepShape, extras: Extras | None) -> None:
         """Waits until it is; RuntimeError for a shape that never will be."""
         if shape not in self._programs:
             shapes = sorted(key for key in self._programs if isinstance(key, StepShape))
             raise RuntimeError(f"{shape} is not a compiled shape; compiled: {shapes}")
-        self._programs[shape]
+        for key in (shape, *needed(shape, extras)):
+            self._programs[key]
 
     def reset_cache(self) -> None:
         """Makes a new, empty cache after a step that failed, and may have taken the donated one with it."""

@@ -4,11 +4,20 @@ from typing import Any
 
 import jax
 
-from jaxinfer.batch import StepBatch
+from jaxinfer.batch import StepBatch, StepShape
 from jaxinfer.compilations import Compiling, compile_program
 from jaxinfer.extras import Extras
-from jaxinfer.sampler_lowerings import LOAD, SCORE, SamplerLowerings, without_tokens
+from jaxinfer.sampler_lowerings import LOAD, SCORE, Key, SamplerLowerings, without_tokens
 from jaxinfer.steps import Activations, Arrays, SlotState, StepOutput
+
+
+def needed(shape: StepShape, extras: Extras | None) -> list[Key]:
+    """Keys of the programs that a step with these extras runs behind its own."""
+    if extras is None:
+        return []
+    num_drawn = shape.rows + shape.chunks
+    uses = ((LOAD, bool(extras.loads)), (num_drawn, extras.rows is not None), (SCORE, extras.score is not None))
+    return [key for key, is_used in uses if is_used]
 
 
 class SamplerPrograms:

@@ -97,11 +97,13 @@ class FakeRunner:
     def close(self) -> None:
         """Nothing to free."""
 
-    def is_compiled(self, shape: StepShape) -> bool:
+    def is_compiled(self, shape: StepShape, extras: Extras | None) -> bool:
+        del extras
         assert shape in self.buckets.shapes()
         return not self.is_late()
 
-    def check_compiled(self, shape: StepShape) -> None:
+    def check_compiled(self, shape: StepShape, extras: Extras | None) -> None:
+        del extras
         assert shape in self.buckets.shapes()
 
     def dispatch(self, shape: StepShape, batch: StepBatch, extras: Extras | None = None) -> StepOutput:

@@ -9,7 +9,11 @@ import jax
 import pytest
 
 from jaxinfer import Engine, SamplingParams, compilations
+from jaxinfer.batch import StepShape
 from jaxinfer.compilations import Compiling, num_compilations
+from jaxinfer.extras import Extras
+from jaxinfer.runner import Runner
+from jaxinfer.sampler_lowerings import LOAD, SCORE
 from tests import tiny_model
 
 
@@ -130,3 +134,32 @@ def test_what_nobody_asked_for_is_counted():
     compilations.compile_all({})
     jax.jit(lambda x: x + before)(1.0)
     assert num_compilations() == before + 1
+
+
+def test_what_nobody_will_begin_has_to_be_waited_for(workshop: Workshop):
+    of = compiling("a", "b", "c")
+    closing = threading.Thread(target=of.close)
+    closing.start()
+    while not of._futures["c"].cancelled():
+        time.sleep(0.01)
+    workshop.open("a", "b", "c")
+    closing.join()
+    assert of.has("a") and of.has("b") and not of.has("c")
+    assert of["c"] == "C" and of.has("c")
+
+
+def test_a_step_waits_for_the_programs_of_its_extras_too(workshop: Workshop):
+    shape, some = StepShape(16, 2, 4, 1, 1), object()
+    names = {shape: "step", LOAD: "load", 6: "sample", SCORE: "score"}
+    workshop.open("step")
+    runner = object.__new__(Runner)
+    runner._programs = of = Compiling(names)  # pyright: ignore[reportArgumentType]
+    of[shape]
+    each = [Extras((some,), None, None), Extras((), some, None), Extras((), None, some)]  # pyright: ignore[reportArgumentType]
+    assert runner.is_compiled(shape, None) and runner.is_compiled(shape, Extras((), None, None))
+    assert [runner.is_compiled(shape, extras) for extras in each] == [False] * 3
+    workshop.open("load", "sample", "score")
+    for extras in each:
+        runner.check_compiled(shape, extras)
+        assert runner.is_compiled(shape, extras)
+    of.close()

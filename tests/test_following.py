@@ -84,7 +84,7 @@ def outputs(monkeypatch: pytest.MonkeyPatch) -> list[Output | Exception]:
         return output
 
     monkeypatch.setattr(Runner, "__init__", lambda self: None)
-    monkeypatch.setattr(Runner, "check_compiled", lambda self, shape: None)
+    monkeypatch.setattr(Runner, "check_compiled", lambda self, shape, extras: None)
     monkeypatch.setattr(Runner, "dispatch", dispatch)
     monkeypatch.setattr(Runner, "reset_cache", lambda self: None)
     monkeypatch.setattr(Runner, "close", lambda self: None)
@@ -139,7 +139,7 @@ def test_a_step_that_process_0_cannot_start_ends_the_job(outputs: list[Output | 
 def test_a_step_that_is_not_compiled_is_not_announced(
     outputs: list[Output | Exception], monkeypatch: pytest.MonkeyPatch
 ):
-    def refuse(self: Runner, shape: StepShape) -> None:
+    def refuse(self: Runner, shape: StepShape, extras: Extras | None) -> None:
         raise RuntimeError("not a compiled shape")
 
     monkeypatch.setattr(Runner, "check_compiled", refuse)
