@@ -166,11 +166,15 @@ def test_the_commit_tells_changes_and_foreign_repositories(tmp_path: pathlib.Pat
     assert bench_record.commit(tmp_path) == "unknown"
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "file").write_text("a")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "record").write_text("a")
     git("add", ".")
     git("commit", "-m", "first")
     git("tag", "-a", "v1", "-m", "v1")
     assert bench_record.commit(tmp_path) == git("rev-parse", "HEAD")
     assert bench_record.commit(tmp_path / "inner") == "unknown"
+    (tmp_path / "docs" / "record").write_text("b")
+    assert bench_record.commit(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "inner" / "file").write_text("b")
     assert bench_record.commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
 

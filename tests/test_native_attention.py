@@ -1,6 +1,7 @@
 """Attention in C++: each query by itself, each number as it is, and nothing of what a query does not see."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from tests.native_kernels import SPEC, attend, needs_compiler
 
 @needs_compiler
 @pytest.mark.parametrize("other", [{}, {"window": 37}, {"soft_cap": 3.0}])
-def test_a_query_gets_the_same_bits_whatever_is_beside_it(other: dict[str, float]):
+def test_a_query_gets_the_same_bits_whatever_is_beside_it(other: dict[str, Any]):
     """So tokens do not depend on how a prompt is cut, and those of a batch are those of one alone."""
     rng = np.random.default_rng(0)
     spec = AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=40, page_size=16, scale=0.2, **other)
@@ -85,7 +86,7 @@ def test_scores_with_a_cap():
     q, keys, values = np.zeros((len(scores), 1, 1, 16), np.float32), *np.zeros((2, 1, 1, 16, 16), np.float32)
     q[:, 0, 0, 0], keys[0, 0, 0, 0], values[0, 0, 0] = scores, 1, 1
     one = np.ones((len(scores), 1), np.int32)
-    found = cpu.paged_attention(q, keys, values, jnp.asarray(0 * one), jnp.asarray(one), spec=spec)[:, 0, 0, 0]
+    found = cpu.paged_attention(*map(jnp.asarray, (q, keys, values, 0 * one, one)), spec=spec)[:, 0, 0, 0]
     capped = 50 * np.tanh(scores.astype(np.float64) / 50)
     np.testing.assert_allclose(found, 1 / (1 + np.exp(-capped)), rtol=1e-5)
 

@@ -13,10 +13,12 @@ All generate greedily. The figure is the median of the rounds' ratios; all token
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -46,17 +48,18 @@ class Pair:
     engines: tuple[Engine, Engine]
     vocab_size: int
     rng: np.random.Generator
+    orders: Iterator[tuple[int, int]] = dataclasses.field(default_factory=lambda: itertools.cycle([(0, 1), (1, 0)]))
 
     def random_tokens(self, *shape: int) -> Any:
         return self.rng.integers(0, self.vocab_size, shape).tolist()
 
     def ratios(self, prompts: Prompts, run: Any) -> tuple[float, list[float]]:
-        """How often the first's seconds go into the second's; and both."""
-        seconds, tokens = [], []
-        for engine in self.engines:
+        """How often the first's seconds go into the second's; and both. They take turns in going first."""
+        seconds, tokens = [0.0, 0.0], [[], []]
+        for i in next(self.orders):
             start = time.perf_counter()
-            tokens.append(run(engine, prompts))
-            seconds.append(time.perf_counter() - start)
+            tokens[i] = run(self.engines[i], prompts)
+            seconds[i] = time.perf_counter() - start
         if tokens[0] != tokens[1]:
             raise AssertionError("with the prefix cache other tokens come out than without")
         return seconds[1] / seconds[0], seconds

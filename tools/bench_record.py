@@ -36,11 +36,20 @@ def describe_machine() -> dict[str, Any]:
 
 
 def commit(root: pathlib.Path) -> str:
-    """Of the checkout at `root`, "-dirty" behind it if files differ from it; "unknown" for what is no checkout."""
+    """Of the checkout at `root`, "-dirty" behind it if files differ from it; "unknown" for what is no checkout.
+
+    Documents may differ: new records do, while more are made.
+    """
     if not (root / ".git").exists():  # installed, perhaps within somebody else's repository
         return "unknown"
-    command = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    head = git("rev-parse", "--verify", "--quiet", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs", ":!README.md")
+    return f"{head}-dirty" if head and changed else head or "unknown"
 
 
 def print_record(record: dict[str, Any]) -> None:
