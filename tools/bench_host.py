@@ -51,10 +51,10 @@ class NoModel:
         self.extras_spec = ExtrasSpec.create(buckets, vocab_size=100_000)
         self._outputs: dict[StepShape, StepOutput] = {}
 
-    def is_compiled(self, shape: StepShape) -> bool:
+    def is_compiled(self, shape: StepShape, extras: Extras | None) -> bool:
         return True
 
-    def check_compiled(self, shape: StepShape) -> None:
+    def check_compiled(self, shape: StepShape, extras: Extras | None) -> None:
         """All are."""
 
     def dispatch(self, shape: StepShape, batch: StepBatch, extras: Extras | None) -> StepOutput:
